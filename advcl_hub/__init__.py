@@ -1,0 +1,13 @@
+"""advcl-hub: image encoders that stay adversarially robust after finetuning.
+
+Importing this package registers its architectures with timm, so that `timm.create_model("resnet18_cifar")` works.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from advcl_hub import models as models
+
+try:
+    __version__ = version("advcl-hub")
+except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+unknown"

@@ -1,0 +1,174 @@
+"""A folder that timm opens: config.json, model.safetensors, results.json, and a golden input/output pair to check any copy.
+
+    timm.create_model("local-dir:FOLDER", pretrained=True)     # after `import advcl_hub`
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+WEIGHTS = "model.safetensors"
+GOLDEN = "golden.safetensors"
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+def export_folder(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    results: Mapping[str, Any],
+    model_args: Mapping[str, Any] | None = None,
+    label_names: Sequence[str] = (),
+    dtype: str = "float32",
+    max_shard_size: str | None = None,
+) -> Path:
+    """Writes a plain timm model (one batch-norm branch, already chosen) to a folder, which appears complete or not at all.
+
+    Args:
+        model: a timm model; its `pretrained_cfg` (input size, mean, std) is what it was trained with.
+        folder: where to; an earlier export there is replaced.
+        results: provenance and figures, written to results.json with the sha256 of the weights added.
+        model_args: arguments of `timm.create_model` that the architecture needs, e.g. `img_size`.
+        label_names: class names of a classifier.
+        dtype: of the stored weights, `float32` or `float16`; timm loads either into float32.
+        max_shard_size: e.g. "16MB": weights in several files, for transports that limit the size of one. timm reads one file:
+            `join_shards` makes it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: unknown dtype, or the folder holds something that is not an export.
+        OSError: the folder cannot be written; nothing is left behind.
+    """
+    folder = Path(folder)
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "results.json").exists())):
+        raise ValueError(f"{folder} exists and is not an earlier export: choose another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        state = {k: _stored(v, _DTYPES[dtype]) for k, v in model.state_dict().items()}
+        save_file(state, draft / WEIGHTS, metadata={"format": "pt"})
+        save_config_for_hf(
+            model,
+            str(draft / "config.json"),
+            model_config={"label_names": list(label_names)} if label_names else {},
+            model_args=dict(model_args or {}),
+        )
+        record = {**results, "weights": {"file": WEIGHTS, "dtype": dtype, "sha256": file_sha256(draft / WEIGHTS)}}
+        (draft / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+        _save_golden(load_folder(draft), draft / GOLDEN)
+        if max_shard_size:
+            (draft / WEIGHTS).unlink()
+            huggingface_hub.save_torch_state_dict(state, draft, max_shard_size=max_shard_size)
+        draft.chmod(0o755)
+        _replace_folder(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return folder
+
+
+def load_folder(folder: str | Path, **kwargs: Any) -> nn.Module:
+    """`timm.create_model("local-dir:FOLDER", pretrained=True, **kwargs)` in evaluation mode."""
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
+
+
+def verify_folder(folder: str | Path) -> float:
+    """Checks an export after any copy: the sha256 of the weights, and the golden output through timm.
+
+    Returns:
+        The largest absolute difference from the golden output, relative to its largest absolute value.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the weights are not those that were exported, or the output differs by more than 1e-3.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "results.json", WEIGHTS, GOLDEN):
+        if not (folder / name).is_file():
+            hint = " Join its shards first: advcl_hub.export.join_shards." if (folder / _INDEX).exists() else ""
+            raise FileNotFoundError(f"{folder} has no {name}: not a complete export.{hint}")
+    expected = json.loads((folder / "results.json").read_text())["weights"]["sha256"]
+    if file_sha256(folder / WEIGHTS) != expected:
+        raise ValueError(f"{folder / WEIGHTS} is not the file that was exported (its sha256 differs): copy it again.")
+    try:
+        golden = load_file(folder / GOLDEN)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / GOLDEN} is corrupt: {error}") from None
+    with torch.no_grad():
+        output = load_folder(folder)(golden["input"])
+    difference = ((output - golden["output"]).abs().max() / golden["output"].abs().max()).item()
+    if not difference < 1e-3:  # float32 on another device or library stays far below
+        raise ValueError(f"{folder} computes something else than when it was exported (relative difference {difference:.1e}).")
+    return difference
+
+
+def join_shards(folder: str | Path) -> Path:
+    """Joins an export's shards into the one model.safetensors that timm reads, and removes them.
+
+    Raises:
+        FileNotFoundError: no shards here, or one is missing.
+        ValueError: the result is not the file that was exported.
+    """
+    folder = Path(folder)
+    if not (folder / _INDEX).is_file():
+        raise FileNotFoundError(f"{folder} has no {_INDEX}: nothing to join.")
+    shards = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+    if missing := [s for s in shards if not (folder / s).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}.")
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        state |= load_file(folder / shard)
+    draft = folder / f".{WEIGHTS}"
+    save_file(state, draft, metadata={"format": "pt"})
+    if file_sha256(draft) != json.loads((folder / "results.json").read_text())["weights"]["sha256"]:
+        draft.unlink()
+        raise ValueError(f"The shards in {folder} do not give the exported weights: copy them again.")
+    os.replace(draft, folder / WEIGHTS)
+    for name in (_INDEX, *shards):
+        (folder / name).unlink()
+    return folder / WEIGHTS
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+
+
+def _save_golden(model: nn.Module, path: Path) -> None:
+    """A seeded input and what the exported weights make of it."""
+    size = tuple(model.pretrained_cfg["input_size"])  # type: ignore[index, arg-type]
+    images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        save_file({"input": images, "output": model(images).contiguous()}, path)
+
+
+def _replace_folder(draft: Path, folder: Path) -> None:
+    """Puts `draft` in the place of `folder`; the earlier folder goes only when the new one stands."""
+    earlier = draft.with_name(f"{draft.name}-earlier")
+    if folder.exists():
+        folder.rename(earlier)
+    draft.rename(folder)
+    shutil.rmtree(earlier, ignore_errors=True)

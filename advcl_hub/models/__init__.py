@@ -1,0 +1,24 @@
+"""Image encoders for small images. Importing this package registers them with timm."""
+
+from .preact_resnet_cifar import PreActResNetCifar, preact_resnet18_cifar, wrn28_10_cifar, wrn34_10_cifar
+from .resnet_cifar import (
+    ResNetCifar,
+    resnet8_cifar,
+    resnet18_cifar,
+    resnet20_cifar,
+    resnet34_cifar,
+    resnet50_cifar,
+)
+
+__all__ = [
+    "PreActResNetCifar",
+    "ResNetCifar",
+    "preact_resnet18_cifar",
+    "resnet8_cifar",
+    "resnet18_cifar",
+    "resnet20_cifar",
+    "resnet34_cifar",
+    "resnet50_cifar",
+    "wrn28_10_cifar",
+    "wrn34_10_cifar",
+]

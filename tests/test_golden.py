@@ -1,0 +1,150 @@
+"""The published AdvCL step, reproduced number by number in float64."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import advcl_hub  # noqa: F401
+from advcl_hub.converters import convert_advcl
+from tests.golden import KS, load_golden, published_state, ramp
+from train.objective import contrastive_loss
+from train.step import AdvCL, Attack, Objective
+from train.views import ViewConfig, Views, high_frequency
+
+GOLDEN = load_golden()
+BRANCHES = {"normal": "clean", "pgd": "adv", "pgd_ce": "adv_ce"}
+EPS = 8 / 255
+
+
+def published_key(ours: str) -> str:
+    """The published name of one of our keys, written independently of the converter."""
+    if ours.startswith("heads."):
+        _, k, leaf = ours.split(".")
+        return f"fc_{int(k):03d}.{leaf}"
+    if ours.startswith("projector."):
+        return ours.replace("projector", "head_proj")
+    key = ours.removeprefix("encoder.").replace("downsample.0.", "downsample.conv.").replace("downsample.1.", "downsample.bn.")
+    for number, branch in enumerate(BRANCHES.values()):
+        key = key.replace(f"bn_branches.{branch}.", f"bn_list.{number}.")
+    return key
+
+
+def published_checkpoint(model: AdvCL) -> dict[str, Tensor]:
+    return published_state({published_key(k): v.shape for k, v in model.state_dict().items()})
+
+
+@pytest.fixture(scope="module", params=["contiguous", "channels_last"])
+def model(request: pytest.FixtureRequest) -> AdvCL:
+    encoder = timm.create_model("resnet18_cifar", num_classes=0)
+    memory_format = getattr(torch, f"{request.param}_format" if request.param == "contiguous" else request.param)
+    network = AdvCL(encoder, Objective(), Attack(), ViewConfig(), KS, memory_format)
+    network.load_state_dict(convert_advcl(published_checkpoint(network), network))
+    return network.double().to(memory_format=memory_format)
+
+
+def smooth(name: str) -> Tensor:
+    return F.avg_pool2d(F.pad(ramp((8, 3, 32, 32), name), (2, 2, 2, 2), mode="reflect"), 5, stride=1)
+
+
+def batch() -> tuple[Views, Tensor, Tensor]:
+    weak = smooth("xo")
+    views = Views(strong1=smooth("x1"), strong2=smooth("x2"), weak=weak, high_frequency=high_frequency(weak, 8))
+    labels = torch.stack([(k * ramp((8,), f"lab{k}")).long() for k in KS], 1)
+    noise = torch.stack([(2 * ramp((8, 3, 32, 32), name) - 1) * EPS for name in ("ncl", "nce")])
+    return views, labels, noise
+
+
+def check(ours: Tensor, name: str, atol: float = 0.0) -> None:
+    expected = GOLDEN[name]
+    torch.testing.assert_close(ours.detach().reshape(expected.shape), expected, rtol=1e-6, atol=atol, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(("v", "b", "d", "t"), [(2, 6, 16, 0.5), (4, 6, 16, 0.5), (4, 8, 128, 0.1)])
+def test_contrastive_loss_and_its_gradient(v: int, b: int, d: int, t: float) -> None:
+    features = F.normalize(2 * ramp((b, v, d), f"feat{v}{b}{d}") - 1, dim=2).requires_grad_()
+    loss = contrastive_loss(features.transpose(0, 1), t)
+    loss.backward()
+    check(loss, f"supcon_v{v}_b{b}_d{d}_t{t}")
+    assert features.grad is not None
+    check(features.grad, f"supcon_grad_v{v}_b{b}_d{d}_t{t}", atol=1e-12)
+
+
+@pytest.mark.parametrize("published", BRANCHES)
+def test_features_of_each_branch(model: AdvCL, published: str) -> None:
+    model.eval()
+    with torch.no_grad():
+        check(model.features(smooth("xo"), BRANCHES[published]), f"eval_feat_{published}", atol=1e-12)
+
+
+def test_training_step(model: AdvCL) -> None:
+    """Attack losses before each step, the adversarial views, the losses and the gradients of one whole step."""
+    model.train()
+    views, labels, noise = batch()
+    sources = model.sources(views)
+    clean = model.project([views.strong1, views.strong2, views.high_frequency], "clean")
+    check(views.high_frequency, "x_hfc", atol=1e-12)
+    check(clean[0], "proj_x1", atol=1e-9)
+
+    attack_losses: list[Tensor] = []
+    terms = model.objective_terms
+
+    def recorded(*args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        attack_losses.append(torch.stack(values := terms(*args, **kwargs)).detach())  # type: ignore[arg-type]
+        return values
+
+    model.objective_terms = recorded  # type: ignore[method-assign]
+    try:
+        adversarial = model.perturb(sources, sources + noise, clean.detach(), labels)
+    finally:
+        del model.objective_terms
+    check(torch.stack(attack_losses), "attack_losses")
+    check(adversarial[0], "x_cl", atol=1e-9)
+    check(adversarial[1], "x_ce", atol=1e-9)
+    check(model.project(adversarial[:1], "adv")[0], "proj_cl", atol=1e-9)
+
+    contrastive, pseudo_label = model.objective_terms(adversarial, clean, labels)
+    total = contrastive + 0.2 * pseudo_label
+    check(contrastive, "loss_contrast")
+    check(pseudo_label, "loss_ce")
+    check(total, "loss")
+    total.backward()
+    gradients = {published_key(name): p.grad for name, p in model.named_parameters()}
+    for name in [k for k in GOLDEN if k.startswith("gradnorm_")]:
+        key = name.removeprefix("gradnorm_")
+        gradient = gradients[key if key in gradients else f"{key}.weight"]
+        assert gradient is not None
+        check(gradient.norm(), name)
+
+
+def test_losses_puts_the_pieces_together(model: AdvCL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`AdvCL.losses`, which training calls, gives the published losses when the random start is the published noise."""
+    model.train()
+    views, labels, noise = batch()
+    monkeypatch.setattr("train.step.uniform_start", lambda images, eps: images + noise)
+    losses = model.losses(views, labels)
+    check(losses.total, "loss")
+    check(losses.contrastive, "loss_contrast")
+    check(losses.pseudo_label, "loss_ce")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s | {"layer9.weight": torch.zeros(1)}, "unknown key layer9.weight"),
+        (lambda s: {k: v for k, v in s.items() if k != "bn1.bn_list.1.weight"}, "missing key encoder.bn1.bn_branches.adv.weight"),
+        (lambda s: s | {"conv1.weight": torch.zeros(64, 3, 7, 7)}, r"shape of conv1.weight: \(64, 3, 7, 7\)"),
+        (lambda s: s | {"bn1.bn_list.3.weight": torch.zeros(64)}, "unknown key bn1.bn_list.3.weight"),
+    ],
+)
+def test_converter_refuses_what_it_cannot_account_for(model: AdvCL, change, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        convert_advcl(change(published_checkpoint(model)), model)
+
+
+def test_converter_takes_data_parallel_checkpoints(model: AdvCL) -> None:
+    published = published_checkpoint(model)
+    converted = convert_advcl({f"module.{k}": v for k, v in published.items()}, model)
+    assert converted.keys() == model.state_dict().keys()
+    assert converted["encoder.layer2.0.downsample.1.bn_branches.adv_ce.weight"] is published["layer2.0.downsample.bn.bn_list.2.weight"]

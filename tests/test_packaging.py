@@ -1,0 +1,305 @@
+"""What a newcomer meets first: the floors of the code, the metadata, and `make` on a fresh machine."""
+
+import ast
+import graphlib
+import importlib.metadata
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+# ---------------------------------------------------------------------------------------------------- floors
+
+# Imports run down the floors, or along one without a circle, and never back up.
+FLOORS = {
+    4: ("train", "cli"),
+    3: ("finetuning", "converters", "hub"),
+    2: ("evaluation", "export", "registry"),
+    1: ("attacks", "cards", "data", "decoding", "models", "sources"),
+}
+FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+
+
+def rooms() -> Iterator[tuple[str, str, str]]:
+    """Yields (room, package, source) of every module but the front door, advcl_hub/__init__.py."""
+    for path in sorted([*ROOT.glob("advcl_hub/**/*.py"), *ROOT.glob("train/**/*.py")]):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts != ("advcl_hub", "__init__"):
+            room = "train" if parts[0] == "train" else parts[1]
+            yield room, ".".join(parts[:-1]), path.read_text()
+
+
+def imported_rooms(source: str, package: str) -> set[str]:
+    """Returns the rooms that a module of `package` imports, anywhere in its code."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, *filter(None, [node.module])])
+            names.update(f"{base}.{alias.name}" for alias in node.names)
+    parts = [name.split(".") for name in names]
+    inside = {
+        part[1] for part in parts if part[0] == "advcl_hub" and len(part) > 1 and part[1] != "__version__"
+    }
+    return inside | {"train" for part in parts if part[0] == "train"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("import advcl_hub.data", {"data"}),
+        ("from advcl_hub.models.branch_norm import add_branches", {"models"}),
+        ("from advcl_hub import hub, __version__", {"hub"}),
+        ("def late():\n    from train.step import step", {"train"}),
+        ("from . import resnet_cifar", {"models"}),
+        ("from ..cards import render", {"cards"}),
+        ("import timm.data, trainer, advcl_hub", set()),
+    ],
+)
+def test_imported_rooms_reads_every_form_of_import(statement: str, expected: set[str]) -> None:
+    assert imported_rooms(statement, package="advcl_hub.models") == expected
+
+
+def test_every_room_has_a_floor() -> None:
+    homeless = {room for room, _, _ in rooms()} - set(FLOOR_OF)
+    assert not homeless, f"give {sorted(homeless)} a floor in FLOORS"
+
+
+def test_imports_never_run_up_the_floors() -> None:
+    upwards = {
+        f"{room} imports {target}"
+        for room, package, source in rooms()
+        for target in imported_rooms(source, package)
+        if FLOOR_OF.get(target, 0) > FLOOR_OF.get(room, 0) or (target == "train" and room != "train")
+    }
+    assert not upwards
+
+
+def test_imports_have_no_circles() -> None:
+    graph: dict[str, set[str]] = {}
+    for room, package, source in rooms():
+        graph.setdefault(room, set()).update(imported_rooms(source, package) - {room})
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError and names the circle
+
+
+# ------------------------------------------------------------------------------------------------- metadata
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted", "refused"),
+    [
+        ("torch", ["2.8.0", "2.11.0", "2.13.0+cpu", "2.14.1"], ["2.7.1"]),
+        ("torchvision", ["0.23.0", "0.29.1"], ["0.22.1"]),
+        ("timm", ["1.0.20", "1.0.31"], ["1.0.19"]),
+        ("huggingface-hub", ["1.0.0", "1.33.0", "2.4.0"], ["0.36.0"]),
+    ],
+)
+def test_dependency_ranges(name: str, accepted: list[str], refused: list[str]) -> None:
+    requirement = next(r for r in map(Requirement, PROJECT["dependencies"]) if r.name == name)
+    assert [v for v in accepted + refused if requirement.specifier.contains(v)] == accepted
+
+
+def test_installed_packages_are_in_the_declared_ranges() -> None:
+    declared = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["train"]
+    versions = {r: importlib.metadata.version(r.name) for r in map(Requirement, declared)}
+    assert not {str(r): v for r, v in versions.items() if not r.specifier.contains(v, prereleases=True)}
+
+
+def test_wheel_holds_the_library_and_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling", reason="builds the wheel with hatchling: pip install -e '.[dev]'")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.iterdir()
+    assert wheel.name == f"advcl_hub-{PROJECT['version']}-py3-none-any.whl"
+    names = set(zipfile.ZipFile(wheel).namelist())
+    library = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("advcl_hub/**/*") if p.is_file()}
+    info = f"advcl_hub-{PROJECT['version']}.dist-info"
+    assert {n for n in names if not n.startswith(info)} == {n for n in library if "__pycache__" not in n}
+    assert f"{info}/licenses/LICENSE" in names
+
+
+# --------------------------------------------------------------------------------- make on a fresh machine
+
+# A real interpreter that tells one lie about itself.
+LIAR = """#!{python}
+import runpy, sys
+{lie}
+sys.argv.pop(0)
+if sys.argv[0] == "-c":
+    exec(sys.argv[1])
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+TOO_OLD = "sys.version_info = (3, 8, 10)"
+NO_ENSUREPIP = "sys.modules['ensurepip'] = None"
+
+# Stands for the real package, which takes minutes to install: no dependencies, its own build backend.
+SMALL_PYPROJECT = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+"""
+SMALL_BACKEND = """
+import zipfile
+def build_editable(folder, config_settings=None, metadata_directory=None):
+    with zipfile.ZipFile(f"{folder}/small-1-py3-none-any.whl", "w") as wheel:
+        info = "small-1.dist-info/"
+        metadata = "Metadata-Version: 2.1\\nName: small\\nVersion: 1\\nProvides-Extra: dev\\n"
+        wheel.writestr(info + "METADATA", metadata)
+        wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(info + "RECORD", "")
+    return "small-1-py3-none-any.whl"
+"""
+
+
+def write_script(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The environment without pip's and make's settings, so that an outer `make test` does not leak in."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "MAKE", "MFLAGS"))}
+    for name in ("VENV", "PYTHON", "NEED_GB", "PYTEST_ARGS"):
+        inherited.pop(name, None)
+    return inherited | {"PIP_CONFIG_FILE": os.devnull} | variables
+
+
+def bootstrap(
+    venv: Path, *arguments: str, need_gb: str = "0.1", **variables: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ".ci/bootstrap.py", "--venv", str(venv), "--stamp", str(venv / "stamp")]
+    command += ["--need-gb", need_gb, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True)
+
+
+def make(project: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [shutil.which("make") or "make", "NEED_GB=0.1", *arguments]
+    return subprocess.run(command, cwd=project, env=environment(**variables), capture_output=True, text=True)
+
+
+def refusal(result: subprocess.CompletedProcess[str]) -> str:
+    """Returns the one sentence that a refused set-up says."""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("make: ***")]
+    assert result.returncode != 0
+    assert len(lines) == 1 and lines[0].startswith("setup: "), result.stderr
+    return lines[0]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A small project with this repository's Makefile and bootstrap script."""
+    folder = tmp_path / "project"
+    (folder / "train").mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", folder)
+    shutil.copytree(ROOT / ".ci", folder / ".ci")
+    (folder / "pyproject.toml").write_text(SMALL_PYPROJECT)
+    (folder / "backend.py").write_text(SMALL_BACKEND)
+    (folder / "train" / "demo.py").write_text("import sys\nprint('demo ran in', sys.prefix, sys.argv[1:])\n")
+    return folder
+
+
+def test_bootstrap_can_be_read_by_an_old_python() -> None:
+    ast.parse((ROOT / ".ci/bootstrap.py").read_text(), feature_version=(3, 6))
+
+
+def test_make_sets_up_once_and_again_when_the_dependencies_change(project: Path) -> None:
+    left_by_a_killed_run = project / ".venv"
+    left_by_a_killed_run.mkdir()
+    (left_by_a_killed_run / ".advcl-hub-unfinished").touch()
+    (left_by_a_killed_run / "bin").write_text("in the way of a new environment")
+
+    first = make(project, "demo")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert f"demo ran in {project / '.venv'} ['--output', 'runs/demo']" in first.stdout
+    assert "setup: ready" in first.stdout
+    assert not {".advcl-hub-unfinished", ".pip-tmp"} & set(os.listdir(project / ".venv"))
+
+    second = make(project, "demo")
+    assert second.returncode == 0 and "demo ran" in second.stdout
+    assert "setup:" not in second.stdout
+
+    later = time.time() + 60
+    os.utime(project / "pyproject.toml", (later, later))
+    third = make(project, "demo")
+    assert "setup: installing" in third.stdout and "setup: making" not in third.stdout
+
+
+def test_make_refuses_a_python_that_is_too_old(project: Path) -> None:
+    old = write_script(project / "bin" / "python3", LIAR.format(python=sys.executable, lie=TOO_OLD))
+    sentence = refusal(make(project, "demo", PATH=str(old.parent)))
+    assert "Python 3.11 or newer" in sentence and "Python 3.8.10" in sentence
+    assert not (project / ".venv").exists()
+
+
+def test_make_refuses_a_machine_without_python(project: Path) -> None:
+    assert "no Python found" in refusal(make(project, "demo", PATH=str(project / "empty")))
+
+
+def test_bootstrap_refuses_a_python_without_ensurepip(tmp_path: Path) -> None:
+    lame = write_script(tmp_path / "bin" / "lame", LIAR.format(python=sys.executable, lie=NO_ENSUREPIP))
+    sentence = refusal(bootstrap(tmp_path / "venv", "--python", str(lame), PATH=str(tmp_path)))
+    assert "cannot make virtual environments" in sentence
+    assert f"python3.{sys.version_info.minor}-venv" in sentence
+    assert not (tmp_path / "venv").exists()
+
+
+def test_bootstrap_refuses_a_full_disk(tmp_path: Path) -> None:
+    sentence = refusal(bootstrap(tmp_path / "some" / "venv", need_gb="1000000000"))
+    assert "1e+09 GB of disk" in sentence and str(tmp_path) in sentence
+    assert not (tmp_path / "some").exists()
+
+
+def test_bootstrap_leaves_a_folder_that_is_no_environment_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "not a working virtual environment" in refusal(bootstrap(tmp_path))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_bootstrap_without_network_takes_a_newer_python_and_leaves_only_a_log(tmp_path: Path) -> None:
+    old = write_script(tmp_path / "bin" / "old", LIAR.format(python=sys.executable, lie=TOO_OLD))
+    write_script(tmp_path / "bin" / "python3.12", LIAR.format(python=sys.executable, lie=""))
+    index = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1", "NO_PROXY": "127.0.0.1"}
+    result = bootstrap(tmp_path / "venv", "--python", str(old), PATH=str(old.parent), **index)
+    sentence = refusal(result)
+    assert "setup: making" in result.stdout
+    assert "package index could not be reached" in sentence and "venv-install.log" in sentence
+    assert sorted(os.listdir(tmp_path)) == ["bin", "venv-install.log"]
+
+
+def test_bootstrap_interrupted_while_pip_works_leaves_no_environment(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent_index:
+        command = [sys.executable, ".ci/bootstrap.py", "--venv", str(tmp_path / "venv"), "--stamp", "unused"]
+        variables = environment(
+            PIP_INDEX_URL=f"http://127.0.0.1:{silent_index.getsockname()[1]}/simple", NO_PROXY="127.0.0.1"
+        )
+        with subprocess.Popen(
+            [*command, "--need-gb", "0.1"], cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True
+        ) as process:
+            silent_index.settimeout(60)
+            silent_index.accept()  # pip has asked, and will wait for the answer
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.splitlines() == ["setup: interrupted; nothing is left behind, try again when you like"]
+    assert not (tmp_path / "venv").exists()

@@ -1,0 +1,489 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from advcl_hub.data import ImageData, load_data, train_val_split
+from train import pseudo_labels
+from train.pseudo_labels import (
+    cluster_stats,
+    draw_report,
+    format_stats,
+    load_pseudo_labels,
+    main,
+    make_pseudo_labels,
+    open_encoder,
+    purity,
+)
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("ADVCL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+PUBLISHED = SHARED / "cifar10" / "pseudo_labels_imagenet_simclr.safetensors"
+PUBLISHED_PURITY = {2: 0.20, 10: 0.55, 50: 0.67, 100: 0.70, 500: 0.75}
+needs_published = pytest.mark.skipif(not PUBLISHED.is_file(), reason=f"{PUBLISHED.name} is not at hand")
+
+
+def blobs(per_class: int = 20, seed: int = 0) -> ImageData:
+    """Red, green and blue images with noise: k-means at K = 3 has one sensible answer."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(3).repeat(per_class)
+    images = torch.randint(0, 60, (len(labels), 3, 8, 8), generator=generator)
+    images[torch.arange(len(labels)), labels] += 180
+    return ImageData(images.byte(), labels, torch.arange(len(labels)), ("red", "green", "blue"), "blobs")
+
+
+def pixels(data: ImageData) -> Tensor:
+    assert isinstance(data.images, Tensor)
+    return data.images
+
+
+def permuted(data: ImageData, count: int, seed: int = 1) -> tuple[ImageData, Tensor]:
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
+    return data.subset(order), order
+
+
+@pytest.fixture
+def label_file(tmp_path: Path) -> tuple[Path, ImageData]:
+    data = blobs()
+    made = make_pseudo_labels(data, "pixels", (2, 3), cache_dir=tmp_path)
+    return tmp_path / made.provenance["file"], data
+
+
+def rewrite(path: Path, **changes: Tensor | None) -> None:
+    tensors = load_file(path) | changes
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, path)
+
+
+@pytest.fixture(scope="module")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp("encoders") / "tiny")
+
+
+def save_encoder(folder: Path, seed: int = 0, **config: Any) -> Path:
+    torch.manual_seed(seed)
+    overlay = {"input_size": (3, 16, 16)} | config
+    model = timm.create_model("test_resnet", num_classes=5, pretrained_cfg_overlay=overlay)
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    return folder
+
+
+# Clusters
+
+
+def test_separated_images_are_told_apart() -> None:
+    data = blobs()
+    made = make_pseudo_labels(data, "pixels", (3, 2))
+    assert made.ks == (3, 2)
+    assert made.labels.dtype == torch.int64 and made.labels.shape == (60, 2)
+    assert purity(made.labels[:, 0], data.labels) == 1
+    assert purity(made.labels[:, 1], data.labels) == pytest.approx(2 / 3)
+
+
+def test_features_are_compared_by_direction() -> None:
+    """Two directions at very different lengths: without L2 normalisation, K = 2 would split by length."""
+    length = torch.tensor([1.0, 100.0]).repeat(30)
+    direction = torch.arange(60) < 30
+    features = length[:, None] * torch.where(direction[:, None], torch.eye(2)[0], torch.eye(2)[1])
+    features += 0.01 * length[:, None] * torch.rand(60, 2, generator=torch.Generator().manual_seed(0))
+    labels = make_pseudo_labels(blobs(), features, (2,)).labels[:, 0]
+    assert purity(labels, direction.long()) == 1
+
+
+def test_held_out_images_get_the_nearest_centre(tmp_path: Path) -> None:
+    data, test = blobs(), blobs(per_class=5, seed=9)
+    made = make_pseudo_labels(data, "pixels", (3,), held_out={"test": test}, cache_dir=tmp_path)
+    path = tmp_path / made.provenance["file"]
+    held_out = load_pseudo_labels(path, test, "test")
+    of_class = {int(c): int(k) for c, k in zip(data.labels, made.labels[:, 0], strict=True)}
+    assert held_out.labels[:, 0].tolist() == [of_class[int(c)] for c in test.labels]
+
+
+def test_labels_are_the_same_in_another_process_with_other_threads() -> None:
+    program = """if True:
+        import json, torch
+        from advcl_hub.data import load_data
+        from train.pseudo_labels import make_pseudo_labels
+        data = load_data("digits", "test")
+        torch.rand(7)  # the global generator plays no part
+        print(json.dumps(make_pseudo_labels(data, "pixels", (2, 10), seed=3).labels.tolist()))
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "5"}
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    data = load_data("digits", "test")
+    here = make_pseudo_labels(data, "pixels", (2, 10), seed=3).labels
+    assert json.loads(run.stdout) == here.tolist()
+    assert not torch.equal(here, make_pseudo_labels(data, "pixels", (2, 10), seed=4).labels)
+
+
+# The encoder
+
+
+def test_encoder_gets_its_own_size_and_normalisation(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 2.0), "input_size": (3, 8, 8)}
+    folder = save_encoder(tmp_path / "encoder", **config)
+    model = timm.create_model("test_resnet", num_classes=5, checkpoint_path=str(folder / "model.safetensors"))
+    data = blobs()
+    encoder = open_encoder(f"local-dir:{folder}", data)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = encoder.features(pixels(data), torch.arange(len(data)))
+    mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    model.reset_classifier(0)  # type: ignore[operator]
+    with torch.no_grad():
+        expected = model.eval()((pixels(data) / 255 - mean) / std)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    assert encoder.identity["encoder"] == "local-dir:encoder"  # no folder of this machine
+
+    large = replace(data, images=pixels(data).repeat_interleave(4, 2).repeat_interleave(4, 3))
+    with torch.no_grad():
+        shrunk = open_encoder(f"local-dir:{folder}", large).features(pixels(large), torch.arange(len(data)))
+    assert torch.nn.functional.cosine_similarity(shrunk, expected).min() > 0.98
+
+
+def test_missing_weights_are_refused_instead_of_left_random(tiny_encoder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((tiny_encoder / "config.json").read_bytes())
+    tensors = load_file(tiny_encoder / "model.safetensors")
+    tensors.pop(next(key for key in tensors if key.endswith("conv1.weight")))
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(ValueError, match=r"Cannot open the encoder.*Missing key"):
+        open_encoder(f"local-dir:{broken}", blobs())
+
+
+def test_encoder_errors(tmp_path: Path, tiny_encoder: Path) -> None:
+    data = blobs()
+    with pytest.raises(ValueError, match="Cannot open the encoder 'resnet18_nonsense'"):
+        open_encoder("resnet18_nonsense", data)
+    with pytest.raises(ValueError, match="Cannot open the encoder 'resnet18_cifar'"):
+        open_encoder("resnet18_cifar", data)  # an architecture of ours that has no weights of this plain name
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        open_encoder(f"local-dir:{tmp_path / 'absent'}", data)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
+        open_encoder(f"local-dir:{pickled}", data)
+    with pytest.raises(ValueError, match="3 channels, blobs was loaded with 1"):
+        open_encoder(f"local-dir:{tiny_encoder}", replace(data, images=pixels(data)[:, :1]))
+    with pytest.raises(ValueError, match="small images"):
+        open_encoder("pixels", replace(data, images=torch.zeros(60, 3, 65, 64, dtype=torch.uint8)))
+    with pytest.raises(ValueError, match=r"float features \(60, D\)"):
+        open_encoder(torch.rand(59, 4), data)
+    with pytest.raises(ValueError, match="finite"):
+        make_pseudo_labels(data, torch.full((60, 4), torch.nan), (2,))
+
+
+# Requests that cannot work
+
+
+@pytest.mark.parametrize(
+    ("ks", "message"),
+    [
+        ((), "distinct"),
+        ((2, 2), "distinct"),
+        ((1, 5), "at least 2"),
+        ((2, 61), "K = 61 clusters.*blobs has 60"),
+    ],
+)
+def test_unusable_ks_are_refused(ks: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_pseudo_labels(blobs(), "pixels", ks)
+
+
+def test_unusable_seed_is_refused() -> None:
+    with pytest.raises(ValueError, match="seed must be from 0"):
+        make_pseudo_labels(blobs(), "pixels", (2,), seed=-1)
+
+
+def test_a_class_without_images_is_refused_but_unlabelled_data_is_not() -> None:
+    data = blobs()
+    with pytest.raises(ValueError, match=r"no images of 1 of 3 classes \(green\)"):
+        make_pseudo_labels(data.subset((data.labels != 1).nonzero()[:, 0]), "pixels", (2,))
+    unlabelled = replace(data, labels=torch.full_like(data.labels, -1))
+    assert purity(make_pseudo_labels(unlabelled, "pixels", (3,)).labels[:, 0], data.labels) == 1
+
+
+def test_copies_of_an_image_are_not_enough_for_k_clusters() -> None:
+    data = blobs()
+    copies = replace(data, images=pixels(data)[:3].repeat(20, 1, 1, 1))
+    with pytest.raises(ValueError, match="as many distinct images, blobs has 3"):
+        make_pseudo_labels(copies, "pixels", (2, 4))
+
+
+# The cache
+
+
+def test_second_run_takes_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = blobs()
+    first = make_pseudo_labels(data, "pixels", (2, 3), cache_dir=tmp_path)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("clustered again")
+
+    monkeypatch.setattr(pseudo_labels, "_cluster", fail)
+    again = make_pseudo_labels(data, "pixels", (3, 2), cache_dir=tmp_path)
+    assert torch.equal(again.labels, first.labels.flip(1))
+    assert again.provenance == first.provenance
+    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]  # and nothing temporary
+
+
+def test_every_part_of_the_key_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = blobs()
+    cache = tmp_path / "cache"
+    encoders = [
+        f"local-dir:{save_encoder(tmp_path / 'a' / 'same-name', seed=0)}",
+        f"local-dir:{save_encoder(tmp_path / 'b' / 'same-name', seed=1)}",
+        f"local-dir:{save_encoder(tmp_path / 'c' / 'other-name', seed=0)}",
+    ]
+    brighter = pixels(data).clone()
+    brighter[0, 0, 0, 0] += 1
+
+    def files_after(data: ImageData, encoder: str, ks: tuple[int, ...] = (2, 3), seed: int = 0) -> int:
+        make_pseudo_labels(data, encoder, ks, seed, cache_dir=cache)
+        return len(list(cache.iterdir()))
+
+    assert files_after(data, encoders[0]) == 1
+    assert files_after(data, encoders[0]) == 1
+    assert files_after(data, encoders[1]) == 2  # other weights under the same name
+    assert files_after(data, encoders[2]) == 3  # the same weights under another name
+    assert files_after(replace(data, images=brighter), encoders[0]) == 4
+    assert files_after(data, encoders[0], ks=(2, 4)) == 5
+    assert files_after(data, encoders[0], seed=1) == 6
+    monkeypatch.setattr(pseudo_labels, "METHOD", "other")
+    assert files_after(data, encoders[0]) == 7
+
+
+def test_file_has_the_published_layout_and_tells_where_it_comes_from(
+    label_file: tuple[Path, ImageData],
+) -> None:
+    path, data = label_file
+    tensors = load_file(path)
+    assert {key: tensor.dtype for key, tensor in tensors.items()} == {
+        "train_2": torch.int16,
+        "train_3": torch.int16,
+        "train_digest": torch.int64,
+    }
+    provenance = load_pseudo_labels(path, data).provenance
+    assert provenance["train_fingerprint"] == data.fingerprint()
+    assert (provenance["encoder"], provenance["k"], provenance["seed"]) == ("pixels", "2 3", "0")
+    assert f"torch {torch.__version__}" in provenance["versions"]
+
+
+# Alignment
+
+
+def test_labels_follow_subsets_and_permutations(label_file: tuple[Path, ImageData]) -> None:
+    path, data = label_file
+    whole = load_pseudo_labels(path, data).labels
+    part, order = permuted(data, 25)
+    assert torch.equal(load_pseudo_labels(path, part).labels, whole[order])
+    for half in train_val_split(data, 0.5):
+        assert torch.equal(load_pseudo_labels(path, half, ks=(3,)).labels, whole[half.indices][:, 1:])
+
+
+def test_labels_made_of_a_subset_are_stored_at_the_positions_of_its_source(tmp_path: Path) -> None:
+    data = blobs()
+    part, order = permuted(data, 40)
+    made = make_pseudo_labels(part, "pixels", (3,), cache_dir=tmp_path)
+    assert purity(made.labels[:, 0], part.labels) == 1
+    path = tmp_path / made.provenance["file"]
+    assert load_file(path)["train_3"][order].tolist() == made.labels[:, 0].tolist()
+    with pytest.raises(ValueError, match=r"20 of the 60 labels of train_3 lie outside"):
+        load_pseudo_labels(path, data)
+
+
+# Files that cannot be used
+
+
+def test_missing_and_corrupt_files(tmp_path: Path, label_file: tuple[Path, ImageData]) -> None:
+    path, data = label_file
+    with pytest.raises(FileNotFoundError, match=r"train\.pseudo_labels"):
+        load_pseudo_labels(tmp_path / "absent.safetensors", data)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="no readable safetensors"):
+        load_pseudo_labels(path, data)
+
+
+def test_what_the_file_lacks_is_named(label_file: tuple[Path, ImageData]) -> None:
+    path, data = label_file
+    with pytest.raises(ValueError, match=r"no labels for K = \[10\], only for \[2, 3\]"):
+        load_pseudo_labels(path, data, ks=(2, 10))
+    with pytest.raises(ValueError, match="no labels of the split 'test', only train_2"):
+        load_pseudo_labels(path, data, "test")
+
+
+def test_labels_that_do_not_fit_the_data_are_refused(label_file: tuple[Path, ImageData]) -> None:
+    path, data = label_file
+    labels = load_file(path)["train_3"]
+    rewrite(path, train_3=labels[:59])
+    with pytest.raises(ValueError, match=r"image at position 59 of its source"):
+        load_pseudo_labels(path, data)
+    for wrong in (3, -1):
+        changed = labels.clone()
+        changed[7] = wrong
+        rewrite(path, train_3=changed)
+        with pytest.raises(ValueError, match=r"1 of the 60 labels of train_3 lie outside \[0, 3\)"):
+            load_pseudo_labels(path, data)
+    rewrite(path, train_3=labels.float())
+    with pytest.raises(ValueError, match="float32"):
+        load_pseudo_labels(path, data)
+
+
+def test_labels_of_other_images_are_refused(label_file: tuple[Path, ImageData]) -> None:
+    path, data = label_file
+    with pytest.raises(ValueError, match="other images: 60 of 60"):
+        load_pseudo_labels(path, blobs(seed=5))
+    shifted = replace(data, images=pixels(data).roll(1, 0))
+    with pytest.raises(ValueError, match="other images: 60 of 60"):
+        load_pseudo_labels(path, shifted)
+    part, _ = permuted(data, 25)
+    with pytest.raises(ValueError, match="other images"):
+        load_pseudo_labels(path, replace(part, indices=part.indices.roll(1)))
+
+
+# The published labels
+
+
+@needs_published
+def test_published_purity() -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (file,) = sorted(PUBLISHED.parent.glob("train-*.parquet"))
+    classes = torch.tensor(parquet.read_table(file, columns=["label"])["label"].to_pylist())
+    # Labels need no pixels: empty images keep this to a second.
+    images = torch.zeros(len(classes), 3, 1, 1, dtype=torch.uint8)
+    data = ImageData(images, classes, torch.arange(len(classes)), tuple("0123456789"), "cifar10")
+    published = load_pseudo_labels(PUBLISHED, data)
+    assert published.ks == tuple(PUBLISHED_PURITY)
+    for one in cluster_stats(published.labels, published.ks, classes):
+        assert one.purity == pytest.approx(PUBLISHED_PURITY[one.k], abs=0.005)
+        assert int(one.sizes.sum()) == 50_000
+    part, order = permuted(data, 1000)
+    assert torch.equal(load_pseudo_labels(PUBLISHED, part, ks=(50,)).labels[:, 0], published.labels[order, 2])
+    assert load_pseudo_labels(PUBLISHED, data.subset(torch.arange(10_000)), "test").labels.shape == (
+        10_000,
+        5,
+    )
+    assert published.provenance["file"] == PUBLISHED.name and len(published.provenance["file_sha256"]) == 64
+
+
+# The report
+
+
+def test_purity_equals_a_slow_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 9, (300,), generator=generator) * 2  # odd clusters are empty
+    classes = torch.randint(0, 4, (300,), generator=generator)
+    right = 0
+    for cluster in labels.unique().tolist():
+        members = classes[labels == cluster].tolist()
+        right += max(members.count(c) for c in range(4))
+    assert purity(labels, classes) == right / 300
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"), [([], []), ([0, 1], [0]), ([0, -1], [0, 1]), ([0, 1], [0, -1]), ([[0]], [[0]])]
+)
+def test_purity_refuses(labels: list[int], classes: list[int]) -> None:
+    with pytest.raises(ValueError, match="not negative"):
+        purity(torch.tensor(labels).long(), torch.tensor(classes).long())
+
+
+def test_table_shows_sizes_and_empty_clusters() -> None:
+    labels = torch.tensor([[0], [0], [0], [2], [2], [3]])
+    (one,) = cluster_stats(labels, (5,), torch.tensor([0, 0, 1, 1, 1, -1]))
+    assert one.sizes.tolist() == [0, 0, 1, 2, 3]
+    assert one.purity == pytest.approx(4 / 5)  # the image without a class does not count
+    assert format_stats([one]).splitlines()[1].split() == ["5", "0.800", f"{one.nmi:.3f}", "1", "2", "3", "2"]
+    (unknown,) = cluster_stats(labels, (5,), torch.full((6,), -1))
+    assert "nan" in format_stats([unknown])
+
+
+def test_report_can_be_drawn_with_one_channel_empty_clusters_and_no_classes(tmp_path: Path) -> None:
+    data = blobs()
+    grey = replace(data, images=pixels(data)[:, :1], labels=torch.full_like(data.labels, -1))
+    labels = torch.where(data.labels == 1, 0, 2)[:, None]  # cluster 1 is empty
+    draw_report(labels, (4,), grey, tmp_path / "report.png", "pixels")
+    assert [file.name for file in tmp_path.iterdir()] == ["report.png"]
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+# The command
+
+
+def run_main(output: Path, encoder: str, *more: str) -> None:
+    main(
+        [
+            "--data",
+            "digits",
+            "--encoder",
+            encoder,
+            "--k",
+            "2",
+            "10",
+            "--output",
+            str(output),
+            "--device",
+            "cpu",
+            *more,
+        ]
+    )
+
+
+def test_command_on_digits_with_pixels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-m", "train.pseudo_labels", "--data", "digits", "--encoder", "pixels"]
+    command += ["--k", "2", "10", "--output", str(tmp_path)]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert "written to" in run.stderr and "purity" in run.stdout
+    caplog.set_level("INFO")
+    run_main(tmp_path, "pixels")
+    assert "found in the cache" in caplog.text and capsys.readouterr().out == run.stdout
+    picture, path = sorted(tmp_path.iterdir())
+    assert (picture.suffix, path.suffix) == (".png", ".safetensors")
+    train, test = (load_data("digits", split) for split in ("train", "test"))
+    made = load_pseudo_labels(path, train)
+    assert (
+        0.7 < purity(made.labels[:, 1], train.labels) < 0.9
+    )  # 10 clusters of digits: far from chance and from 1
+    assert purity(load_pseudo_labels(path, test, "test").labels[:, 1], test.labels) > 0.7
+
+
+def test_command_with_a_network(
+    tmp_path: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_main(tmp_path, f"local-dir:{tiny_encoder}", "--splits", "test", "--size", "16")
+    (path,) = tmp_path.glob("*.safetensors")
+    data = load_data("digits", "test", size=16)
+    made = load_pseudo_labels(path, data, "test")
+    assert made.provenance["encoder"] == "local-dir:tiny" and len(made.provenance["weights_sha256"]) == 64
+    assert f"{purity(made.labels[:, 1], data.labels):.3f}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="size"):
+        load_pseudo_labels(path, load_data("digits", "test"), "test")
+
+
+def test_command_prints_one_line_for_a_wrong_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_main(tmp_path, "pixels", "--k", "5000")
+    assert stop.value.code == 2
+    assert "K = 5000 clusters need at least as many images, digits has 1438" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,1 @@
+"""What makes encoders: views, objective, pseudo-labels, the pretraining loop. Used from a checkout, not installed."""

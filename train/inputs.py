@@ -1,0 +1,102 @@
+"""What a run reads: images, pseudo-labels, and whether they are those that the checkpoint was made from."""
+
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import timm
+import torch
+from accelerate import Accelerator
+
+import advcl_hub
+from advcl_hub.data import ImageData, load_data, train_val_split
+from train.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
+from train.recipe import Recipe, require
+
+
+def load_training_data(recipe: Recipe) -> tuple[ImageData, ImageData | None]:
+    """The recipe's training images, and those held out to judge the run. Raises as `advcl_hub.data.load_data` does."""
+    c = recipe.data
+    channels = recipe.model_kwargs.get("in_chans", 3)
+    data = load_data(c.source, "train", root=c.root, size=c.size, channels=channels, download=c.download)
+    if not c.val_fraction:
+        return data, None
+    return train_val_split(data, c.val_fraction)
+
+
+def load_labels(recipe: Recipe, data: ImageData, device: torch.device) -> PseudoLabels | None:
+    """The recipe's pseudo-labels for these images, or None if its objective has no use for them."""
+    c = recipe.pseudo_labels
+    if not recipe.objective.pseudo_label_weight:
+        return None
+    if c.path:
+        return load_pseudo_labels(c.path, data, "train", c.ks)
+    assert c.encoder is not None  # the recipe made sure
+    return make_pseudo_labels(data, c.encoder, c.ks, recipe.seed, cache_dir=c.cache, device=device)
+
+
+def provenance(data: ImageData, labels: PseudoLabels | None, accelerator: Accelerator) -> dict[str, Any]:
+    """What a result has to name besides its recipe: data, labels, versions, hardware."""
+    cuda = accelerator.device.type == "cuda"
+    return {
+        "data": {
+            "name": data.name,
+            "images": len(data),
+            "shape": list(data.shape),
+            "classes": list(data.classes),
+            "sha256": data.fingerprint(),
+        },
+        "pseudo_labels": labels.provenance if labels else None,
+        "versions": {
+            "advcl_hub": advcl_hub.__version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "accelerate": accelerate.__version__,
+            "python": platform.python_version(),
+        },
+        "hardware": {
+            "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+            "processes": accelerator.num_processes,
+        },
+    }
+
+
+# These decide how a run is watched and where its files lie, not what it computes: they may change between starts.
+_FREE = ("checkpoint_minutes", "judge", "data.root", "data.download", "data.workers", "pseudo_labels.path", "pseudo_labels.cache")
+
+
+def check_same_recipe(earlier: Recipe, recipe: Recipe, folder: Path) -> None:
+    """Raises ValueError, listing what differs, unless a checkpoint's recipe computes the same as this one."""
+    before, now = _flat(earlier.to_dict()), _flat(recipe.to_dict())
+    differences = [
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(_FREE)
+    ]
+    require(
+        not differences,
+        f"{folder} holds a run of another recipe; choose another --output, or undo:\n  " + "\n  ".join(differences),
+    )
+
+
+def check_same_data(earlier: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError unless a checkpoint saw these very images and labels; warns where exactness is lost."""
+    for key in ("data", "pseudo_labels"):
+        require(
+            earlier[key] == now[key],
+            f"{folder} was trained on other {key.replace('_', '-')}: {earlier[key]}, now {now[key]}. Choose another --output.",
+        )
+    if earlier["hardware"] != now["hardware"] or earlier["versions"] != now["versions"]:
+        print("Note: other hardware or versions than before; the run continues, but not bit by bit as one run.", file=sys.stderr)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

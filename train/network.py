@@ -1,0 +1,80 @@
+"""From a recipe to a network, its optimizer and its learning-rate schedule."""
+
+import difflib
+from collections.abc import Mapping
+
+import timm
+import torch
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from torch import Tensor, nn
+
+import advcl_hub  # noqa: F401  (registers our architectures with timm)
+from train.recipe import Recipe, require
+from train.step import AdvCL
+
+
+def build_encoder(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
+    """The recipe's timm model without classifier, for images in [0, 1] of this shape (C, H, W).
+
+    Raises:
+        ValueError: timm does not know the model (near names are given), its arguments do not fit, or it does not take the images.
+    """
+    name, known = recipe.model, timm.list_models()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3)
+        raise ValueError(f"timm has no model {name!r}." + (f" Did you mean {', '.join(near)}?" if near else ""))
+    cfg = {"input_size": shape, "mean": (0.0,) * shape[0], "std": (1.0,) * shape[0], "crop_pct": 1.0}
+    try:
+        encoder = timm.create_model(name, num_classes=0, pretrained_cfg_overlay=cfg, **recipe.model_kwargs)
+        with torch.no_grad():
+            features = encoder.eval()(torch.zeros(2, *shape))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        size = "x".join(map(str, shape))
+        raise ValueError(
+            f"{name} with {dict(recipe.model_kwargs)} does not take {size} images: {error}. Set model_kwargs (img_size, "
+            "patch_size, in_chans) or data.size."
+        ) from error
+    require(features.ndim == 2, f"{name} gives features of shape {tuple(features.shape)}; set model_kwargs.global_pool.")
+    return encoder.train()
+
+
+def build_network(recipe: Recipe, ks: tuple[int, ...], shape: tuple[int, int, int]) -> AdvCL:
+    """The encoder with branches, projection head and pseudo-label heads, seeded by the recipe."""
+    torch.manual_seed(recipe.seed)
+    encoder = build_encoder(recipe, shape)
+    if recipe.speed.sync_batch_norm:
+        require(torch.cuda.is_available(), "speed.sync_batch_norm needs GPUs; set it to false.")
+        encoder = timm.layers.convert_sync_batchnorm(encoder)
+    layout = torch.channels_last if recipe.speed.channels_last else torch.contiguous_format
+    network = AdvCL(encoder, recipe.objective, recipe.attack, recipe.views, ks, layout)
+    if recipe.speed.sync_batch_norm:
+        network.projector = nn.SyncBatchNorm.convert_sync_batchnorm(network.projector)
+    return network.to(memory_format=layout)  # type: ignore[call-overload, no-any-return]
+
+
+def plain_encoder(recipe: Recipe, shape: tuple[int, int, int], state: Mapping[str, Tensor]) -> nn.Module:
+    """The stock timm model with one branch's weights (see `branch_state_dict`), in evaluation mode."""
+    encoder = build_encoder(recipe, shape)
+    encoder.load_state_dict(state)
+    return encoder.eval()
+
+
+def build_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
+    """SGD as published (weight decay on all parameters), or AdamW."""
+    c = recipe.optimizer
+    if c.name == "sgd":
+        return torch.optim.SGD(network.parameters(), c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
+    return torch.optim.AdamW(network.parameters(), c.lr, weight_decay=c.weight_decay)
+
+
+def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:
+    """Warm-up and cosine; a function of the step alone, so there is nothing to save."""
+    c = recipe.optimizer
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=recipe.epochs * steps_per_epoch,
+        lr_min=c.lr * c.min_lr_ratio,
+        warmup_t=c.warmup_epochs * steps_per_epoch,
+        warmup_lr_init=c.warmup_lr,
+        t_in_epochs=False,
+    )

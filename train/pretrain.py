@@ -1,0 +1,311 @@
+"""Pretrains an encoder by a recipe. Start, stop and continue with the same command:
+
+    python -m train.pretrain cifar10_resnet18 data.root=DIR pseudo_labels.path=FILE --output runs/resnet18
+    accelerate launch -m train.pretrain ...                                # several processes
+
+Killed at any moment, it continues from the last complete checkpoint as if nothing had happened: every step seeds its random
+numbers from (seed, step, rank) and every epoch its order from (seed, epoch), so no random state has to survive.
+"""
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from timm.utils import ModelEmaV3
+from torch import Tensor
+from tqdm import tqdm
+
+from advcl_hub.data import ImageData, batches
+from advcl_hub.evaluation import Robustness, evaluate
+from advcl_hub.export import verify_folder
+from advcl_hub.models.branch_norm import branch_state_dict
+from train.checkpoint import FILE, Checkpoint, load_checkpoint, pack_state, save_checkpoint, unpack_state
+from train.export import export_checkpoint, usage_lines
+from train.inputs import check_same_data, check_same_recipe, load_labels, load_training_data, provenance
+from train.network import build_network, build_optimizer, build_schedule, plain_encoder
+from train.pictures import save_views
+from train.probe import linear_probe
+from train.recipe import Recipe, load_recipe, require
+from train.runlog import Meter, RunLog, save_curves
+from train.stop import StopRequest, duration
+from train.views import make_views
+
+log = logging.getLogger("advcl")
+_AGREE_EVERY = 10  # steps between the processes' agreements on stopping and saving
+
+
+class Trainer:
+    """One pretraining run in one folder, which holds its checkpoint, log, pictures and, at the end, the export.
+
+    Args:
+        recipe: what to train.
+        output: the run's folder; a checkpoint in it is continued.
+
+    Raises:
+        ValueError: the recipe does not fit the data, the hardware or the checkpoint in the folder.
+        FileNotFoundError: data or label files are missing.
+    """
+
+    def __init__(self, recipe: Recipe, output: Path) -> None:
+        self.recipe, self.output = recipe, output
+        self.accelerator = Accelerator(
+            mixed_precision=recipe.speed.mixed_precision,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+        self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        require(
+            recipe.batch_size % self.world == 0,
+            f"batch_size {recipe.batch_size} does not divide by {self.world} processes; change batch_size.",
+        )
+        data, self.held_out = load_training_data(recipe)
+        require(
+            len(data) >= recipe.batch_size,
+            f"A batch of {recipe.batch_size} needs as many training images; there are {len(data)}. Lower batch_size.",
+        )
+        with self.accelerator.main_process_first():  # one process clusters, the others read the cache
+            labels = load_labels(recipe, data, self.device)
+        self.data = data.to(self.device)
+        self.labels = labels.labels.to(self.device) if labels else None
+        self.steps_per_epoch = len(data) // recipe.batch_size
+        self.total_steps = recipe.epochs * self.steps_per_epoch
+
+        self.core = build_network(recipe, labels.ks if labels else (), data.shape).to(self.device)
+        self.ema = ModelEmaV3(self.core, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+        self.optimizer = build_optimizer(recipe, self.core)
+        self.schedule = build_schedule(recipe, self.optimizer, self.steps_per_epoch)
+        self.state = Checkpoint(0, 0.0, recipe, provenance(data, labels, self.accelerator), {})
+        if (output / FILE).is_file():
+            checkpoint = load_checkpoint(output)
+            check_same_recipe(checkpoint.recipe, recipe, output)
+            check_same_data(checkpoint.provenance, self.state.provenance, output)
+            unpack_state(checkpoint, self.core, self.optimizer, self.ema.module if self.ema else None)
+            self.state = replace(checkpoint, recipe=recipe, tensors={})
+        if recipe.speed.compile:
+            torch._dynamo.config.cache_size_limit = 64  # one graph for every branch, mode and layout
+            self.core.encoder.compile()
+        self.model, self.stepper = self.accelerator.prepare(self.core, self.optimizer)
+        self.meter = Meter(self.device)
+        self.log: RunLog | None = None
+
+    def run(self, stop: StopRequest) -> bool:
+        """Trains to the end, or until a stop is requested. Returns whether the run is finished."""
+        self.begin()
+        for images, labels in self.remaining_batches():
+            self.train_step(images, labels)
+            epoch, in_epoch = divmod(self.state.step, self.steps_per_epoch)
+            stopping, saving = self.agree(stop.requested, self.saved_at + 60 * self.recipe.checkpoint_minutes < time.monotonic())
+            if in_epoch % max(1, min(50, self.steps_per_epoch // 4)) == 0:
+                self.record()
+            if stopping or saving or self.state.step == self.total_steps:
+                self.save()
+            if stopping:
+                break
+            every = self.recipe.judge.every
+            if in_epoch == 0 and every and epoch % every == 0 and epoch < self.recipe.epochs:
+                self.judge()
+        self.bar.close()
+        if self.state.finished and self.main:
+            self.finish()
+        if self.log:
+            self.log.close()
+        self.accelerator.wait_for_everyone()
+        return self.state.finished
+
+    def train_step(self, images: Tensor, labels: Tensor | None) -> None:
+        """One optimizer step; `AdvCL.forward` is the method."""
+        seed_step(self.recipe.seed, self.state.step, self.rank)
+        self.schedule.step_update(self.state.step)
+        losses = self.model(images, labels)
+        self.accelerator.backward(losses.total)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        self.state.step += 1
+        if self.ema:
+            self.ema.update(self.core, self.state.step)
+        self.meter.add(torch.stack([x.detach() for x in losses]))
+        self.bar.update()
+
+    def remaining_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """This process's share (uint8 images, pseudo-labels) of every batch from the current step on."""
+        self.model.train()
+        share = self.recipe.batch_size // self.world
+        for epoch in range(self.state.step // self.steps_per_epoch, self.recipe.epochs):
+            order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(mix(self.recipe.seed, epoch)))
+            order = order[: self.steps_per_epoch * self.recipe.batch_size].view(self.steps_per_epoch, self.world, share)
+            mine = order[self.state.step - epoch * self.steps_per_epoch :, self.rank].flatten()
+            for images, rows in batches(
+                self.data, share, device=self.device, order=mine, workers=self.recipe.data.workers
+            ):
+                yield images, None if self.labels is None else self.labels[rows]
+
+    def agree(self, stopping: bool, saving: bool) -> tuple[bool, bool]:
+        """What the main process wants, asked of it every few steps: all processes must stop and save at the same step."""
+        if self.world == 1:
+            return stopping, saving
+        if self.state.step % _AGREE_EVERY:
+            return False, False
+        flags = broadcast_object_list([stopping, saving])
+        return flags[0], flags[1]
+
+    def record(self) -> None:
+        """Writes the mean losses since the last record. Raises FloatingPointError if they are not finite."""
+        if not self.meter.count:
+            return
+        means, steps, seconds = self.meter.take(self.accelerator)
+        if not np.isfinite(means).all():
+            raise FloatingPointError(
+                f"The loss is not finite at step {self.state.step}: stopped. The last good checkpoint is {self.output / FILE}; "
+                "lower optimizer.lr or use speed.mixed_precision=no in a new folder."
+            )
+        self.state.seconds += seconds
+        self.bar.set_postfix(epoch=f"{self.state.step / self.steps_per_epoch:.1f}", loss=f"{means[0]:.4f}")
+        if self.log:
+            self.log.write(
+                self.state.step,
+                epoch=self.state.step / self.steps_per_epoch,
+                **dict(zip(("total", "contrastive", "pseudo_label"), means, strict=True)),
+                lr=self.optimizer.param_groups[0]["lr"],
+                images_per_second=steps * self.recipe.batch_size / seconds,
+                seconds=self.state.seconds,
+            )
+
+    def save(self) -> None:
+        """Writes the checkpoint, after making sure that the losses so far are finite."""
+        self.record()
+        self.state.finished = self.state.step == self.total_steps
+        if self.main:
+            tensors = pack_state(self.core, self.optimizer, self.ema.module if self.ema else None)
+            save_checkpoint(self.output, replace(self.state, tensors=tensors))
+            save_curves(self.output)
+        self.saved_at = time.monotonic()
+        self.meter.restart()
+
+    def judge(self) -> Robustness | None:
+        """A linear probe of the branch and weights that would be exported, on held-out images, clean and under PGD."""
+        result = None
+        if self.main and self.held_out is not None:
+            rule, branch = self.recipe.judge, self.recipe.objective.export_branch
+            weights = (self.ema.module if self.ema else self.core).encoder.state_dict()  # type: ignore[union-attr]
+            encoder = plain_encoder(self.recipe, self.data.shape, branch_state_dict(weights, branch))
+            train = first_images(self.data, rule.train_images, self.recipe.seed)
+            held_out = first_images(self.held_out, rule.val_images, self.recipe.seed)
+            eps = self.recipe.attack.eps
+            probe = linear_probe(encoder, train, self.device)
+            result = evaluate(probe, held_out, eps=eps, step_size=eps / 4, steps=rule.steps, device=self.device)
+            epoch = self.state.step / self.steps_per_epoch
+            tqdm.write(
+                f"epoch {epoch:g}: linear probe on {result.images} held-out images: standard {result.standard:.1%}, "
+                f"robust {result.robust:.1%} (PGD-{rule.steps}, eps {eps * 255:g}/255)",
+                file=sys.stderr,
+            )
+            if self.log:
+                self.log.write(self.state.step, epoch=epoch, probe_standard=result.standard, probe_robust=result.robust)
+            save_curves(self.output)
+        self.accelerator.wait_for_everyone()
+        self.meter.restart()
+        return result
+
+    def begin(self) -> None:
+        """Opens the folder: recipe, log, a picture of the first batch's views, and a first checkpoint."""
+        if self.main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
+            self.log = RunLog(self.output, self.state.step)
+        self.bar = tqdm(
+            total=self.total_steps,
+            initial=self.state.step,
+            disable=not self.main,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        if self.state.step == 0:
+            self.picture_views()
+            self.save()
+        self.saved_at = time.monotonic()
+        self.meter.restart()
+
+    def picture_views(self) -> None:
+        """Saves the views of the first images to views.png; all processes make the adversarial ones together."""
+        rows = torch.arange(min(10, len(self.data)))
+        images = next(batches(self.data, len(rows), device=self.device, order=rows))[0]
+        seed_step(self.recipe.seed, 0, self.rank)
+        views = make_views(images, self.recipe.views)
+        labels = None if self.labels is None else self.labels[rows.to(self.device)]
+        adversarial = self.core.adversarial_views(views, labels)
+        shown = {"image": images / 255, **views._asdict()}
+        shown["high_frequency"] = views.high_frequency + 0.5
+        if self.main:
+            save_views(self.output / "views.png", shown | adversarial)
+
+    def finish(self) -> None:
+        """The last judgement, the export and its check."""
+        result = self.judge() if self.recipe.judge.every else None
+        figures = {"linear_probe_held_out": vars(result)} if result else {}
+        folder = export_checkpoint(load_checkpoint(self.output), self.output / "export", figures=figures)
+        verify_folder(folder)
+        log.info("Finished in %.0f s of training. Exported to %s\n%s", self.state.seconds, folder, usage_lines(folder))
+
+
+def mix(*numbers: int) -> int:
+    """A well-mixed seed of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seeds torch's generators, on all devices, for one step of one process."""
+    torch.manual_seed(mix(seed, step, rank))
+
+
+def first_images(data: ImageData, count: int, seed: int) -> ImageData:
+    """At most `count` images in a fixed random order."""
+    return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m train.pretrain", description=__doc__.split("\n")[0])
+    parser.add_argument("recipe", help="name of a file in train/recipes, or a path")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change, e.g. attack.steps=3")
+    parser.add_argument("--output", type=Path, help="folder of the run (default: runs/RECIPE)")
+    parser.add_argument("--time-budget", type=duration, help="stop with a checkpoint after so long: 90s, 9m, 2h")
+    args = parser.parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    again = f"python -m train.pretrain {shlex.join(argv)}"
+    output = args.output or Path("runs") / Path(args.recipe).stem
+    try:
+        with StopRequest(args.time_budget) as stop:
+            recipe = load_recipe(args.recipe, args.overrides)
+            finished = pretrain(recipe, output, stop)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    if not finished and int(os.environ.get("RANK", 0)) == 0:
+        print(f"Stopped with a checkpoint in {output}. To continue, run the same command again:\n  {again}")
+
+
+def pretrain(recipe: Recipe, output: Path, stop: StopRequest) -> bool:
+    """Starts or continues a run. Returns whether it is finished; a run that was finished before costs nothing."""
+    if (output / FILE).is_file() and (output / "export" / "results.json").is_file():
+        checkpoint = load_checkpoint(output)
+        check_same_recipe(checkpoint.recipe, recipe, output)
+        if checkpoint.finished:
+            log.info("%s is finished already.\n%s", output, usage_lines(output / "export"))
+            return True
+    return Trainer(recipe, output).run(stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""A linear probe: how good an encoder's features are, decided by a convex fit that leaves nothing to tune."""
+
+import copy
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advcl_hub.data import ImageData, batches
+
+_L2 = 1e-3  # on weights of standardised features; one value for every encoder and data set
+
+
+@torch.no_grad()
+def extract_features(encoder: nn.Module, data: ImageData, device: torch.device | str, batch_size: int = 500) -> Tensor:
+    """Features (N, D) of all images, in evaluation mode, without augmentation."""
+    encoder = encoder.to(device).eval()
+    return torch.cat([encoder(images / 255) for images, _ in batches(data, batch_size, device=device)])
+
+
+def fit_linear(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression with a small l2 penalty, by full-batch L-BFGS: deterministic, to the optimum.
+
+    Args:
+        features: float (N, D).
+        labels: int64 (N,) below `num_classes`.
+        num_classes: number of classes C.
+
+    Returns:
+        Weight (C, D) and bias (C,) for the features as given.
+    """
+    mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
+    x = (features - mean) / std
+    weight = torch.zeros(num_classes, x.shape[1], device=x.device, requires_grad=True)
+    bias = torch.zeros(num_classes, device=x.device, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=300, history_size=20, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), labels) + 0.5 * _L2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)  # type: ignore[arg-type]
+    scaled = weight.detach() / std
+    return scaled, bias.detach() - scaled @ mean
+
+
+def linear_probe(encoder: nn.Module, data: ImageData, device: torch.device | str) -> nn.Module:
+    """A timm classifier: a copy of `encoder` whose new linear head is fitted to its fixed features of `data`.
+
+    Raises:
+        ValueError: the model's classifier is not one linear layer.
+    """
+    weight, bias = fit_linear(extract_features(encoder, data, device), data.labels.to(device), len(data.classes))
+    classifier = copy.deepcopy(encoder)
+    classifier.reset_classifier(len(data.classes))  # type: ignore[operator]
+    head = classifier.get_classifier()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear) or head.weight.shape != weight.shape:
+        raise ValueError(f"A linear probe needs a model whose classifier is one Linear layer, got {head}.")
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        cast(Tensor, head.bias).copy_(bias)
+    return classifier.to(device).eval()

@@ -1,0 +1,259 @@
+"""Recipes: one YAML file a result, `key=value` on the command line overrides it, anything unknown or impossible is refused.
+
+A recipe's keys are the fields of `Recipe` and of the groups in it; numbers may be written as fractions (`eps: 8/255`).
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.step import VIEW_NAMES, Attack, Objective
+from train.views import ViewConfig
+
+RECIPES = Path(__file__).with_name("recipes")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images to train on: the arguments of `advcl_hub.data.load_data`, and the share kept back to judge the run.
+
+    Attributes:
+        source: e.g. `digits`, `cifar10`, `folder:PATH`, `parquet:PATH`.
+        root: folder of the sources that need one.
+        size: side to which images are resized; null keeps theirs.
+        download: fetch a torchvision dataset that is not in `root`.
+        val_fraction: class-balanced share of the training split that is never trained on; the test split is never touched.
+        workers: decoding processes for sets too large for memory.
+    """
+
+    source: str = "digits"
+    root: str | None = None
+    size: int | None = None
+    download: bool = False
+    val_fraction: float = 0.1
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        require(0 <= self.val_fraction < 1, f"val_fraction must be in [0, 1), got {self.val_fraction}")
+        require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class PseudoLabelSource:
+    """Where the pseudo-labels come from: a label file (`path`), or clustering the features of a timm model (`encoder`).
+
+    Attributes:
+        ks: numbers of clusters, one head each.
+        path: safetensors file in the published layout (`train_{K}`).
+        encoder: `pixels`, or a pretrained timm model, `hf-hub:` and `local-dir:` names included.
+        cache: folder that keeps labels once computed.
+    """
+
+    ks: tuple[int, ...] = (2, 10, 50, 100, 500)
+    path: str | None = None
+    encoder: str | None = None
+    cache: str = "runs/pseudo_labels"
+
+    def __post_init__(self) -> None:
+        require(bool(self.ks) and min(self.ks) >= 2, f"ks needs numbers of clusters of at least 2, got {list(self.ks)}")
+        require(self.path is None or self.encoder is None, "give either path or encoder, not both")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """SGD or AdamW; the learning rate warms up linearly, then falls along a cosine to `lr * min_lr_ratio`, step by step."""
+
+    name: str = "sgd"
+    lr: float = 0.5
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup_epochs: int = 10
+    warmup_lr: float = 0.01
+    min_lr_ratio: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require(self.name in ("sgd", "adamw"), f"name must be sgd or adamw, got {self.name!r}")
+        require(self.lr > 0, f"lr must be positive, got {self.lr}")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How the same step is computed.
+
+    Attributes:
+        mixed_precision: `no`, or `bf16` for autocast (the losses stay in float32).
+        channels_last: memory layout of network and images.
+        compile: torch.compile the encoder.
+        sync_batch_norm: statistics over all processes (GPUs only).
+    """
+
+    mixed_precision: str = "no"
+    channels_last: bool = False
+    compile: bool = False
+    sync_batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.mixed_precision in ("no", "bf16"), f"mixed_precision must be no or bf16, got {self.mixed_precision!r}")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A linear probe on held-out images while the run goes on, clean and under PGD at the training eps.
+
+    Attributes:
+        every: epochs between probes; 0 for none.
+        train_images, val_images: at most so many images fit and judge the probe.
+        steps: PGD steps of eps/4.
+    """
+
+    every: int = 10
+    train_images: int = 5000
+    val_images: int = 500
+    steps: int = 20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result of a pretraining run.
+
+    Attributes:
+        model, model_kwargs: any timm architecture and its arguments.
+        epochs, batch_size: the batch is the global one, over all processes; it must divide by their number.
+        seed: of weights, order, views and attack starts.
+        ema_decay: of the averaged weights that are judged and exported; 0 for none.
+        checkpoint_minutes: time between checkpoints.
+    """
+
+    model: str = "resnet18_cifar"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    epochs: int = 100
+    batch_size: int = 512
+    seed: int = 0
+    ema_decay: float = 0.0
+    checkpoint_minutes: float = 5.0
+    data: Data = field(default_factory=Data)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    attack: Attack = field(default_factory=Attack)
+    objective: Objective = field(default_factory=Objective)
+    pseudo_labels: PseudoLabelSource = field(default_factory=PseudoLabelSource)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    speed: Speed = field(default_factory=Speed)
+    judge: Judge = field(default_factory=Judge)
+
+    def __post_init__(self) -> None:
+        objective, labels, warmup = self.objective, self.pseudo_labels, self.optimizer.warmup_epochs
+        require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
+        require(self.batch_size >= 2, f"batch_size must be at least 2, got {self.batch_size}")
+        require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        require(0 <= warmup < self.epochs, f"optimizer.warmup_epochs ({warmup}) must be less than epochs ({self.epochs})")
+        for view in (*objective.clean_views, *objective.adversarial_views):
+            require(view in VIEW_NAMES, f"objective: no view {view!r}; the views are {', '.join(VIEW_NAMES)}")
+        require(
+            not self.judge.every or self.data.val_fraction > 0,
+            "judge.every needs held-out images: set data.val_fraction above 0, or judge.every to 0",
+        )
+        require(
+            not objective.pseudo_label_weight or bool(labels.path or labels.encoder),
+            "objective.pseudo_label_weight needs labels: set pseudo_labels.path or pseudo_labels.encoder, or the weight to 0",
+        )
+        require(self.attack.steps >= 0 and self.attack.eps >= 0, "attack.steps and attack.eps must not be negative")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, as YAML and JSON have them."""
+        return typing.cast(dict[str, Any], _plain(dataclasses.asdict(self)))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and applies overrides.
+
+    Args:
+        name: a file in train/recipes without its ending, or the path of a YAML file.
+        overrides: `key=value`, groups with dots: `attack.eps=4/255`, `model_kwargs.drop_path_rate=0.1`.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        ValueError: an unknown key (the nearest known one is named), a value of the wrong type, an impossible combination.
+    """
+    known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+    path = RECIPES / f"{name}.yaml" if name in known else Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"No recipe {name!r}. Known: {', '.join(known)}; or give the path of a YAML file.")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    require(isinstance(values, dict), f"{path} must hold `key: value` lines")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        require(bool(key and equals), f"An override is key=value, got {override!r}")
+        *groups, leaf = key.split(".")
+        target = values
+        for group in groups:
+            target = target.setdefault(group, {})
+            require(isinstance(target, dict), f"{key}: {group} is not a group of settings")
+        target[leaf] = yaml.safe_load(text)
+    return from_dict(values)
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from nested values; the inverse of `Recipe.to_dict`. Raises ValueError as `load_recipe` does."""
+    return typing.cast(Recipe, _build(Recipe, values, ""))
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with `message` unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    """`value` as an instance of the type `kind`; `path` names it in errors."""
+    if dataclasses.is_dataclass(kind):
+        require(isinstance(value, Mapping), f"{path} is a group of settings, got {value!r}")
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                near = difflib.get_close_matches(str(key), hints, 1, 0.0)[0]
+                raise ValueError(f"Unknown key {_join(path, key)!r}. Did you mean {_join(path, near)!r}? Known: {', '.join(hints)}")
+        built = {key: _build(hints[key], v, _join(path, key)) for key, v in value.items()}
+        try:
+            return kind(**built)  # type: ignore[operator]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}" if path else str(error)) from None
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:  # X | None
+        return None if value is None else _build(args[0], value, path)
+    if origin is tuple:
+        require(isinstance(value, Sequence) and not isinstance(value, str), f"{path} must be a list, got {value!r}")
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        require(len(kinds) == len(value), f"{path} needs {len(kinds)} values, got {value!r}")
+        return tuple(_build(k, v, path) for k, v in zip(kinds, value, strict=True))
+    if origin is dict:
+        require(isinstance(value, Mapping), f"{path} must be a group of settings, got {value!r}")
+        return dict(value)
+    if kind is float and isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:  # YAML leaves 8/255 and 1e-4 as text
+            return float(Fraction(value)) if isinstance(value, str) else float(value)
+        except (ValueError, ZeroDivisionError):
+            pass
+    elif type(value) is kind:
+        return value
+    raise ValueError(f"{path} must be {kind.__name__}, got {value!r}")
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,48 @@
+"""When to stop: SIGTERM, Ctrl-C, or the end of a time budget."""
+
+import argparse
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Self
+
+_START = time.monotonic()
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+class StopRequest:
+    """A context in which SIGTERM and SIGINT ask for a stop instead of killing; a second SIGINT interrupts as usual.
+
+    Args:
+        budget: seconds after the start of the process at which a stop is due; None for no limit.
+    """
+
+    def __init__(self, budget: float | None = None) -> None:
+        self.deadline = None if budget is None else _START + budget
+        self.signalled = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop now."""
+        return self.signalled or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    def __enter__(self) -> Self:
+        self.previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signalled and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signalled = True
+
+
+def duration(text: str) -> float:
+    """Seconds from `90s`, `9m` or `2h`; for argparse."""
+    try:
+        return float(text[:-1]) * _UNITS[text[-1:]]
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90s, 9m or 2h") from None
