@@ -171,8 +171,6 @@ def test_encoder_errors(tmp_path: Path, tiny_encoder: Path) -> None:
     data = blobs()
     with pytest.raises(ValueError, match="Cannot open the encoder 'resnet18_nonsense'"):
         open_encoder("resnet18_nonsense", data)
-    with pytest.raises(ValueError, match="Cannot open the encoder 'resnet18_cifar'"):
-        open_encoder("resnet18_cifar", data)  # an architecture of ours that has no weights of this plain name
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         open_encoder(f"local-dir:{tmp_path / 'absent'}", data)
     pickled = tmp_path / "pickled"

@@ -75,7 +75,7 @@ def test_timm_suite_passes_on_our_models(tmp_path: Path) -> None:
     command += ["-p", "timm_suite_plugin", "--deselect", f"tests/test_models.py::{LEFT_OUT}"]
     command += ["--disable-warnings", f"--junitxml={report}", str(suite)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_"))}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent), *sys.path])
     run = subprocess.run(command, cwd=suite.parents[1], env=environment, capture_output=True, text=True)
 
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

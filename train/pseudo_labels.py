@@ -104,8 +104,8 @@ def make_pseudo_labels(
         workers: processes that decode images which are not in memory.
 
     Raises:
-        ValueError: unusable ks or seed, a class without images, fewer distinct images than clusters, or an encoder
-            that cannot be opened or does not fit the images.
+        ValueError: unusable ks or seed, a class without images, fewer distinct images than clusters, or an
+            encoder that cannot be opened or does not fit the images.
         FileNotFoundError: the folder of a "local-dir:" encoder does not exist.
     """
     _check_request(data, ks, seed)

@@ -129,7 +129,7 @@ def make_views(images: Tensor, config: ViewConfig) -> Views:
         ValueError: `images` is not such a batch, or `config.padding` is not smaller than the image.
     """
     _check_images(images, config)
-    pixels = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
+    pixels = images.float() / 255
     strong1 = strong_view(pixels, draw_strong(pixels, config))
     strong2 = strong_view(pixels, draw_strong(pixels, config))
     weak = weak_view(pixels, draw_weak(pixels, config))
@@ -231,7 +231,7 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         factors: (N, 4) brightness, contrast, saturation (>= 0), hue (-0.5 to 0.5).
         order: (N, 4) int64, a permutation of 0 ... 3 for each image.
     """
-    # Hue, the dear operation, is computed once: each image's other operations fall before or after it.
+    # Hue, the expensive operation, is computed once: each image's other operations fall before or after it.
     # An operation that falls on the other side runs there with factor 1, which leaves every bit as it is.
     hue_slot = (order == HUE).int().argmax(dim=1)
     for slot in range(3):
