@@ -1,6 +1,6 @@
 """A folder that timm opens: config.json, model.safetensors, results.json, and a golden input/output pair to check any copy.
 
-    timm.create_model("local-dir:FOLDER", pretrained=True)     # after `import advcl_hub`
+timm.create_model("local-dir:FOLDER", pretrained=True)     # after `import advcl_hub`
 """
 
 import hashlib
@@ -58,7 +58,9 @@ def export_folder(
     folder = Path(folder)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "results.json").exists())):
+    if folder.exists() and (
+        not folder.is_dir() or (any(folder.iterdir()) and not (folder / "results.json").exists())
+    ):
         raise ValueError(f"{folder} exists and is not an earlier export: choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -71,7 +73,10 @@ def export_folder(
             model_config={"label_names": list(label_names)} if label_names else {},
             model_args=dict(model_args or {}),
         )
-        record = {**results, "weights": {"file": WEIGHTS, "dtype": dtype, "sha256": file_sha256(draft / WEIGHTS)}}
+        record = {
+            **results,
+            "weights": {"file": WEIGHTS, "dtype": dtype, "sha256": file_sha256(draft / WEIGHTS)},
+        }
         (draft / "results.json").write_text(json.dumps(record, indent=2) + "\n")
         _save_golden(load_folder(draft), draft / GOLDEN)
         if max_shard_size:
@@ -103,11 +108,15 @@ def verify_folder(folder: str | Path) -> float:
     folder = Path(folder)
     for name in ("config.json", "results.json", WEIGHTS, GOLDEN):
         if not (folder / name).is_file():
-            hint = " Join its shards first: advcl_hub.export.join_shards." if (folder / _INDEX).exists() else ""
+            hint = (
+                " Join its shards first: advcl_hub.export.join_shards." if (folder / _INDEX).exists() else ""
+            )
             raise FileNotFoundError(f"{folder} has no {name}: not a complete export.{hint}")
     expected = json.loads((folder / "results.json").read_text())["weights"]["sha256"]
     if file_sha256(folder / WEIGHTS) != expected:
-        raise ValueError(f"{folder / WEIGHTS} is not the file that was exported (its sha256 differs): copy it again.")
+        raise ValueError(
+            f"{folder / WEIGHTS} is not the file that was exported (its sha256 differs): copy it again."
+        )
     try:
         golden = load_file(folder / GOLDEN)
     except SafetensorError as error:
@@ -116,7 +125,9 @@ def verify_folder(folder: str | Path) -> float:
         output = load_folder(folder)(golden["input"])
     difference = ((output - golden["output"]).abs().max() / golden["output"].abs().max()).item()
     if not difference < 1e-3:  # float32 on another device or library stays far below
-        raise ValueError(f"{folder} computes something else than when it was exported (relative difference {difference:.1e}).")
+        raise ValueError(
+            f"{folder} computes something else than when it was exported (relative difference {difference:.1e})."
+        )
     return difference
 
 

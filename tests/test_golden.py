@@ -25,7 +25,11 @@ def published_key(ours: str) -> str:
         return f"fc_{int(k):03d}.{leaf}"
     if ours.startswith("projector."):
         return ours.replace("projector", "head_proj")
-    key = ours.removeprefix("encoder.").replace("downsample.0.", "downsample.conv.").replace("downsample.1.", "downsample.bn.")
+    key = (
+        ours.removeprefix("encoder.")
+        .replace("downsample.0.", "downsample.conv.")
+        .replace("downsample.1.", "downsample.bn.")
+    )
     for number, branch in enumerate(BRANCHES.values()):
         key = key.replace(f"bn_branches.{branch}.", f"bn_list.{number}.")
     return key
@@ -38,7 +42,9 @@ def published_checkpoint(model: AdvCL) -> dict[str, Tensor]:
 @pytest.fixture(scope="module", params=["contiguous", "channels_last"])
 def model(request: pytest.FixtureRequest) -> AdvCL:
     encoder = timm.create_model("resnet18_cifar", num_classes=0)
-    memory_format = getattr(torch, f"{request.param}_format" if request.param == "contiguous" else request.param)
+    memory_format = getattr(
+        torch, f"{request.param}_format" if request.param == "contiguous" else request.param
+    )
     network = AdvCL(encoder, Objective(), Attack(), ViewConfig(), KS, memory_format)
     network.load_state_dict(convert_advcl(published_checkpoint(network), network))
     return network.double().to(memory_format=memory_format)
@@ -50,7 +56,9 @@ def smooth(name: str) -> Tensor:
 
 def batch() -> tuple[Views, Tensor, Tensor]:
     weak = smooth("xo")
-    views = Views(strong1=smooth("x1"), strong2=smooth("x2"), weak=weak, high_frequency=high_frequency(weak, 8))
+    views = Views(
+        strong1=smooth("x1"), strong2=smooth("x2"), weak=weak, high_frequency=high_frequency(weak, 8)
+    )
     labels = torch.stack([(k * ramp((8,), f"lab{k}")).long() for k in KS], 1)
     noise = torch.stack([(2 * ramp((8, 3, 32, 32), name) - 1) * EPS for name in ("ncl", "nce")])
     return views, labels, noise
@@ -58,7 +66,9 @@ def batch() -> tuple[Views, Tensor, Tensor]:
 
 def check(ours: Tensor, name: str, atol: float = 0.0) -> None:
     expected = GOLDEN[name]
-    torch.testing.assert_close(ours.detach().reshape(expected.shape), expected, rtol=1e-6, atol=atol, msg=lambda m: f"{name}: {m}")
+    torch.testing.assert_close(
+        ours.detach().reshape(expected.shape), expected, rtol=1e-6, atol=atol, msg=lambda m: f"{name}: {m}"
+    )
 
 
 @pytest.mark.parametrize(("v", "b", "d", "t"), [(2, 6, 16, 0.5), (4, 6, 16, 0.5), (4, 8, 128, 0.1)])
@@ -133,7 +143,10 @@ def test_losses_puts_the_pieces_together(model: AdvCL, monkeypatch: pytest.Monke
     ("change", "message"),
     [
         (lambda s: s | {"layer9.weight": torch.zeros(1)}, "unknown key layer9.weight"),
-        (lambda s: {k: v for k, v in s.items() if k != "bn1.bn_list.1.weight"}, "missing key encoder.bn1.bn_branches.adv.weight"),
+        (
+            lambda s: {k: v for k, v in s.items() if k != "bn1.bn_list.1.weight"},
+            "missing key encoder.bn1.bn_branches.adv.weight",
+        ),
         (lambda s: s | {"conv1.weight": torch.zeros(64, 3, 7, 7)}, r"shape of conv1.weight: \(64, 3, 7, 7\)"),
         (lambda s: s | {"bn1.bn_list.3.weight": torch.zeros(64)}, "unknown key bn1.bn_list.3.weight"),
     ],
@@ -147,4 +160,7 @@ def test_converter_takes_data_parallel_checkpoints(model: AdvCL) -> None:
     published = published_checkpoint(model)
     converted = convert_advcl({f"module.{k}": v for k, v in published.items()}, model)
     assert converted.keys() == model.state_dict().keys()
-    assert converted["encoder.layer2.0.downsample.1.bn_branches.adv_ce.weight"] is published["layer2.0.downsample.bn.bn_list.2.weight"]
+    assert (
+        converted["encoder.layer2.0.downsample.1.bn_branches.adv_ce.weight"]
+        is published["layer2.0.downsample.bn.bn_list.2.weight"]
+    )

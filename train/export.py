@@ -1,6 +1,6 @@
 """Exports a run's encoder to a folder that timm opens:
 
-    python -m train.export runs/resnet18 --dtype float16 --output exports/resnet18
+python -m train.export runs/resnet18 --dtype float16 --output exports/resnet18
 """
 
 import argparse
@@ -74,8 +74,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.export", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a pretraining run")
     parser.add_argument("--output", type=Path, help="folder to write (default: RUN/export)")
-    parser.add_argument("--branch", help="batch-norm branch (default: the one the recipe's objective exports)")
-    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: if there are any)")
+    parser.add_argument(
+        "--branch", help="batch-norm branch (default: the one the recipe's objective exports)"
+    )
+    parser.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: if there are any)"
+    )
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--max-shard-size", help='e.g. 16MB; join with "advcl_hub.export.join_shards"')
     args = parser.parse_args()

@@ -57,14 +57,24 @@ def provenance(data: ImageData, labels: PseudoLabels | None, accelerator: Accele
             "python": platform.python_version(),
         },
         "hardware": {
-            "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+            "device": torch.cuda.get_device_name()
+            if cuda
+            else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
             "processes": accelerator.num_processes,
         },
     }
 
 
 # These decide how a run is watched and where its files lie, not what it computes: they may change between starts.
-_FREE = ("checkpoint_minutes", "judge", "data.root", "data.download", "data.workers", "pseudo_labels.path", "pseudo_labels.cache")
+_FREE = (
+    "checkpoint_minutes",
+    "judge",
+    "data.root",
+    "data.download",
+    "data.workers",
+    "pseudo_labels.path",
+    "pseudo_labels.cache",
+)
 
 
 def check_same_recipe(earlier: Recipe, recipe: Recipe, folder: Path) -> None:
@@ -77,7 +87,8 @@ def check_same_recipe(earlier: Recipe, recipe: Recipe, folder: Path) -> None:
     ]
     require(
         not differences,
-        f"{folder} holds a run of another recipe; choose another --output, or undo:\n  " + "\n  ".join(differences),
+        f"{folder} holds a run of another recipe; choose another --output, or undo:\n  "
+        + "\n  ".join(differences),
     )
 
 
@@ -89,7 +100,10 @@ def check_same_data(earlier: dict[str, Any], now: dict[str, Any], folder: Path) 
             f"{folder} was trained on other {key.replace('_', '-')}: {earlier[key]}, now {now[key]}. Choose another --output.",
         )
     if earlier["hardware"] != now["hardware"] or earlier["versions"] != now["versions"]:
-        print("Note: other hardware or versions than before; the run continues, but not bit by bit as one run.", file=sys.stderr)
+        print(
+            "Note: other hardware or versions than before; the run continues, but not bit by bit as one run.",
+            file=sys.stderr,
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,7 +22,9 @@ def build_encoder(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
     name, known = recipe.model, timm.list_models()
     if name not in known:
         near = difflib.get_close_matches(name, known, 3)
-        raise ValueError(f"timm has no model {name!r}." + (f" Did you mean {', '.join(near)}?" if near else ""))
+        raise ValueError(
+            f"timm has no model {name!r}." + (f" Did you mean {', '.join(near)}?" if near else "")
+        )
     cfg = {"input_size": shape, "mean": (0.0,) * shape[0], "std": (1.0,) * shape[0], "crop_pct": 1.0}
     try:
         encoder = timm.create_model(name, num_classes=0, pretrained_cfg_overlay=cfg, **recipe.model_kwargs)
@@ -34,7 +36,10 @@ def build_encoder(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
             f"{name} with {dict(recipe.model_kwargs)} does not take {size} images: {error}. Set model_kwargs (img_size, "
             "patch_size, in_chans) or data.size."
         ) from error
-    require(features.ndim == 2, f"{name} gives features of shape {tuple(features.shape)}; set model_kwargs.global_pool.")
+    require(
+        features.ndim == 2,
+        f"{name} gives features of shape {tuple(features.shape)}; set model_kwargs.global_pool.",
+    )
     return encoder.train()
 
 
@@ -67,14 +72,16 @@ def build_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer
     return torch.optim.AdamW(network.parameters(), c.lr, weight_decay=c.weight_decay)
 
 
-def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:
+def build_schedule(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+) -> CosineLRScheduler:
     """Warm-up and cosine; a function of the step alone, so there is nothing to save."""
     c = recipe.optimizer
     return CosineLRScheduler(
         optimizer,
         t_initial=recipe.epochs * steps_per_epoch,
         lr_min=c.lr * c.min_lr_ratio,
-        warmup_t=c.warmup_epochs * steps_per_epoch,
+        warmup_t=round(c.warmup_epochs * steps_per_epoch),
         warmup_lr_init=c.warmup_lr,
         t_in_epochs=False,
     )

@@ -72,7 +72,9 @@ def pseudo_label_loss(logits: Sequence[Tensor], labels: Tensor, reduction: str =
     """
     with torch.autocast(labels.device.type, enabled=False):
         losses = [
-            F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), labels[:, i], reduction=reduction)
+            F.cross_entropy(
+                z.to(torch.promote_types(z.dtype, torch.float32)), labels[:, i], reduction=reduction
+            )
             for i, z in enumerate(logits)
         ]
     return torch.stack(losses).mean()

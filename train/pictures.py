@@ -23,7 +23,9 @@ def save_views(path: Path, rows: Mapping[str, Tensor], columns: int = 10) -> Pat
         columns: images shown.
     """
     count = min(columns, len(next(iter(rows.values()))))
-    figure, axes = plt.subplots(len(rows), count, figsize=(count + 2, len(rows)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(rows), count, figsize=(count + 2, len(rows)), squeeze=False, layout="constrained"
+    )
     for row, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(row, images, strict=False):
             _show(axis, image)
@@ -51,7 +53,9 @@ def save_adversarial_examples(
         eps, step_size, steps: the attack, as in `advcl_hub.evaluation.evaluate`.
     """
     count, height = len(images), 1 + 2 * len(models)
-    figure, axes = plt.subplots(height, count, figsize=(1.15 * count + 2, 1.3 * height), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        height, count, figsize=(1.15 * count + 2, 1.3 * height), squeeze=False, layout="constrained"
+    )
     for axis, image, label in zip(axes[0], images, labels.tolist(), strict=True):
         _show(axis, image, classes[label])
     axes[0, 0].set_ylabel("image", rotation=0, ha="right", va="center")
@@ -63,7 +67,12 @@ def save_adversarial_examples(
         noise_row, image_row = axes[1 + 2 * i], axes[2 + 2 * i]
         for j in range(count):
             _show(noise_row[j], 0.5 + (adversarial[j] - images[j]) / (2 * eps))
-            _show(image_row[j], adversarial[j], classes[predicted[j]], "green" if predicted[j] == labels[j] else "red")
+            _show(
+                image_row[j],
+                adversarial[j],
+                classes[predicted[j]],
+                "green" if predicted[j] == labels[j] else "red",
+            )
         noise_row[0].set_ylabel(f"{name}:\nperturbation", rotation=0, ha="right", va="center")
         image_row[0].set_ylabel("perturbed,\nprediction", rotation=0, ha="right", va="center")
     figure.suptitle(f"PGD-{steps}, eps = {eps * 255:.0f}/255 (perturbations magnified)")

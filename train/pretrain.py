@@ -61,7 +61,9 @@ class Trainer:
         self.recipe, self.output = recipe, output
         self.accelerator = Accelerator(
             mixed_precision=recipe.speed.mixed_precision,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            ],
         )
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -82,7 +84,9 @@ class Trainer:
         self.total_steps = recipe.epochs * self.steps_per_epoch
 
         self.core = build_network(recipe, labels.ks if labels else (), data.shape).to(self.device)
-        self.ema = ModelEmaV3(self.core, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+        self.ema = (
+            ModelEmaV3(self.core, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+        )
         self.optimizer = build_optimizer(recipe, self.core)
         self.schedule = build_schedule(recipe, self.optimizer, self.steps_per_epoch)
         self.state = Checkpoint(0, 0.0, recipe, provenance(data, labels, self.accelerator), {})
@@ -105,7 +109,9 @@ class Trainer:
         for images, labels in self.remaining_batches():
             self.train_step(images, labels)
             epoch, in_epoch = divmod(self.state.step, self.steps_per_epoch)
-            stopping, saving = self.agree(stop.requested, self.saved_at + 60 * self.recipe.checkpoint_minutes < time.monotonic())
+            stopping, saving = self.agree(
+                stop.requested, self.saved_at + 60 * self.recipe.checkpoint_minutes < time.monotonic()
+            )
             if in_epoch % max(1, min(50, self.steps_per_epoch // 4)) == 0:
                 self.record()
             if stopping or saving or self.state.step == self.total_steps:
@@ -142,8 +148,12 @@ class Trainer:
         self.model.train()
         share = self.recipe.batch_size // self.world
         for epoch in range(self.state.step // self.steps_per_epoch, self.recipe.epochs):
-            order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(mix(self.recipe.seed, epoch)))
-            order = order[: self.steps_per_epoch * self.recipe.batch_size].view(self.steps_per_epoch, self.world, share)
+            order = torch.randperm(
+                len(self.data), generator=torch.Generator().manual_seed(mix(self.recipe.seed, epoch))
+            )
+            order = order[: self.steps_per_epoch * self.recipe.batch_size].view(
+                self.steps_per_epoch, self.world, share
+            )
             mine = order[self.state.step - epoch * self.steps_per_epoch :, self.rank].flatten()
             for images, rows in batches(
                 self.data, share, device=self.device, order=mine, workers=self.recipe.data.workers
@@ -203,7 +213,9 @@ class Trainer:
             held_out = first_images(self.held_out, rule.val_images, self.recipe.seed)
             eps = self.recipe.attack.eps
             probe = linear_probe(encoder, train, self.device)
-            result = evaluate(probe, held_out, eps=eps, step_size=eps / 4, steps=rule.steps, device=self.device)
+            result = evaluate(
+                probe, held_out, eps=eps, step_size=eps / 4, steps=rule.steps, device=self.device
+            )
             epoch = self.state.step / self.steps_per_epoch
             tqdm.write(
                 f"epoch {epoch:g}: linear probe on {result.images} held-out images: standard {result.standard:.1%}, "
@@ -211,7 +223,9 @@ class Trainer:
                 file=sys.stderr,
             )
             if self.log:
-                self.log.write(self.state.step, epoch=epoch, probe_standard=result.standard, probe_robust=result.robust)
+                self.log.write(
+                    self.state.step, epoch=epoch, probe_standard=result.standard, probe_robust=result.robust
+                )
             save_curves(self.output)
         self.accelerator.wait_for_everyone()
         self.meter.restart()
@@ -256,7 +270,12 @@ class Trainer:
         figures = {"linear_probe_held_out": vars(result)} if result else {}
         folder = export_checkpoint(load_checkpoint(self.output), self.output / "export", figures=figures)
         verify_folder(folder)
-        log.info("Finished in %.0f s of training. Exported to %s\n%s", self.state.seconds, folder, usage_lines(folder))
+        log.info(
+            "Finished in %.0f s of training. Exported to %s\n%s",
+            self.state.seconds,
+            folder,
+            usage_lines(folder),
+        )
 
 
 def mix(*numbers: int) -> int:
@@ -279,11 +298,19 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m train.pretrain", description=__doc__.split("\n")[0])
     parser.add_argument("recipe", help="name of a file in train/recipes, or a path")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change, e.g. attack.steps=3")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings of the recipe to change, e.g. attack.steps=3",
+    )
     parser.add_argument("--output", type=Path, help="folder of the run (default: runs/RECIPE)")
-    parser.add_argument("--time-budget", type=duration, help="stop with a checkpoint after so long: 90s, 9m, 2h")
+    parser.add_argument(
+        "--time-budget", type=duration, help="stop with a checkpoint after so long: 90s, 9m, 2h"
+    )
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("timm").setLevel(logging.WARNING)
     again = f"python -m train.pretrain {shlex.join(argv)}"
     output = args.output or Path("runs") / Path(args.recipe).stem
     try:

@@ -13,7 +13,9 @@ _L2 = 1e-3  # on weights of standardised features; one value for every encoder a
 
 
 @torch.no_grad()
-def extract_features(encoder: nn.Module, data: ImageData, device: torch.device | str, batch_size: int = 500) -> Tensor:
+def extract_features(
+    encoder: nn.Module, data: ImageData, device: torch.device | str, batch_size: int = 500
+) -> Tensor:
     """Features (N, D) of all images, in evaluation mode, without augmentation."""
     encoder = encoder.to(device).eval()
     return torch.cat([encoder(images / 255) for images, _ in batches(data, batch_size, device=device)])
@@ -53,7 +55,9 @@ def linear_probe(encoder: nn.Module, data: ImageData, device: torch.device | str
     Raises:
         ValueError: the model's classifier is not one linear layer.
     """
-    weight, bias = fit_linear(extract_features(encoder, data, device), data.labels.to(device), len(data.classes))
+    weight, bias = fit_linear(
+        extract_features(encoder, data, device), data.labels.to(device), len(data.classes)
+    )
     classifier = copy.deepcopy(encoder)
     classifier.reset_classifier(len(data.classes))  # type: ignore[operator]
     head = classifier.get_classifier()  # type: ignore[operator]

@@ -17,36 +17,30 @@ import argparse
 import hashlib
 import json
 import logging
-import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import sklearn
 import timm
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sklearn.cluster import KMeans
-from sklearn.metrics import normalized_mutual_info_score
 from threadpoolctl import threadpool_limits
-from timm.data.config import resolve_model_data_config
 from torch import Tensor
 from tqdm import tqdm
 
 from advcl_hub.data import ImageData, batches, load_data
+from train.cluster_report import cluster_stats, draw_report, format_stats
+from train.encoder_features import Encoder, open_encoder
 
 PAPER_KS = (2, 10, 50, 100, 500)
 METHOD = "1"  # part of the cache key: raise it with every change that gives other labels for the same input
 NUM_STARTS = 3  # k-means++ starts; the one with the least inertia is kept
-MAX_PIXELS = 3 * 64 * 64  # values an image: beyond that raw pixels are neither meaningful nor affordable
 NUM_VERIFIED = 512  # images compared with the digests on load: enough for shifts, cheap for lazy images
 
 log = logging.getLogger(__name__)
@@ -65,13 +59,6 @@ class PseudoLabels:
     labels: Tensor
     ks: tuple[int, ...]
     provenance: dict[str, str]
-
-
-class Encoder(NamedTuple):
-    """Turns (uint8 images (B, C, H, W), rows (B,) of the data) into float32 features (B, D)."""
-
-    features: Callable[[Tensor, Tensor], Tensor]
-    identity: dict[str, str]  # everything the features depend on: name, weights_sha256, preprocessing
 
 
 def make_pseudo_labels(
@@ -166,79 +153,6 @@ def load_pseudo_labels(
         raise ValueError(f"{path} is no readable safetensors file ({error}); make it again.") from error
     provenance |= {"file": path.name, "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     return _align(tensors, provenance, data, split, ks)
-
-
-def open_encoder(encoder: str | Tensor, data: ImageData, device: str | torch.device = "cpu") -> Encoder:
-    """Opens what `make_pseudo_labels` calls an encoder; arguments and errors as there."""
-    channels, height, width = data.shape
-    if isinstance(encoder, Tensor):
-        if encoder.ndim != 2 or len(encoder) != len(data) or not encoder.is_floating_point():
-            raise ValueError(
-                f"Expected float features ({len(data)}, D), got {encoder.dtype} {tuple(encoder.shape)}."
-            )
-        given = encoder.detach().float().cpu()
-        identity = _identity("given features", _sha256({"features": given}), "given")
-        return Encoder(lambda _, rows: given[rows.cpu()], identity)
-    if encoder == "pixels":
-        if channels * height * width > MAX_PIXELS:
-            raise ValueError(f"Raw pixels are for small images, got {data.shape}; name a timm encoder.")
-        return Encoder(lambda images, _: images.flatten(1) / 255, _identity("pixels", "none", "pixels / 255"))
-
-    model = _load_network(encoder).to(device)
-    config = resolve_model_data_config(model)
-    size, mode = config["input_size"], config["interpolation"]
-    if size[0] != channels:
-        raise ValueError(f"{encoder} takes {size[0]} channels, {data.name} was loaded with {channels}.")
-    mode = mode if mode in ("bilinear", "bicubic") else "bicubic"  # timm also knows "random", "lanczos", ...
-    mean, std = (torch.tensor(config[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
-
-    def features(images: Tensor, rows: Tensor) -> Tensor:
-        batch = images.to(device) / 255
-        if batch.shape[1:] != size:
-            batch = F.interpolate(batch, size[1:], mode=mode, antialias=True).clamp(0, 1)
-        with torch.autocast(torch.device(device).type, enabled=False):
-            output: Tensor = model((batch - mean) / std)
-        return output
-
-    name = (
-        f"local-dir:{Path(encoder.removeprefix('local-dir:')).resolve().name}"
-        if encoder.startswith("local-dir:")
-        else encoder
-    )
-    preprocessing = f"{size} {mode}, mean {config['mean']}, std {config['std']}"
-    return Encoder(features, _identity(name, _sha256(model.state_dict()), preprocessing))
-
-
-def _load_network(name: str) -> torch.nn.Module:
-    folder = Path(name.removeprefix("local-dir:"))
-    if name.startswith("local-dir:"):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"The encoder {name!r} does not exist: {folder} is not a folder.")
-        if not (folder / "model.safetensors").is_file():  # timm would fall back to pickled weights
-            raise ValueError(f"{folder} has no model.safetensors; write it with timm.models.save_for_hf.")
-    try:
-        # With num_classes=0 timm would load non-strictly and leave missing weights random.
-        model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # timm, the Hub client and safetensors share no base class
-        reason = " ".join(str(error).split())  # some messages have many lines
-        raise ValueError(
-            f"Cannot open the encoder {name!r} ({reason}). Expected a timm model that has weights "
-            "('resnet18.a1_in1k', 'hf-hub:org/name', 'local-dir:FOLDER') or 'pixels'."
-        ) from error
-    model.reset_classifier(0)  # type: ignore[operator]  # every timm model has it
-    return model.eval()
-
-
-def _identity(name: str, weights_sha256: str, preprocessing: str) -> dict[str, str]:
-    return {"encoder": name, "weights_sha256": weights_sha256, "preprocessing": preprocessing}
-
-
-def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _provenance(identity: dict[str, str], device: str | torch.device) -> dict[str, str]:
@@ -368,152 +282,6 @@ def _check_digests(digests: Tensor, data: ImageData) -> None:
             f"{data.name} differ. Load the data as it was then (source, split, size, channels), or make the "
             "labels again."
         )
-
-
-def purity(labels: Tensor, classes: Tensor) -> float:
-    """Fraction of images whose class is the most frequent one of their cluster.
-
-    Args:
-        labels: clusters, integers (N,) from 0.
-        classes: classes of the same images, integers (N,) from 0.
-
-    Raises:
-        ValueError: no images, negative entries, or labels and classes of different length.
-    """
-    return int(_contingency(labels, classes).amax(dim=1).sum()) / len(labels)
-
-
-def _contingency(labels: Tensor, classes: Tensor) -> Tensor:
-    """(clusters, classes) counts of images."""
-    fits = labels.ndim == 1 and labels.shape == classes.shape and len(labels) > 0
-    if not fits or min(labels.min(), classes.min()) < 0:
-        raise ValueError(
-            "Expected labels and classes of the same images, (N,) and not negative, "
-            f"got {tuple(labels.shape)} and {tuple(classes.shape)}."
-        )
-    labels, classes = labels.long().cpu(), classes.long().cpu()
-    width = int(classes.max()) + 1
-    pairs = torch.bincount(labels * width + classes, minlength=(int(labels.max()) + 1) * width)
-    return pairs.view(-1, width)
-
-
-class ClusterStats(NamedTuple):
-    """How the clusters of one K agree with the classes (nan where there are none), and how large they are.
-
-    Sizes int64 (k,) count images, ascending, empty clusters included.
-    """
-
-    k: int
-    purity: float
-    nmi: float
-    sizes: Tensor
-
-
-def cluster_stats(labels: Tensor, ks: Sequence[int], classes: Tensor) -> list[ClusterStats]:
-    """Compares clusters (N, len(ks)) with class labels (N,); images without one (-1) only count as sizes."""
-    classes = classes.cpu()
-    known = classes >= 0
-    stats = []
-    for k, column in zip(ks, labels.T.cpu(), strict=True):
-        pure, nmi = math.nan, math.nan
-        if known.any():
-            pure = purity(column[known], classes[known])
-            nmi = float(normalized_mutual_info_score(classes[known], column[known]))
-        stats.append(ClusterStats(k, pure, nmi, torch.bincount(column, minlength=k).sort().values))
-    return stats
-
-
-def format_stats(stats: Sequence[ClusterStats]) -> str:
-    """A table with a row per K; smallest, median and largest are those of the clusters that have images."""
-    lines = ["    K  purity    NMI  smallest  median  largest  empty"]
-    for k, pure, nmi, sizes in stats:
-        used = sizes[sizes > 0]
-        low, middle, high = int(used[0]), round(float(used.double().quantile(0.5))), int(used[-1])
-        row = f"{k:>5}  {pure:>6.3f}  {nmi:>5.3f}  {low:>8}  {middle:>6}  {high:>7}  {k - len(used):>5}"
-        lines.append(row)
-    return "\n".join(lines)
-
-
-def draw_report(labels: Tensor, ks: Sequence[int], data: ImageData, path: str | Path, encoder: str) -> None:
-    """Draws agreement with the classes, cluster sizes, and images of the first 10 clusters of one K, as PNG.
-
-    Args:
-        labels: clusters int64 (N, len(ks)) of the N images of the data.
-        ks: the numbers of clusters; images are shown for K = 10, or else the K nearest to it.
-        data: the images.
-        path: the PNG file.
-        encoder: what the clusters are of, for the title.
-    """
-    figure = Figure(figsize=(16, 9), layout="constrained", dpi=110)
-    figure.suptitle(f"{data.name}, {len(data):,} images: clusters of {encoder}", fontsize=15)
-    panels = figure.subplot_mosaic([["agreement", "images"], ["sizes", "images"]], width_ratios=(1, 1.7))
-    stats = cluster_stats(labels, ks, data.labels)
-    _draw_agreement(panels["agreement"], stats)
-    _draw_sizes(panels["sizes"], stats)
-    column = min(range(len(ks)), key=lambda j: abs(ks[j] - 10))
-    _draw_images(panels["images"], labels[:, column].cpu(), ks[column], data)
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
-
-
-def _draw_agreement(axes: Axes, stats: Sequence[ClusterStats]) -> None:
-    positions = torch.arange(len(stats)).numpy()
-    for offset, values, colour, label in (
-        (-0.2, [one.purity for one in stats], "#3b6fb6", "purity"),
-        (0.2, [one.nmi for one in stats], "#b9c9e0", "normalised mutual information"),
-    ):
-        bars = axes.bar(positions + offset, values, 0.38, color=colour, label=label)
-        axes.bar_label(bars, fmt="%.2f", fontsize=9, padding=2)
-    axes.set_xticks(positions, [str(one.k) for one in stats])
-    axes.set(xlabel="K", ylim=(0, 1.2), yticks=[0, 0.25, 0.5, 0.75, 1])
-    axes.set_title("Agreement with the classes", loc="left")
-    axes.legend(frameon=False, loc="upper left", ncols=2)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_sizes(axes: Axes, stats: Sequence[ClusterStats]) -> None:
-    colours = colormaps["viridis"](torch.linspace(0, 0.88, len(stats)).numpy())
-    for one, colour in zip(stats, colours, strict=True):
-        relative = one.sizes.flip(0) / one.sizes.float().mean()
-        places = (torch.arange(one.k) + 0.5) / one.k
-        axes.plot(places.numpy(), relative.numpy(), ".-", color=colour, label=f"K = {one.k}")
-    axes.axhline(1, color="grey", lw=0.8, ls=":")
-    axes.set(yscale="log", xticks=[], xlabel="clusters, from the largest to the smallest")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_title("Cluster sizes, relative to the mean", loc="left")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_images(axes: Axes, labels: Tensor, k: int, data: ImageData) -> None:
-    """A row of random images for each of the first clusters; a dot marks those not of the main class."""
-    rows, columns, gap = min(k, 10), 12, 0.04
-    generator = torch.Generator().manual_seed(0)
-    classes = data.labels.cpu()
-    names = []
-    for row in range(rows):
-        members = (labels == row).nonzero()[:, 0]
-        names.append(f"{row}   {len(members):,} images")
-        if len(members) == 0:
-            continue
-        main = int(classes[members].mode().values)
-        if main >= 0:
-            names[-1] += f"\n{(classes[members] == main).float().mean():.0%} {data.classes[main]}"
-        chosen = data.subset(members[torch.randperm(len(members), generator=generator)[:columns]])
-        images, _ = next(iter(batches(chosen, columns)))
-        for column, image in enumerate(images.cpu()):
-            extent = (column + gap, column + 1 - gap, row + 1 - gap, row + gap)
-            axes.imshow(image.permute(1, 2, 0).numpy(), extent=extent, cmap="gray", vmin=0, vmax=255)
-            if main != int(chosen.labels[column]):
-                axes.plot(column + 0.86, row + 0.14, "o", color="#e4572e", ms=6, mec="white")
-    axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], aspect="equal")
-    axes.set_yticks(torch.arange(rows).numpy() + 0.5, names)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    title = f"Random images of clusters 0 to {rows - 1} at K = {k} (dot: not of the cluster's main class)"
-    axes.set_title(title, loc="left")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -63,7 +63,10 @@ class PseudoLabelSource:
     cache: str = "runs/pseudo_labels"
 
     def __post_init__(self) -> None:
-        require(bool(self.ks) and min(self.ks) >= 2, f"ks needs numbers of clusters of at least 2, got {list(self.ks)}")
+        require(
+            bool(self.ks) and min(self.ks) >= 2,
+            f"ks needs numbers of clusters of at least 2, got {list(self.ks)}",
+        )
         require(self.path is None or self.encoder is None, "give either path or encoder, not both")
 
 
@@ -75,7 +78,7 @@ class Optimizer:
     lr: float = 0.5
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    warmup_epochs: int = 10
+    warmup_epochs: float = 10
     warmup_lr: float = 0.01
     min_lr_ratio: float = 1e-3
 
@@ -101,7 +104,10 @@ class Speed:
     sync_batch_norm: bool = False
 
     def __post_init__(self) -> None:
-        require(self.mixed_precision in ("no", "bf16"), f"mixed_precision must be no or bf16, got {self.mixed_precision!r}")
+        require(
+            self.mixed_precision in ("no", "bf16"),
+            f"mixed_precision must be no or bf16, got {self.mixed_precision!r}",
+        )
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,10 @@ class Recipe:
         require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
         require(self.batch_size >= 2, f"batch_size must be at least 2, got {self.batch_size}")
         require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        require(0 <= warmup < self.epochs, f"optimizer.warmup_epochs ({warmup}) must be less than epochs ({self.epochs})")
+        require(
+            0 <= warmup < self.epochs,
+            f"optimizer.warmup_epochs ({warmup}) must be less than epochs ({self.epochs})",
+        )
         for view in (*objective.clean_views, *objective.adversarial_views):
             require(view in VIEW_NAMES, f"objective: no view {view!r}; the views are {', '.join(VIEW_NAMES)}")
         require(
@@ -164,7 +173,10 @@ class Recipe:
             not objective.pseudo_label_weight or bool(labels.path or labels.encoder),
             "objective.pseudo_label_weight needs labels: set pseudo_labels.path or pseudo_labels.encoder, or the weight to 0",
         )
-        require(self.attack.steps >= 0 and self.attack.eps >= 0, "attack.steps and attack.eps must not be negative")
+        require(
+            self.attack.steps >= 0 and self.attack.eps >= 0,
+            "attack.steps and attack.eps must not be negative",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, as YAML and JSON have them."""
@@ -185,7 +197,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
     path = RECIPES / f"{name}.yaml" if name in known else Path(name)
     if not path.is_file():
-        raise FileNotFoundError(f"No recipe {name!r}. Known: {', '.join(known)}; or give the path of a YAML file.")
+        raise FileNotFoundError(
+            f"No recipe {name!r}. Known: {', '.join(known)}; or give the path of a YAML file."
+        )
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
@@ -222,7 +236,9 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         for key in value:
             if key not in hints:
                 near = difflib.get_close_matches(str(key), hints, 1, 0.0)[0]
-                raise ValueError(f"Unknown key {_join(path, key)!r}. Did you mean {_join(path, near)!r}? Known: {', '.join(hints)}")
+                raise ValueError(
+                    f"Unknown key {_join(path, key)!r}. Did you mean {_join(path, near)!r}? Known: {', '.join(hints)}"
+                )
         built = {key: _build(hints[key], v, _join(path, key)) for key, v in value.items()}
         try:
             return kind(**built)  # type: ignore[operator]
@@ -232,7 +248,10 @@ def _build(kind: Any, value: Any, path: str) -> Any:
     if origin is types.UnionType:  # X | None
         return None if value is None else _build(args[0], value, path)
     if origin is tuple:
-        require(isinstance(value, Sequence) and not isinstance(value, str), f"{path} must be a list, got {value!r}")
+        require(
+            isinstance(value, Sequence) and not isinstance(value, str),
+            f"{path} must be a list, got {value!r}",
+        )
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         require(len(kinds) == len(value), f"{path} needs {len(kinds)} values, got {value!r}")
         return tuple(_build(k, v, path) for k, v in zip(kinds, value, strict=True))

@@ -95,7 +95,12 @@ def save_curves(folder: Path) -> Path:
         for name in names:
             points = [(r["epoch"], r[name] * (scale or 1)) for r in records if name in r]
             if points and any(value for _, value in points):
-                axis.plot(*zip(*points, strict=True), label=name.replace("probe_", ""), marker="o" if scale else None, ms=4)
+                axis.plot(
+                    *zip(*points, strict=True),
+                    label=name.replace("probe_", ""),
+                    marker="o" if scale else None,
+                    ms=4,
+                )
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         if axis.lines:

@@ -110,7 +110,9 @@ class AdvCL(nn.Module):
     def losses(self, views: Views, labels: Tensor | None = None) -> Losses:
         """The step after the augmentations. The random starts come from torch's global generator."""
         sources = self.sources(views)
-        clean = self.project([getattr(views, name) for name in self.objective.clean_views], "clean")  # once: constant below
+        clean = self.project(
+            [getattr(views, name) for name in self.objective.clean_views], "clean"
+        )  # once: constant below
         adversarial = self.perturb(sources, uniform_start(sources, self.attack.eps), clean.detach(), labels)
         contrastive, pseudo_label = self.objective_terms(adversarial, clean, labels)
         total = contrastive + self.objective.pseudo_label_weight * pseudo_label

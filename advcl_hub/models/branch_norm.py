@@ -77,7 +77,9 @@ def add_branches(model: nn.Module, names: Sequence[str]) -> BranchSwitch:
     """
     switch = BranchSwitch(names)
     if any(isinstance(m, BranchNorm) for m in model.modules()):
-        raise ValueError("The model has batch-norm branches already; build a fresh one with timm.create_model.")
+        raise ValueError(
+            "The model has batch-norm branches already; build a fresh one with timm.create_model."
+        )
     norms = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)}
     if "" in norms:
         raise ValueError("The model is itself a batch norm: wrap it in a network.")

@@ -146,11 +146,13 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     return cifar_cfg(first_conv="stem.conv", classifier="head.fc", **kwargs)
 
 
-default_cfgs = generate_default_cfgs({
-    "preact_resnet18_cifar": _cfg(),
-    "wrn28_10_cifar": _cfg(pool_size=(8, 8)),
-    "wrn34_10_cifar": _cfg(pool_size=(8, 8)),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        "preact_resnet18_cifar": _cfg(),
+        "wrn28_10_cifar": _cfg(pool_size=(8, 8)),
+        "wrn34_10_cifar": _cfg(pool_size=(8, 8)),
+    }
+)
 
 
 def _create_preact(variant: str, pretrained: bool, model_args: dict[str, Any]) -> PreActResNetCifar:

@@ -140,13 +140,15 @@ def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({
-    "resnet8_cifar": cifar_cfg(pool_size=(8, 8)),
-    "resnet20_cifar": cifar_cfg(pool_size=(8, 8)),
-    "resnet18_cifar": cifar_cfg(),
-    "resnet34_cifar": cifar_cfg(),
-    "resnet50_cifar": cifar_cfg(),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        "resnet8_cifar": cifar_cfg(pool_size=(8, 8)),
+        "resnet20_cifar": cifar_cfg(pool_size=(8, 8)),
+        "resnet18_cifar": cifar_cfg(),
+        "resnet34_cifar": cifar_cfg(),
+        "resnet50_cifar": cifar_cfg(),
+    }
+)
 
 
 def _create_resnet_cifar(variant: str, pretrained: bool, model_args: dict[str, Any]) -> ResNetCifar:
