@@ -151,9 +151,7 @@ def explain(output: str) -> str:
         return "the package index could not be reached; check the network and the proxy, and try again"
     missing = NO_PACKAGE.search(output)
     if missing:
-        return (
-            f"no package index within reach has {missing.group(1)}; check the network, the proxy and PIP_ARGS"
-        )
+        return f"no package index within reach has {missing.group(1)}; check the network, the proxy and PIP_ARGS"
     errors = re.findall(r"^ *ERROR: (.+)$", output, re.MULTILINE) or output.split("\n\n")
     return "pip could not install the packages: " + " ".join(errors[-1].split())
 

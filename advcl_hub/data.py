@@ -44,9 +44,7 @@ class ImageData:
     def __post_init__(self) -> None:
         images, labels, indices = len(self.images), len(self.labels), len(self.indices)
         if not images == labels == indices:
-            raise ValueError(
-                f"{images} images, {labels} labels and {indices} indices, expected equal numbers"
-            )
+            raise ValueError(f"{images} images, {labels} labels and {indices} indices, expected equal numbers")
         if isinstance(self.images, Tensor) and (self.images.dtype != torch.uint8 or self.images.ndim != 4):
             given = f"{self.images.dtype} {tuple(self.images.shape)}"
             raise ValueError(f"images are {given}, expected torch.uint8 (N, C, H, W)")
@@ -218,9 +216,7 @@ def batches(
     return _stream(data.images, order, batch_size, device, workers)
 
 
-def _gather(
-    images: Tensor, order: Tensor, batch_size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _gather(images: Tensor, order: Tensor, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     home, target = order.to(images.device), order.to(device)
     for start in range(0, len(order), batch_size):
         part = slice(start, start + batch_size)
@@ -262,17 +258,13 @@ def _check_labels(stored: Source, title: str, unlabeled: bool) -> None:
         raise ValueError(f"{title} has no images")
     low, high, last = stored.labels.min(), stored.labels.max(), len(stored.classes) - 1
     if low < (-1 if unlabeled else 0) or high > last:
-        raise ValueError(
-            f"{title} has labels from {low} to {high}, its {last + 1} classes go from 0 to {last}"
-        )
+        raise ValueError(f"{title} has labels from {low} to {high}, its {last + 1} classes go from 0 to {last}")
 
 
 def _check_classes(labels: Tensor, classes: tuple[str, ...], title: str) -> None:
     present = set(labels.tolist())
     if missing := [name for label, name in enumerate(classes) if label not in present]:
-        raise ValueError(
-            f"{title} has no readable image of the class {', '.join(missing)}; every class needs one"
-        )
+        raise ValueError(f"{title} has no readable image of the class {', '.join(missing)}; every class needs one")
 
 
 def _check_positions(positions: Tensor, count: int) -> None:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
 import timm
@@ -58,9 +58,7 @@ def export_folder(
     folder = Path(folder)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
-    if folder.exists() and (
-        not folder.is_dir() or (any(folder.iterdir()) and not (folder / "results.json").exists())
-    ):
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "results.json").exists())):
         raise ValueError(f"{folder} exists and is not an earlier export: choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -108,15 +106,11 @@ def verify_folder(folder: str | Path) -> float:
     folder = Path(folder)
     for name in ("config.json", "results.json", WEIGHTS, GOLDEN):
         if not (folder / name).is_file():
-            hint = (
-                " Join its shards first: advcl_hub.export.join_shards." if (folder / _INDEX).exists() else ""
-            )
+            hint = " Join its shards first: advcl_hub.export.join_shards." if (folder / _INDEX).exists() else ""
             raise FileNotFoundError(f"{folder} has no {name}: not a complete export.{hint}")
     expected = json.loads((folder / "results.json").read_text())["weights"]["sha256"]
     if file_sha256(folder / WEIGHTS) != expected:
-        raise ValueError(
-            f"{folder / WEIGHTS} is not the file that was exported (its sha256 differs): copy it again."
-        )
+        raise ValueError(f"{folder / WEIGHTS} is not the file that was exported (its sha256 differs): copy it again.")
     try:
         golden = load_file(folder / GOLDEN)
     except SafetensorError as error:
@@ -125,9 +119,7 @@ def verify_folder(folder: str | Path) -> float:
         output = load_folder(folder)(golden["input"])
     difference = ((output - golden["output"]).abs().max() / golden["output"].abs().max()).item()
     if not difference < 1e-3:  # float32 on another device or library stays far below
-        raise ValueError(
-            f"{folder} computes something else than when it was exported (relative difference {difference:.1e})."
-        )
+        raise ValueError(f"{folder} computes something else than when it was exported (relative difference {difference:.1e}).")
     return difference
 
 
@@ -170,8 +162,8 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _save_golden(model: nn.Module, path: Path) -> None:
     """A seeded input and what the exported weights make of it."""
-    size = tuple(model.pretrained_cfg["input_size"])  # type: ignore[index, arg-type]
-    images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
+    cfg = cast(dict[str, Any], model.pretrained_cfg)
+    images = torch.rand(2, *cfg["input_size"], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         save_file({"input": images, "output": model(images).contiguous()}, path)
 

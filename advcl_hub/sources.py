@@ -344,9 +344,7 @@ def _check_shards(files: Sequence[Path]) -> None:
     announced = re.search(r"-of-(\d+)\.parquet$", files[0].name)
     if announced and int(announced[1]) != len(files):
         total = int(announced[1])
-        raise FileNotFoundError(
-            f"{files[0].parent} has {len(files)} of the {total} files like {files[0].name}"
-        )
+        raise FileNotFoundError(f"{files[0].parent} has {len(files)} of the {total} files like {files[0].name}")
 
 
 def _read_shard(file: Path) -> tuple[list[bytes], np.ndarray, tuple[str, ...]]:
@@ -364,9 +362,7 @@ def _read_shard(file: Path) -> tuple[list[bytes], np.ndarray, tuple[str, ...]]:
         labels = [n for n in ("label", "fine_label") if n in types and pa.types.is_integer(types[n])]
         if not images or not labels or types[images[0]].get_field_index("bytes") < 0:
             found = ", ".join(f"{name}: {kind}" for name, kind in types.items())
-            raise ValueError(
-                f"{file} has {found}; expected img or image: struct<bytes, path>, and label: int"
-            )
+            raise ValueError(f"{file} has {found}; expected img or image: struct<bytes, path>, and label: int")
         table = pq.read_table(file, columns=[images[0], labels[0]])
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {error}; fetch it again") from error

@@ -18,9 +18,7 @@ def test_purity_equals_a_slow_loop() -> None:
     assert purity(labels, classes) == right / 300
 
 
-@pytest.mark.parametrize(
-    ("labels", "classes"), [([], []), ([0, 1], [0]), ([0, -1], [0, 1]), ([0, 1], [0, -1]), ([[0]], [[0]])]
-)
+@pytest.mark.parametrize(("labels", "classes"), [([], []), ([0, 1], [0]), ([0, -1], [0, 1]), ([0, 1], [0, -1]), ([[0]], [[0]])])
 def test_purity_refuses(labels: list[int], classes: list[int]) -> None:
     with pytest.raises(ValueError, match="not negative"):
         purity(torch.tensor(labels).long(), torch.tensor(classes).long())

@@ -71,9 +71,7 @@ def test_channels_convert_between_grey_and_rgb(pets: Path) -> None:
 def test_damaged_images_are_named_and_skipped(pets: Path, storage: str, damaged: bytes) -> None:
     write(pets / "train" / "cat" / "2.png", damaged)
     write(pets / "train" / "dog" / "0.png", damaged)
-    with pytest.warns(
-        UserWarning, match=r"2 of 9 images cannot be read: train/cat/2\.png.*train/dog/0\.png"
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"2 of 9 images cannot be read: train/cat/2\.png.*train/dog/0\.png") as caught:
         data = load_data(f"folder:{pets}", size=8)
     assert len(caught) == 1
     assert data.indices.tolist() == [0, 2, 3, 5, 6, 7, 8]
@@ -144,9 +142,7 @@ def test_subset_of_a_subset_keeps_source_positions() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_lazy_batches_equal_those_in_memory(
-    pets: Path, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
+def test_lazy_batches_equal_those_in_memory(pets: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     memory = load_data(f"folder:{pets}")
     monkeypatch.setattr(decoding, "IN_MEMORY_BYTES", 0)
     lazy = load_data(f"folder:{pets}")
@@ -194,9 +190,7 @@ def test_batches_on_cuda(pets: Path, storage: str) -> None:
     on_device = data.to("cuda")
     assert on_device.fingerprint() == data.fingerprint()
     expected = list(batches(data, 3, order=order))
-    for (images, rows), (reference, positions) in zip(
-        batches(on_device, 3, device="cuda", order=order), expected, strict=True
-    ):
+    for (images, rows), (reference, positions) in zip(batches(on_device, 3, device="cuda", order=order), expected, strict=True):
         assert images.is_cuda and rows.is_cuda
         assert torch.equal(images.cpu(), reference) and torch.equal(rows.cpu(), positions)
         assert torch.equal(on_device.labels[rows].cpu(), data.labels[positions])

@@ -25,11 +25,7 @@ def published_key(ours: str) -> str:
         return f"fc_{int(k):03d}.{leaf}"
     if ours.startswith("projector."):
         return ours.replace("projector", "head_proj")
-    key = (
-        ours.removeprefix("encoder.")
-        .replace("downsample.0.", "downsample.conv.")
-        .replace("downsample.1.", "downsample.bn.")
-    )
+    key = ours.removeprefix("encoder.").replace("downsample.0.", "downsample.conv.").replace("downsample.1.", "downsample.bn.")
     for number, branch in enumerate(BRANCHES.values()):
         key = key.replace(f"bn_branches.{branch}.", f"bn_list.{number}.")
     return key
@@ -42,9 +38,7 @@ def published_checkpoint(model: AdvCL) -> dict[str, Tensor]:
 @pytest.fixture(scope="module", params=["contiguous", "channels_last"])
 def model(request: pytest.FixtureRequest) -> AdvCL:
     encoder = timm.create_model("resnet18_cifar", num_classes=0)
-    memory_format = getattr(
-        torch, f"{request.param}_format" if request.param == "contiguous" else request.param
-    )
+    memory_format = getattr(torch, f"{request.param}_format" if request.param == "contiguous" else request.param)
     network = AdvCL(encoder, Objective(), Attack(), ViewConfig(), KS, memory_format)
     network.load_state_dict(convert_advcl(published_checkpoint(network), network))
     return network.double().to(memory_format=memory_format)
@@ -56,9 +50,7 @@ def smooth(name: str) -> Tensor:
 
 def batch() -> tuple[Views, Tensor, Tensor]:
     weak = smooth("xo")
-    views = Views(
-        strong1=smooth("x1"), strong2=smooth("x2"), weak=weak, high_frequency=high_frequency(weak, 8)
-    )
+    views = Views(strong1=smooth("x1"), strong2=smooth("x2"), weak=weak, high_frequency=high_frequency(weak, 8))
     labels = torch.stack([(k * ramp((8,), f"lab{k}")).long() for k in KS], 1)
     noise = torch.stack([(2 * ramp((8, 3, 32, 32), name) - 1) * EPS for name in ("ncl", "nce")])
     return views, labels, noise

@@ -75,9 +75,7 @@ class Reference:
         return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
 
     def norm(self, x: Tensor, key: str) -> Tensor:
-        mean, var, weight, bias = (
-            self.weights[f"{key}.{leaf}"] for leaf in ("running_mean", "running_var", "weight", "bias")
-        )
+        mean, var, weight, bias = (self.weights[f"{key}.{leaf}"] for leaf in ("running_mean", "running_var", "weight", "bias"))
         return F.batch_norm(x, mean.clone(), var.clone(), weight, bias, self.training)
 
     def linear(self, x: Tensor, key: str) -> Tensor:
@@ -264,9 +262,7 @@ def test_forward_intermediates_indices(name: str) -> None:
     torch.testing.assert_close(final, model.forward_features(images))
     for indices, expected in [(2, levels[-2:]), ([0, -1], [levels[0], levels[-1]]), ([1], levels[1:2])]:
         for stop_early in (False, True):
-            taken = model.forward_intermediates(
-                images, indices=indices, stop_early=stop_early, intermediates_only=True
-            )
+            taken = model.forward_intermediates(images, indices=indices, stop_early=stop_early, intermediates_only=True)
             torch.testing.assert_close(taken, expected)
     normed = model.forward_intermediates(images, indices=[-1], norm=True, intermediates_only=True)
     torch.testing.assert_close(normed, [final])

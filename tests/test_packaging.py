@@ -55,9 +55,7 @@ def imported_rooms(source: str, package: str) -> set[str]:
                 base = ".".join([*parents, *filter(None, [node.module])])
             names.update(f"{base}.{alias.name}" for alias in node.names)
     parts = [name.split(".") for name in names]
-    inside = {
-        part[1] for part in parts if part[0] == "advcl_hub" and len(part) > 1 and part[1] != "__version__"
-    }
+    inside = {part[1] for part in parts if part[0] == "advcl_hub" and len(part) > 1 and part[1] != "__version__"}
     return inside | {"train" for part in parts if part[0] == "train"}
 
 
@@ -185,9 +183,7 @@ def environment(**variables: str) -> dict[str, str]:
     return inherited | {"PIP_CONFIG_FILE": os.devnull} | variables
 
 
-def bootstrap(
-    venv: Path, *arguments: str, need_gb: str = "0.1", **variables: str
-) -> subprocess.CompletedProcess[str]:
+def bootstrap(venv: Path, *arguments: str, need_gb: str = "0.1", **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ".ci/bootstrap.py", "--venv", str(venv), "--stamp", str(venv / "stamp")]
     command += ["--need-gb", need_gb, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True)
@@ -290,9 +286,7 @@ def test_bootstrap_without_network_takes_a_newer_python_and_leaves_only_a_log(tm
 def test_bootstrap_interrupted_while_pip_works_leaves_no_environment(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent_index:
         command = [sys.executable, ".ci/bootstrap.py", "--venv", str(tmp_path / "venv"), "--stamp", "unused"]
-        variables = environment(
-            PIP_INDEX_URL=f"http://127.0.0.1:{silent_index.getsockname()[1]}/simple", NO_PROXY="127.0.0.1"
-        )
+        variables = environment(PIP_INDEX_URL=f"http://127.0.0.1:{silent_index.getsockname()[1]}/simple", NO_PROXY="127.0.0.1")
         with subprocess.Popen(
             [*command, "--need-gb", "0.1"], cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True
         ) as process:

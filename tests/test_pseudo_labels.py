@@ -414,15 +414,11 @@ def test_command_on_digits_with_pixels(
     assert (picture.suffix, path.suffix) == (".png", ".safetensors")
     train, test = (load_data("digits", split) for split in ("train", "test"))
     made = load_pseudo_labels(path, train)
-    assert (
-        0.7 < purity(made.labels[:, 1], train.labels) < 0.9
-    )  # 10 clusters of digits: far from chance and from 1
+    assert 0.7 < purity(made.labels[:, 1], train.labels) < 0.9  # 10 clusters of digits: far from chance and from 1
     assert purity(load_pseudo_labels(path, test, "test").labels[:, 1], test.labels) > 0.7
 
 
-def test_command_with_a_network(
-    tmp_path: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_with_a_network(tmp_path: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_main(tmp_path, f"local-dir:{tiny_encoder}", "--splits", "test", "--size", "16")
     (path,) = tmp_path.glob("*.safetensors")
     data = load_data("digits", "test", size=16)
@@ -433,9 +429,7 @@ def test_command_with_a_network(
         load_pseudo_labels(path, load_data("digits", "test"), "test")
 
 
-def test_command_prints_one_line_for_a_wrong_request(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_prints_one_line_for_a_wrong_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         run_main(tmp_path, "pixels", "--k", "5000")
     assert stop.value.code == 2

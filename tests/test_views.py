@@ -17,9 +17,7 @@ from train.views import StrongParams, ViewConfig, WeakParams, make_views
 
 PUBLISHED = ViewConfig()
 EXTREME = ViewConfig(crop_scale=(0.05, 1.0), jitter=(1.0, 1.0, 1.0, 0.5), jitter_p=1.0, grayscale_p=0.1)
-OFF = ViewConfig(
-    crop_scale=(1, 1), jitter=(0, 0, 0, 0), jitter_p=0, grayscale_p=0, flip=False, padding=0, hfc_radius=0
-)
+OFF = ViewConfig(crop_scale=(1, 1), jitter=(0, 0, 0, 0), jitter_p=0, grayscale_p=0, flip=False, padding=0, hfc_radius=0)
 SIZES = [(32, 32), (31, 33), (7, 20), (96, 96)]
 
 
@@ -141,9 +139,7 @@ def test_each_order_of_the_jitter_equals_torchvision_in_that_order() -> None:
 def test_an_image_that_is_not_jittered_does_not_change() -> None:
     pixels = random_images() / 255
     params = neutral(64, (32, 32))
-    torch.testing.assert_close(
-        views.color_jitter(pixels, params.factors, params.order), pixels, rtol=0, atol=2e-6
-    )
+    torch.testing.assert_close(views.color_jitter(pixels, params.factors, params.order), pixels, rtol=0, atol=2e-6)
     gray = pixels[:, :1]
     assert torch.equal(views.color_jitter(gray, params.factors, params.order), gray)
 
@@ -152,9 +148,7 @@ def test_grayscale_equals_torchvision_and_touches_only_its_images() -> None:
     pixels = random_images() / 255
     grayscale = torch.arange(64) % 3 == 0
     result = views.strong_view(pixels, neutral(64, (32, 32), grayscale=grayscale))
-    torch.testing.assert_close(
-        result[grayscale], TF.rgb_to_grayscale(pixels[grayscale], 3), rtol=0, atol=2e-6
-    )
+    torch.testing.assert_close(result[grayscale], TF.rgb_to_grayscale(pixels[grayscale], 3), rtol=0, atol=2e-6)
     torch.testing.assert_close(result[~grayscale], pixels[~grayscale], rtol=0, atol=3e-6)
 
 
@@ -255,15 +249,11 @@ def test_crop_boxes_are_distributed_as_torchvision_draws_them() -> None:
         ((12, 12), (0.97, 1.0)),  # ... to all of a square one
     ],
 )
-def test_crop_boxes_have_the_joint_distribution_of_torchvision(
-    size: tuple[int, int], scale: tuple[float, float]
-) -> None:
+def test_crop_boxes_have_the_joint_distribution_of_torchvision(size: tuple[int, int], scale: tuple[float, float]) -> None:
     assert_same_table(our_crops(40_000, size, scale), torchvision_crops(6_000, size, scale))
 
 
-@pytest.mark.parametrize(
-    ("size", "box"), [((6, 30), (0, 11, 6, 8)), ((30, 6), (11, 0, 8, 6)), ((7, 7), (0, 0, 7, 7))]
-)
+@pytest.mark.parametrize(("size", "box"), [((6, 30), (0, 11, 6, 8)), ((30, 6), (11, 0, 8, 6)), ((7, 7), (0, 0, 7, 7))])
 def test_crops_that_never_fit_become_the_central_box(size: tuple[int, int], box: tuple[int, ...]) -> None:
     assert torchvision_crops(1, size, (1.0, 1.0)).tolist() == [list(box)]
     assert our_crops(1000, size, (1.0, 1.0)).unique(dim=0).tolist() == [list(box)]
@@ -370,9 +360,7 @@ def test_high_frequency_reproduces_the_published_values(size: int, radius: int) 
 @pytest.mark.parametrize("size", [(16, 16), (15, 15), (9, 14), (14, 9), (1, 6), (11, 1)])
 def test_high_frequency_equals_the_definition_at_any_size(size: tuple[int, int], radius: float) -> None:
     images = torch.rand(2, 3, *size, dtype=torch.float64)
-    torch.testing.assert_close(
-        views.high_frequency(images, radius), slow_high_frequency(images, radius), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(views.high_frequency(images, radius), slow_high_frequency(images, radius), rtol=0, atol=1e-12)
 
 
 def test_high_frequency_removes_slow_waves_and_keeps_fast_ones() -> None:

@@ -44,9 +44,7 @@ class Checkpoint:
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """The tensors below `prefix.`, without it."""
-        return {
-            k.removeprefix(f"{prefix}."): v for k, v in self.tensors.items() if k.startswith(f"{prefix}.")
-        }
+        return {k.removeprefix(f"{prefix}."): v for k, v in self.tensors.items() if k.startswith(f"{prefix}.")}
 
     def encoder_state(self, branch: str | None = None, ema: bool | None = None) -> dict[str, Tensor]:
         """The plain timm state dict of the encoder.
@@ -66,9 +64,7 @@ class Checkpoint:
         return branch_state_dict(encoder, branch or self.recipe.objective.export_branch)
 
 
-def pack_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
-) -> dict[str, Tensor]:
+def pack_state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> dict[str, Tensor]:
     """All tensors of a training state under the names of the file."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     if ema is not None:
@@ -78,9 +74,7 @@ def pack_state(
     return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
 
 
-def unpack_state(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
-) -> None:
+def unpack_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> None:
     """Puts a checkpoint's tensors back; strict."""
     model.load_state_dict(checkpoint.group("model"))
     if ema is not None:
@@ -107,9 +101,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         save_file(checkpoint.tensors, temporary, metadata={"advcl": json.dumps(info)})
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"Could not write {target}: {error}. The earlier checkpoint, if any, is untouched."
-        ) from error
+        raise OSError(f"Could not write {target}: {error}. The earlier checkpoint, if any, is untouched.") from error
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(target)
@@ -130,9 +122,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             info = json.loads((file.metadata() or {})["advcl"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a readable training checkpoint ({error}). Remove it to start over."
-        ) from None
+        raise ValueError(f"{path} is not a readable training checkpoint ({error}). Remove it to start over.") from None
     return Checkpoint(
         info["step"],
         info["seconds"],

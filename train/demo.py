@@ -37,10 +37,7 @@ def run_demo(output: Path, overrides: list[str], stop: StopRequest) -> dict[str,
 
     log.info("\n== A linear head on each frozen encoder, then PGD-20 on the test images")
     recipe = recipes["AdvCL"]
-    train, test = (
-        load_data(recipe.data.source, s, root=recipe.data.root, size=recipe.data.size)
-        for s in ("train", "test")
-    )
+    train, test = (load_data(recipe.data.source, s, root=recipe.data.root, size=recipe.data.size) for s in ("train", "test"))
     eps = recipe.attack.eps
     models: dict[str, nn.Module] = {}
     results: dict[str, Robustness] = {}
@@ -84,9 +81,7 @@ def table(results: dict[str, Robustness]) -> str:
     )
 
 
-def export_classifier(
-    folder: Path, model: nn.Module, result: Robustness, recipe: Recipe, test: ImageData
-) -> Path:
+def export_classifier(folder: Path, model: nn.Module, result: Robustness, recipe: Recipe, test: ImageData) -> Path:
     """Exports the classifier and reloads it through timm: the outputs must be equal."""
     encoder = json.loads((folder.parent / "advcl" / "export" / "results.json").read_text())
     results = {

@@ -28,9 +28,7 @@ def open_encoder(encoder: str | Tensor, data: ImageData, device: str | torch.dev
     channels, height, width = data.shape
     if isinstance(encoder, Tensor):
         if encoder.ndim != 2 or len(encoder) != len(data) or not encoder.is_floating_point():
-            raise ValueError(
-                f"Expected float features ({len(data)}, D), got {encoder.dtype} {tuple(encoder.shape)}."
-            )
+            raise ValueError(f"Expected float features ({len(data)}, D), got {encoder.dtype} {tuple(encoder.shape)}.")
         given = encoder.detach().float().cpu()
         identity = _identity("given features", _sha256({"features": given}), "given")
         return Encoder(lambda _, rows: given[rows.cpu()], identity)
@@ -56,9 +54,7 @@ def open_encoder(encoder: str | Tensor, data: ImageData, device: str | torch.dev
         return output
 
     name = (
-        f"local-dir:{Path(encoder.removeprefix('local-dir:')).resolve().name}"
-        if encoder.startswith("local-dir:")
-        else encoder
+        f"local-dir:{Path(encoder.removeprefix('local-dir:')).resolve().name}" if encoder.startswith("local-dir:") else encoder
     )
     preprocessing = f"{size} {mode}, mean {config['mean']}, std {config['std']}"
     return Encoder(features, _identity(name, _sha256(model.state_dict()), preprocessing))

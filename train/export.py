@@ -50,7 +50,7 @@ def export_checkpoint(
         "figures": figures or {},
     }
     return export_folder(
-        plain_encoder(recipe, shape, state),  # type: ignore[arg-type]
+        plain_encoder(recipe, shape, state),
         folder,
         results=results,
         model_args=recipe.model_kwargs,
@@ -74,12 +74,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.export", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a pretraining run")
     parser.add_argument("--output", type=Path, help="folder to write (default: RUN/export)")
-    parser.add_argument(
-        "--branch", help="batch-norm branch (default: the one the recipe's objective exports)"
-    )
-    parser.add_argument(
-        "--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: if there are any)"
-    )
+    parser.add_argument("--branch", help="batch-norm branch (default: the one the recipe's objective exports)")
+    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: if there are any)")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--max-shard-size", help='e.g. 16MB; join with "advcl_hub.export.join_shards"')
     args = parser.parse_args()

@@ -57,9 +57,7 @@ def provenance(data: ImageData, labels: PseudoLabels | None, accelerator: Accele
             "python": platform.python_version(),
         },
         "hardware": {
-            "device": torch.cuda.get_device_name()
-            if cuda
-            else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+            "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
             "processes": accelerator.num_processes,
         },
     }
@@ -87,8 +85,7 @@ def check_same_recipe(earlier: Recipe, recipe: Recipe, folder: Path) -> None:
     ]
     require(
         not differences,
-        f"{folder} holds a run of another recipe; choose another --output, or undo:\n  "
-        + "\n  ".join(differences),
+        f"{folder} holds a run of another recipe; choose another --output, or undo:\n  " + "\n  ".join(differences),
     )
 
 

@@ -17,14 +17,12 @@ def build_encoder(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
     """The recipe's timm model without classifier, for images in [0, 1] of this shape (C, H, W).
 
     Raises:
-        ValueError: timm does not know the model (near names are given), its arguments do not fit, or it does not take the images.
+        ValueError: timm does not know the model (near names are given), or it does not take these arguments or images.
     """
     name, known = recipe.model, timm.list_models()
     if name not in known:
         near = difflib.get_close_matches(name, known, 3)
-        raise ValueError(
-            f"timm has no model {name!r}." + (f" Did you mean {', '.join(near)}?" if near else "")
-        )
+        raise ValueError(f"timm has no model {name!r}." + (f" Did you mean {', '.join(near)}?" if near else ""))
     cfg = {"input_size": shape, "mean": (0.0,) * shape[0], "std": (1.0,) * shape[0], "crop_pct": 1.0}
     try:
         encoder = timm.create_model(name, num_classes=0, pretrained_cfg_overlay=cfg, **recipe.model_kwargs)
@@ -54,7 +52,7 @@ def build_network(recipe: Recipe, ks: tuple[int, ...], shape: tuple[int, int, in
     network = AdvCL(encoder, recipe.objective, recipe.attack, recipe.views, ks, layout)
     if recipe.speed.sync_batch_norm:
         network.projector = nn.SyncBatchNorm.convert_sync_batchnorm(network.projector)
-    return network.to(memory_format=layout)  # type: ignore[call-overload, no-any-return]
+    return network.to(memory_format=layout)
 
 
 def plain_encoder(recipe: Recipe, shape: tuple[int, int, int], state: Mapping[str, Tensor]) -> nn.Module:
@@ -72,9 +70,7 @@ def build_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer
     return torch.optim.AdamW(network.parameters(), c.lr, weight_decay=c.weight_decay)
 
 
-def build_schedule(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int
-) -> CosineLRScheduler:
+def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:
     """Warm-up and cosine; a function of the step alone, so there is nothing to save."""
     c = recipe.optimizer
     return CosineLRScheduler(

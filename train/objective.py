@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
+from torch.autograd.function import FunctionCtx
 
 
 def gather_batch(views: Tensor) -> Tensor:
@@ -22,7 +22,23 @@ def gather_batch(views: Tensor) -> Tensor:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return views
-    return torch.cat(all_gather(views.contiguous()), dim=1)
+    return _GatherBatch.apply(views)
+
+
+class _GatherBatch(torch.autograd.Function):
+    """All-gather whose gradient is the sum over all processes' losses. (torch's own is deprecated, its successor too new.)"""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, views: Tensor) -> Tensor:
+        parts = [torch.empty_like(views, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, views.contiguous())
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
 
 
 def contrastive_loss(views: Tensor, temperature: float = 0.5, base_temperature: float = 0.07) -> Tensor:
@@ -72,9 +88,7 @@ def pseudo_label_loss(logits: Sequence[Tensor], labels: Tensor, reduction: str =
     """
     with torch.autocast(labels.device.type, enabled=False):
         losses = [
-            F.cross_entropy(
-                z.to(torch.promote_types(z.dtype, torch.float32)), labels[:, i], reduction=reduction
-            )
+            F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), labels[:, i], reduction=reduction)
             for i, z in enumerate(logits)
         ]
     return torch.stack(losses).mean()

@@ -9,6 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from advcl_hub.evaluation import PixelSpace, pgd_cross_entropy
@@ -23,9 +25,7 @@ def save_views(path: Path, rows: Mapping[str, Tensor], columns: int = 10) -> Pat
         columns: images shown.
     """
     count = min(columns, len(next(iter(rows.values()))))
-    figure, axes = plt.subplots(
-        len(rows), count, figsize=(count + 2, len(rows)), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(len(rows), count, figsize=(count + 2, len(rows)), squeeze=False, layout="constrained")
     for row, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(row, images, strict=False):
             _show(axis, image)
@@ -53,9 +53,7 @@ def save_adversarial_examples(
         eps, step_size, steps: the attack, as in `advcl_hub.evaluation.evaluate`.
     """
     count, height = len(images), 1 + 2 * len(models)
-    figure, axes = plt.subplots(
-        height, count, figsize=(1.15 * count + 2, 1.3 * height), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(height, count, figsize=(1.15 * count + 2, 1.3 * height), squeeze=False, layout="constrained")
     for axis, image, label in zip(axes[0], images, labels.tolist(), strict=True):
         _show(axis, image, classes[label])
     axes[0, 0].set_ylabel("image", rotation=0, ha="right", va="center")
@@ -79,7 +77,7 @@ def save_adversarial_examples(
     return _save(figure, path)
 
 
-def _show(axis: plt.Axes, image: Tensor, title: str = "", colour: str = "black") -> None:
+def _show(axis: Axes, image: Tensor, title: str = "", colour: str = "black") -> None:
     array = image.detach().float().clamp(0, 1).cpu().permute(1, 2, 0).numpy()
     axis.imshow(np.broadcast_to(array, (*array.shape[:2], 3)), interpolation="nearest")
     axis.set(xticks=[], yticks=[])
@@ -88,7 +86,7 @@ def _show(axis: plt.Axes, image: Tensor, title: str = "", colour: str = "black")
         spine.set_visible(False)
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -61,9 +61,7 @@ class Trainer:
         self.recipe, self.output = recipe, output
         self.accelerator = Accelerator(
             mixed_precision=recipe.speed.mixed_precision,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -84,9 +82,7 @@ class Trainer:
         self.total_steps = recipe.epochs * self.steps_per_epoch
 
         self.core = build_network(recipe, labels.ks if labels else (), data.shape).to(self.device)
-        self.ema = (
-            ModelEmaV3(self.core, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-        )
+        self.ema = ModelEmaV3(self.core, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.optimizer = build_optimizer(recipe, self.core)
         self.schedule = build_schedule(recipe, self.optimizer, self.steps_per_epoch)
         self.state = Checkpoint(0, 0.0, recipe, provenance(data, labels, self.accelerator), {})
@@ -148,16 +144,10 @@ class Trainer:
         self.model.train()
         share = self.recipe.batch_size // self.world
         for epoch in range(self.state.step // self.steps_per_epoch, self.recipe.epochs):
-            order = torch.randperm(
-                len(self.data), generator=torch.Generator().manual_seed(mix(self.recipe.seed, epoch))
-            )
-            order = order[: self.steps_per_epoch * self.recipe.batch_size].view(
-                self.steps_per_epoch, self.world, share
-            )
+            order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(mix(self.recipe.seed, epoch)))
+            order = order[: self.steps_per_epoch * self.recipe.batch_size].view(self.steps_per_epoch, self.world, share)
             mine = order[self.state.step - epoch * self.steps_per_epoch :, self.rank].flatten()
-            for images, rows in batches(
-                self.data, share, device=self.device, order=mine, workers=self.recipe.data.workers
-            ):
+            for images, rows in batches(self.data, share, device=self.device, order=mine, workers=self.recipe.data.workers):
                 yield images, None if self.labels is None else self.labels[rows]
 
     def agree(self, stopping: bool, saving: bool) -> tuple[bool, bool]:
@@ -207,15 +197,13 @@ class Trainer:
         result = None
         if self.main and self.held_out is not None:
             rule, branch = self.recipe.judge, self.recipe.objective.export_branch
-            weights = (self.ema.module if self.ema else self.core).encoder.state_dict()  # type: ignore[union-attr]
+            weights = (self.ema.module if self.ema else self.core).encoder.state_dict()
             encoder = plain_encoder(self.recipe, self.data.shape, branch_state_dict(weights, branch))
             train = first_images(self.data, rule.train_images, self.recipe.seed)
             held_out = first_images(self.held_out, rule.val_images, self.recipe.seed)
             eps = self.recipe.attack.eps
             probe = linear_probe(encoder, train, self.device)
-            result = evaluate(
-                probe, held_out, eps=eps, step_size=eps / 4, steps=rule.steps, device=self.device
-            )
+            result = evaluate(probe, held_out, eps=eps, step_size=eps / 4, steps=rule.steps, device=self.device)
             epoch = self.state.step / self.steps_per_epoch
             tqdm.write(
                 f"epoch {epoch:g}: linear probe on {result.images} held-out images: standard {result.standard:.1%}, "
@@ -223,9 +211,7 @@ class Trainer:
                 file=sys.stderr,
             )
             if self.log:
-                self.log.write(
-                    self.state.step, epoch=epoch, probe_standard=result.standard, probe_robust=result.robust
-                )
+                self.log.write(self.state.step, epoch=epoch, probe_standard=result.standard, probe_robust=result.robust)
             save_curves(self.output)
         self.accelerator.wait_for_everyone()
         self.meter.restart()
@@ -305,9 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         help="settings of the recipe to change, e.g. attack.steps=3",
     )
     parser.add_argument("--output", type=Path, help="folder of the run (default: runs/RECIPE)")
-    parser.add_argument(
-        "--time-budget", type=duration, help="stop with a checkpoint after so long: 90s, 9m, 2h"
-    )
+    parser.add_argument("--time-budget", type=duration, help="stop with a checkpoint after so long: 90s, 9m, 2h")
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("timm").setLevel(logging.WARNING)

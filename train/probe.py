@@ -13,9 +13,7 @@ _L2 = 1e-3  # on weights of standardised features; one value for every encoder a
 
 
 @torch.no_grad()
-def extract_features(
-    encoder: nn.Module, data: ImageData, device: torch.device | str, batch_size: int = 500
-) -> Tensor:
+def extract_features(encoder: nn.Module, data: ImageData, device: torch.device | str, batch_size: int = 500) -> Tensor:
     """Features (N, D) of all images, in evaluation mode, without augmentation."""
     encoder = encoder.to(device).eval()
     return torch.cat([encoder(images / 255) for images, _ in batches(data, batch_size, device=device)])
@@ -44,7 +42,7 @@ def fit_linear(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tens
         loss.backward()
         return loss
 
-    solver.step(closure)  # type: ignore[arg-type]
+    solver.step(closure)
     scaled = weight.detach() / std
     return scaled, bias.detach() - scaled @ mean
 
@@ -55,9 +53,7 @@ def linear_probe(encoder: nn.Module, data: ImageData, device: torch.device | str
     Raises:
         ValueError: the model's classifier is not one linear layer.
     """
-    weight, bias = fit_linear(
-        extract_features(encoder, data, device), data.labels.to(device), len(data.classes)
-    )
+    weight, bias = fit_linear(extract_features(encoder, data, device), data.labels.to(device), len(data.classes))
     classifier = copy.deepcopy(encoder)
     classifier.reset_classifier(len(data.classes))  # type: ignore[operator]
     head = classifier.get_classifier()  # type: ignore[operator]

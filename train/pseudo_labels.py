@@ -310,8 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         splits = {
-            split: load_data(args.data, split, root=args.root, size=args.size, download=args.download)
-            for split in args.splits
+            split: load_data(args.data, split, root=args.root, size=args.size, download=args.download) for split in args.splits
         }
         first = args.splits[0]
         data = splits.pop(first)

@@ -197,9 +197,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
     path = RECIPES / f"{name}.yaml" if name in known else Path(name)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"No recipe {name!r}. Known: {', '.join(known)}; or give the path of a YAML file."
-        )
+        raise FileNotFoundError(f"No recipe {name!r}. Known: {', '.join(known)}; or give the path of a YAML file.")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
@@ -265,6 +263,8 @@ def _build(kind: Any, value: Any, path: str) -> Any:
             pass
     elif type(value) is kind:
         return value
+    elif kind is str and value is False:
+        return "no"  # what YAML makes of an unquoted no
     raise ValueError(f"{path} must be {kind.__name__}, got {value!r}")
 
 

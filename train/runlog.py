@@ -58,7 +58,7 @@ class Meter:
 
     def take(self, accelerator: Accelerator) -> tuple[list[float], int, float]:
         """Mean losses over steps and processes, the number of steps, and seconds since the last call; starts anew."""
-        means = accelerator.reduce(self.sums / self.count, "mean").tolist()  # type: ignore[union-attr]
+        means = accelerator.reduce(self.sums / self.count, "mean").tolist()
         taken = means, self.count, time.monotonic() - self.since
         self.sums.zero_()
         self.count = 0

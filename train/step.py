@@ -49,6 +49,15 @@ class Objective:
     pseudo_label_weight: float = 0.2
     projection_dim: int = 128
 
+    def __post_init__(self) -> None:
+        groups = {"joint": [self.clean_views + self.adversarial_views], "separate": [self.clean_views, self.adversarial_views]}
+        if self.pairing not in groups:
+            raise ValueError(f"pairing must be joint or separate, got {self.pairing!r}")
+        if not self.clean_views or min(len(views) for views in groups[self.pairing]) < 2:
+            raise ValueError(
+                f"every contrastive loss needs at least two views, a clean one among them; got {groups[self.pairing]}"
+            )
+
     @property
     def branches(self) -> tuple[str, ...]:
         """The batch-norm branches that this objective needs."""
@@ -78,7 +87,7 @@ class AdvCL(nn.Module):
     Args:
         encoder: a timm model without classifier (`num_classes=0`); its batch norms get branches in place.
         objective, attack, views: what to do with the images.
-        ks: numbers of clusters of the pseudo-labels, one linear head each; used only if `objective.pseudo_label_weight` is not 0.
+        ks: numbers of clusters of the pseudo-labels, one linear head each; unused if `objective.pseudo_label_weight` is 0.
         memory_format: layout of the views (the caller moves the encoder).
     """
 
@@ -110,9 +119,7 @@ class AdvCL(nn.Module):
     def losses(self, views: Views, labels: Tensor | None = None) -> Losses:
         """The step after the augmentations. The random starts come from torch's global generator."""
         sources = self.sources(views)
-        clean = self.project(
-            [getattr(views, name) for name in self.objective.clean_views], "clean"
-        )  # once: constant below
+        clean = self.project([getattr(views, name) for name in self.objective.clean_views], "clean")  # once: constant below
         adversarial = self.perturb(sources, uniform_start(sources, self.attack.eps), clean.detach(), labels)
         contrastive, pseudo_label = self.objective_terms(adversarial, clean, labels)
         total = contrastive + self.objective.pseudo_label_weight * pseudo_label

@@ -50,13 +50,10 @@ class ViewConfig:
 
     def __post_init__(self) -> None:
         if not _is_numbers(self.crop_scale, 2) or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(
-                f"crop_scale must be (low, high) with 0 < low <= high <= 1, got {self.crop_scale!r}"
-            )
+            raise ValueError(f"crop_scale must be (low, high) with 0 < low <= high <= 1, got {self.crop_scale!r}")
         if not _is_numbers(self.jitter, 4) or min(self.jitter) < 0 or self.jitter[HUE] > 0.5:
             raise ValueError(
-                "jitter must be (brightness, contrast, saturation, hue), each >= 0 and hue <= 0.5, "
-                f"got {self.jitter!r}"
+                f"jitter must be (brightness, contrast, saturation, hue), each >= 0 and hue <= 0.5, got {self.jitter!r}"
             )
         for name, value in (("jitter_p", self.jitter_p), ("grayscale_p", self.grayscale_p)):
             if not _is_numbers((value,), 1) or not 0 <= value <= 1:
@@ -341,9 +338,7 @@ def _is_numbers(values: Sequence[float], count: int) -> bool:
 
 def _check_images(images: Tensor, config: ViewConfig) -> None:
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
-        raise ValueError(
-            f"expected images of shape (N, C, H, W) with C = 1 or 3 and none empty, got {tuple(images.shape)}"
-        )
+        raise ValueError(f"expected images of shape (N, C, H, W) with C = 1 or 3 and none empty, got {tuple(images.shape)}")
     if images.dtype != torch.uint8:
         raise ValueError(f"expected uint8 images in 0 ... 255, as data sets hold them, got {images.dtype}")
     if config.padding >= min(images.shape[-2:]):

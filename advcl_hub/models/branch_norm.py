@@ -61,8 +61,8 @@ class BranchNorm(nn.Module):
 def add_branches(model: nn.Module, names: Sequence[str]) -> BranchSwitch:
     """Gives every batch norm of `model` one branch a name, in place. Each branch starts as a copy of the original.
 
-    Covers BatchNorm1d/2d/3d, timm's BatchNormAct2d and both SyncBatchNorms; a model without batch norm is left as it is and gets
-    a switch that changes nothing. Convert to SyncBatchNorm *before* this call.
+    Covers BatchNorm1d/2d/3d, timm's BatchNormAct2d and both SyncBatchNorms; a model without batch norm is left as it is and
+    gets a switch that changes nothing. Convert to SyncBatchNorm *before* this call.
 
     Args:
         model: any network, its batch norms below the top level.
@@ -77,9 +77,7 @@ def add_branches(model: nn.Module, names: Sequence[str]) -> BranchSwitch:
     """
     switch = BranchSwitch(names)
     if any(isinstance(m, BranchNorm) for m in model.modules()):
-        raise ValueError(
-            "The model has batch-norm branches already; build a fresh one with timm.create_model."
-        )
+        raise ValueError("The model has batch-norm branches already; build a fresh one with timm.create_model.")
     norms = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)}
     if "" in norms:
         raise ValueError("The model is itself a batch norm: wrap it in a network.")
@@ -88,7 +86,7 @@ def add_branches(model: nn.Module, names: Sequence[str]) -> BranchSwitch:
     if any(getattr(m, "grad_checkpointing", False) for m in model.modules()):
         raise ValueError(f"{_NO_CHECKPOINTING} Call model.set_grad_checkpointing(False) first.")
     if hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing = _refuse_checkpointing
+        model.set_grad_checkpointing = _refuse_checkpointing  # type: ignore[assignment]
     branched: dict[nn.Module, BranchNorm] = {}  # a norm that is used in two places stays one norm
     for name, norm in norms.items():
         parent, _, leaf = name.rpartition(".")

@@ -1,0 +1,111 @@
+"""Two real processes give the loss, the gradient and the attack of one process with the whole batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.distributed.pool import run_ranks
+from train.objective import contrastive_loss
+from train.runlog import read_log
+from train.step import AdvCL, Attack, Objective
+from train.views import ViewConfig, Views
+
+ROOT = Path(__file__).parents[2]
+BATCH, VIEWS, DIM = 6, 3, 5
+
+
+class Projector(nn.Module):
+    """A network without batch statistics: its loss may depend on the other rank's images through the objective alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, DIM)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return contrastive_loss(nn.functional.normalize(self.layers(x), dim=-1))
+
+
+def inputs() -> Tensor:
+    return torch.randn(VIEWS, BATCH, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def loss_and_gradients(rank: int, world: int) -> list[Tensor]:
+    share = BATCH // world
+    x = inputs()[:, rank * share : (rank + 1) * share].clone().requires_grad_()
+    model = Projector()
+    parallel = DistributedDataParallel(model) if world > 1 else model
+    loss = parallel(x)
+    loss.backward()
+    assert x.grad is not None
+    return [loss.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def test_loss_and_gradient_equal_one_process() -> None:
+    whole = loss_and_gradients(0, 1)
+    ranks = run_ranks(loss_and_gradients, 2)
+    assert len(ranks) == 2
+    torch.testing.assert_close((ranks[0][0] + ranks[1][0]) / 2, whole[0], rtol=1e-12, atol=0)
+    for rank in ranks:
+        for ours, expected in zip(rank[2:], whole[2:], strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-13)
+    # Gradient by the images: the sum of both ranks' losses, twice the mean that one process has.
+    torch.testing.assert_close(torch.cat([r[1] for r in ranks], 1) / 2, whole[1], rtol=1e-9, atol=1e-13)
+
+
+def whole_step(rank: int, world: int) -> dict[str, Tensor]:
+    """The attack and the loss of a network with layer norm only, in float64, on this rank's share."""
+    torch.manual_seed(0)
+    encoder = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=0
+    )
+    network = AdvCL(encoder, Objective(), Attack(steps=3), ViewConfig(padding=2, hfc_radius=2), ks=(3,))
+    network.projector[1] = nn.Identity()
+    network.double()
+    images = torch.rand(4, BATCH, 3, 16, 16, dtype=torch.float64)
+    noise = (2 * torch.rand(2, BATCH, 3, 16, 16, dtype=torch.float64) - 1) * 8 / 255
+    labels = torch.arange(BATCH)[:, None] % 3
+    share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    views, labels = Views(*images[:, share]), labels[share]
+    clean = network.project([views.strong1, views.strong2, views.high_frequency], "clean")
+    sources = network.sources(views)
+    adversarial = network.perturb(sources, sources + noise[:, share], clean.detach(), labels)
+    contrastive, pseudo_label = network.objective_terms(adversarial, clean, labels)
+    (contrastive + 0.2 * pseudo_label).backward()
+    gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+    return {"adversarial": adversarial, "contrastive": contrastive.detach(), "gradient": gradient}
+
+
+def test_attack_and_step_equal_one_process() -> None:
+    whole = whole_step(0, 1)
+    ranks = run_ranks(whole_step, 2)
+    torch.testing.assert_close(torch.cat([r["adversarial"] for r in ranks], 1), whole["adversarial"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        (ranks[0]["contrastive"] + ranks[1]["contrastive"]) / 2, whole["contrastive"], rtol=1e-10, atol=0
+    )
+    torch.testing.assert_close((ranks[0]["gradient"] + ranks[1]["gradient"]) / 2, whole["gradient"], rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("batch_size", [32])
+def test_pretraining_in_two_processes(tmp_path: Path, batch_size: int) -> None:
+    """The trainer itself under torchrun: both ranks take part, one writes, and it resumes."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "train.pretrain"),
+        *("digits_demo", "epochs=1", "optimizer.warmup_epochs=0", "attack.steps=1", "judge.every=1", "data.source=fake:200"),
+        *(f"batch_size={batch_size}", "speed.mixed_precision=no", "objective.pseudo_label_weight=0"),
+        *("--output", str(tmp_path / "run")),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = read_log(tmp_path / "run")
+    assert any("probe_robust" in r for r in records)
+    results = (tmp_path / "run" / "export" / "results.json").read_text()
+    assert '"processes": 2' in results

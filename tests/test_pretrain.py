@@ -1,0 +1,195 @@
+"""The trainer as a user runs it: whole runs in real processes, killed, stopped, continued, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import advcl_hub  # noqa: F401
+from advcl_hub.export import verify_folder
+from train.checkpoint import FILE, load_checkpoint
+from train.pretrain import mix
+from train.runlog import read_log
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    *("data.source=fake:120", "data.size=16", "batch_size=16", "epochs=3", "optimizer.warmup_epochs=1", "attack.steps=1"),
+    *("pseudo_labels.ks=[3]", "judge.every=0", "model_kwargs.channels=[8,8,16]", "checkpoint_minutes=0"),
+]
+
+
+def start(output: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "train.pretrain", "digits_demo", *TINY, *arguments, "--output", str(output)]
+    command.append(f"pseudo_labels.cache={output.parent / 'labels'}")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(output: Path, *arguments: str, code: int = 0) -> str:
+    process = start(output, *arguments)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == code, err[-3000:]
+    return out + err
+
+
+def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the log (written just before each checkpoint) has come so far."""
+    for _ in range(2000):
+        if any(r["step"] >= step for r in read_log(output)):
+            return
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.03)
+    raise AssertionError(f"step {step} was never reached")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run with averaged weights."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    said = run(output)
+    assert 'timm.create_model("local-dir:' in said
+    return output
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    a, b = load_checkpoint(one), load_checkpoint(other)
+    assert a.finished and b.finished and a.step == b.step == 18
+    assert a.tensors.keys() == b.tensors.keys()
+    assert any(k.startswith("optimizer.") for k in a.tensors) and any(k.startswith("ema.") for k in a.tensors)
+    assert [k for k in a.tensors if not torch.equal(a.tensors[k], b.tensors[k])] == []
+
+
+def test_what_a_run_leaves_behind(whole: Path) -> None:
+    for name in ("recipe.yaml", "log.jsonl", "views.png", "curves.png", FILE, "export/config.json", "export/model.safetensors"):
+        assert (whole / name).stat().st_size > 0, name
+    assert any((whole / "tensorboard").iterdir())
+    records = read_log(whole)
+    assert records[-1]["step"] == 18 and records[-1]["epoch"] == 3
+    assert records[0]["lr"] < max(r["lr"] for r in records) > records[-1]["lr"]
+    assert verify_folder(whole / "export") < 1e-3
+    results = json.loads((whole / "export" / "results.json").read_text())
+    assert results["branch"] == "adv" and results["ema"] is True
+    assert results["provenance"]["data"]["images"] == load_checkpoint(whole).provenance["data"]["images"]
+
+
+def test_the_export_is_the_averaged_adversarial_branch(whole: Path) -> None:
+    model = timm.create_model(f"local-dir:{whole / 'export'}", pretrained=True)
+    expected = load_checkpoint(whole).group("ema")
+    assert torch.equal(model.state_dict()["bn1.running_mean"], expected["encoder.bn1.bn_branches.adv.running_mean"])
+    assert torch.equal(model.state_dict()["conv1.weight"], expected["encoder.conv1.weight"])
+
+
+def test_killed_anywhere_it_ends_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    for step in (4, 11):
+        process = start(output)
+        wait_for_step(output, step, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert 0 < load_checkpoint(output).step < 18
+    run(output)
+    assert_same_weights(whole, output)
+    steps = [r["step"] for r in read_log(output)]
+    assert steps == sorted(set(steps)), "records of the killed starts are dropped"
+
+
+def test_sigterm_and_time_budget_stop_cleanly_and_continue(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = start(output, "checkpoint_minutes=60")
+    wait_for_step(output, 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "python -m train.pretrain digits_demo" in out and str(output) in out
+    stopped = load_checkpoint(output).step
+    assert 3 <= stopped < 18
+    assert "To continue" in run(output, "--time-budget", "0s")
+    assert load_checkpoint(output).step == stopped + 1
+    run(output)
+    assert_same_weights(whole, output)
+
+
+def test_a_finished_run_says_so(whole: Path) -> None:
+    before = (whole / FILE).stat().st_mtime_ns
+    assert "finished already" in run(whole, f"pseudo_labels.cache={whole.parent / 'labels'}")
+    assert (whole / FILE).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attack.steps=2"], "attack.steps: 1 there, 2 now"),
+        (["seed=5"], "seed: 0 there, 5 now"),
+    ],
+)
+def test_another_recipe_is_refused_and_loses_nothing(whole: Path, arguments: list[str], message: str) -> None:
+    before = (whole / FILE).read_bytes()
+    said = run(whole, *arguments, code=1)
+    assert message in said and "Traceback" not in said
+    assert (whole / FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=resnet18_cifr"], "Did you mean resnet18_cifar"),
+        (["model=vit_tiny_patch16_224", "model_kwargs.channels=null"], "does not take 3x16x16 images"),
+        (["batch_size=1000"], "there are"),
+        (["data.source=folder:/nowhere"], "/nowhere"),
+        (["objective.pseudo_label_weight=0.2", "pseudo_labels.encoder=null", "pseudo_labels.path=/nowhere"], "/nowhere"),
+        (["speed.sync_batch_norm=true"], "needs GPUs"),
+    ],
+)
+def test_refusals_before_anything_starts(tmp_path: Path, arguments: list[str], message: str) -> None:
+    said = run(tmp_path / "run", *arguments, code=1)
+    assert message in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corrupt_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / FILE).write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    said = run(tmp_path / "run", code=1)
+    assert "is not a readable training checkpoint" in said and "Traceback" not in said
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    said = run(output, "optimizer.lr=1e30", "optimizer.warmup_epochs=0", "checkpoint_minutes=60", code=1)
+    assert "The loss is not finite at step" in said and str(output / FILE) in said
+    assert all(v.isfinite().all() for v in load_checkpoint(output).tensors.values())
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
+def test_stock_timm_models_train_by_name_and_kwargs(tmp_path: Path, name: str) -> None:
+    kwargs = ["model_kwargs.channels=null"]
+    kwargs = {
+        "vit_tiny_patch16_224": ["model_kwargs={img_size: 16, patch_size: 4, embed_dim: 24, depth: 1, num_heads: 2}"],
+        "convnext_atto": ["model_kwargs={patch_size: 1, depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"],
+    }[name]
+    arguments = [a for a in TINY if not a.startswith("model_kwargs")]
+    command = [sys.executable, "-m", "train.pretrain", "digits_demo", *arguments, f"model={name}", *kwargs, "epochs=2"]
+    command += [
+        f"pseudo_labels.cache={tmp_path}",
+        "optimizer.name=adamw",
+        "optimizer.lr=1e-3",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert verify_folder(tmp_path / "run" / "export") < 1e-3
+
+
+def test_seeds_of_steps_and_ranks_differ() -> None:
+    seeds = {mix(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(4)}
+    assert len(seeds) == 600 and all(0 <= s < 2**63 for s in seeds)
