@@ -69,7 +69,7 @@ def export_folder(
             model,
             str(draft / "config.json"),
             model_config={"label_names": list(label_names)} if label_names else {},
-            model_args=dict(model_args or {}),
+            model_args={k: v for k, v in (model_args or {}).items() if v is not None},
         )
         record = {
             **results,

@@ -140,7 +140,7 @@ def test_another_recipe_is_refused_and_loses_nothing(whole: Path, arguments: lis
     ("arguments", "message"),
     [
         (["model=resnet18_cifr"], "Did you mean resnet18_cifar"),
-        (["model=vit_tiny_patch16_224", "model_kwargs.channels=null"], "does not take 3x16x16 images"),
+        (["model=vit_tiny_patch16_224"], "does not take 3x16x16 images"),
         (["batch_size=1000"], "there are"),
         (["data.source=folder:/nowhere"], "/nowhere"),
         (["objective.pseudo_label_weight=0.2", "pseudo_labels.encoder=null", "pseudo_labels.path=/nowhere"], "/nowhere"),

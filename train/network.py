@@ -41,7 +41,7 @@ def build_encoder(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
     return encoder.train()
 
 
-def build_network(recipe: Recipe, ks: tuple[int, ...], shape: tuple[int, int, int]) -> AdvCL:
+def build_network(recipe: Recipe, shape: tuple[int, int, int]) -> AdvCL:
     """The encoder with branches, projection head and pseudo-label heads, seeded by the recipe."""
     torch.manual_seed(recipe.seed)
     encoder = build_encoder(recipe, shape)
@@ -49,7 +49,7 @@ def build_network(recipe: Recipe, ks: tuple[int, ...], shape: tuple[int, int, in
         require(torch.cuda.is_available(), "speed.sync_batch_norm needs GPUs; set it to false.")
         encoder = timm.layers.convert_sync_batchnorm(encoder)
     layout = torch.channels_last if recipe.speed.channels_last else torch.contiguous_format
-    network = AdvCL(encoder, recipe.objective, recipe.attack, recipe.views, ks, layout)
+    network = AdvCL(encoder, recipe.objective, recipe.attack, recipe.views, recipe.pseudo_labels.ks, layout)
     if recipe.speed.sync_batch_norm:
         network.projector = nn.SyncBatchNorm.convert_sync_batchnorm(network.projector)
     return network.to(memory_format=layout)

@@ -60,11 +60,14 @@ class Trainer:
     def __init__(self, recipe: Recipe, output: Path) -> None:
         self.recipe, self.output = recipe, output
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else several CPU processes would each train alone
             mixed_precision=recipe.speed.mixed_precision,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        require(self.world == launched, f"{launched} processes were launched, but accelerate sees {self.world}.")
         require(
             recipe.batch_size % self.world == 0,
             f"batch_size {recipe.batch_size} does not divide by {self.world} processes; change batch_size.",
@@ -74,6 +77,7 @@ class Trainer:
             len(data) >= recipe.batch_size,
             f"A batch of {recipe.batch_size} needs as many training images; there are {len(data)}. Lower batch_size.",
         )
+        self.core = build_network(recipe, data.shape).to(self.device)
         with self.accelerator.main_process_first():  # one process clusters, the others read the cache
             labels = load_labels(recipe, data, self.device)
         self.data = data.to(self.device)
@@ -81,7 +85,6 @@ class Trainer:
         self.steps_per_epoch = len(data) // recipe.batch_size
         self.total_steps = recipe.epochs * self.steps_per_epoch
 
-        self.core = build_network(recipe, labels.ks if labels else (), data.shape).to(self.device)
         self.ema = ModelEmaV3(self.core, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.optimizer = build_optimizer(recipe, self.core)
         self.schedule = build_schedule(recipe, self.optimizer, self.steps_per_epoch)
@@ -118,7 +121,7 @@ class Trainer:
             if in_epoch == 0 and every and epoch % every == 0 and epoch < self.recipe.epochs:
                 self.judge()
         self.bar.close()
-        if self.state.finished and self.main:
+        if self.state.finished:
             self.finish()
         if self.log:
             self.log.close()
@@ -251,8 +254,10 @@ class Trainer:
             save_views(self.output / "views.png", shown | adversarial)
 
     def finish(self) -> None:
-        """The last judgement, the export and its check."""
+        """The last judgement, then, by the main process, the export and its check."""
         result = self.judge() if self.recipe.judge.every else None
+        if not self.main:
+            return
         figures = {"linear_probe_held_out": vars(result)} if result else {}
         folder = export_checkpoint(load_checkpoint(self.output), self.output / "export", figures=figures)
         verify_folder(folder)
