@@ -1,0 +1,110 @@
+"""Export folders: complete or not at all, equal after reloading, and checked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import advcl_hub  # noqa: F401
+from advcl_hub.export import WEIGHTS, export_folder, file_sha256, join_shards, load_folder, verify_folder
+
+VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+
+
+def model(name: str = "resnet8_cifar", **kwargs: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=0, **kwargs).eval()
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [("resnet8_cifar", {}), ("vit_tiny_patch16_224", VIT)])
+def test_reloads_equal_with_and_without_a_head(tmp_path: Path, name: str, kwargs: dict[str, Any]) -> None:
+    encoder = model(name, **kwargs)
+    folder = export_folder(encoder, tmp_path / "e", results={"seed": 0}, model_args=kwargs)
+    assert (folder / "golden.safetensors").exists()
+    images = torch.rand(2, 3, 32, 32)
+    reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(reloaded(images), encoder(images))
+        classifier = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7).eval()
+        assert classifier(images).shape == (2, 7)
+        features = classifier.forward_head(classifier.forward_features(images), pre_logits=True)
+        assert torch.equal(features, encoder(images))
+    assert verify_folder(folder) < 1e-3
+
+
+def test_float16_shards_join_to_the_exported_file(tmp_path: Path) -> None:
+    encoder = model()
+    whole = export_folder(encoder, tmp_path / "whole", results={}, dtype="float16")
+    parts = export_folder(encoder, tmp_path / "parts", results={}, dtype="float16", max_shard_size="60KB")
+    shards = sorted(parts.glob("model-*.safetensors"))
+    assert len(shards) > 1 and not (parts / WEIGHTS).exists()
+    with pytest.raises(FileNotFoundError, match="Join its shards first"):
+        verify_folder(parts)
+    hidden = shards[0].rename(tmp_path / "hidden")
+    with pytest.raises(FileNotFoundError, match="lacks model-00001"):
+        join_shards(parts)
+    hidden.rename(shards[0])
+    join_shards(parts)
+    assert file_sha256(parts / WEIGHTS) == file_sha256(whole / WEIGHTS)
+    verify_folder(parts)
+    with pytest.raises(FileNotFoundError, match="nothing to join"):
+        join_shards(parts)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in encoder.state_dict().items()}
+    state = load_folder(whole).state_dict()
+    assert all(torch.equal(state[k], v.to(state[k].dtype)) for k, v in half.items())
+
+
+def test_a_flipped_byte_and_missing_files_are_found(tmp_path: Path) -> None:
+    folder = export_folder(model(), tmp_path / "e", results={})
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-5] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+    with pytest.raises(ValueError, match="sha256 differs"):
+        verify_folder(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        verify_folder(folder)
+
+
+def test_other_behaviour_with_the_right_weights_is_found(tmp_path: Path) -> None:
+    encoder = model("vit_tiny_patch16_224", **VIT)
+    for parameter in encoder.parameters():
+        parameter.data *= 5  # as they are drawn, attention hardly matters
+    folder = export_folder(encoder, tmp_path / "e", results={}, model_args=VIT)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"]["num_heads"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="computes something else"):
+        verify_folder(folder)
+
+
+def test_replaces_an_earlier_export_and_leaves_other_folders_alone(tmp_path: Path) -> None:
+    folder = export_folder(model(), tmp_path / "e", results={"run": 1})
+    export_folder(model(), folder, results={"run": 2}, label_names=())
+    assert json.loads((folder / "results.json").read_text())["run"] == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="not an earlier export"):
+        export_folder(model(), tmp_path / "mine", results={})
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        export_folder(model(), tmp_path / "x", results={}, dtype="int8")
+
+
+def test_a_failure_halfway_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = export_folder(model(), tmp_path / "e", results={"run": 1})
+    with pytest.raises(TypeError):
+        export_folder(model(), folder, results={"run": object()})
+    assert [p.name for p in tmp_path.iterdir()] == ["e"]
+    assert json.loads((folder / "results.json").read_text())["run"] == 1
+
+
+def test_class_names_go_with_a_classifier(tmp_path: Path) -> None:
+    classifier = timm.create_model("resnet8_cifar", num_classes=2).eval()
+    folder = export_folder(classifier, tmp_path / "e", results={}, label_names=("cat", "dog"))
+    assert json.loads((folder / "config.json").read_text())["label_names"] == ["cat", "dog"]
+    assert load_folder(folder).num_classes == 2
