@@ -38,7 +38,7 @@ def test_robust_accuracy_of_a_known_classifier() -> None:
 def test_the_preprocessing_of_the_model_is_inside_the_attack() -> None:
     torch.manual_seed(0)
     model = timm.create_model("resnet8_cifar", num_classes=2).eval()
-    model.pretrained_cfg = dict(model.pretrained_cfg, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.5))
+    model.pretrained_cfg = dict(model.pretrained_cfg, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.5))  # type: ignore[assignment]
     images = torch.rand(2, 3, 32, 32)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.2, 0.25, 0.5)))
     torch.testing.assert_close(PixelSpace(model)(images), model((images - mean) / std))
