@@ -1,0 +1,40 @@
+"""The demo at a tiny setting, as `make demo` runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import timm
+
+import advcl_hub  # noqa: F401
+from train.evaluate_probe import evaluate_run
+
+ROOT = Path(__file__).parents[1]
+TINY = ("epochs=1", "optimizer.warmup_epochs=0", "judge.every=0", "attack.steps=1", "model_kwargs.channels=[8,8,16]")
+
+
+def demo(output: Path) -> str:
+    command = [sys.executable, "-m", "train.demo", *TINY, f"pseudo_labels.cache={output / 'labels'}", "--output", str(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_the_demo_from_digits_to_a_robustness_table(tmp_path: Path) -> None:
+    said = demo(tmp_path)
+    assert "359 test digits; robust: PGD-20, l_inf, eps 16/255" in said
+    assert "reloaded through timm, its outputs are equal" in said
+    for name in ("adversarial_examples.png", "advcl/views.png", "simclr/curves.png", "classifier/model.safetensors"):
+        assert (tmp_path / name).stat().st_size > 0, name
+    model = timm.create_model(f"local-dir:{tmp_path / 'classifier'}", pretrained=True)
+    assert model.num_classes == 10
+    figures = json.loads((tmp_path / "classifier" / "results.json").read_text())["figures"]["test"]
+    assert figures["images"] == 359 and 0 <= figures["robust"] <= figures["standard"] <= 1
+
+    again = demo(tmp_path)
+    assert again.count("is finished already") == 2
+    result = evaluate_run(tmp_path / "advcl", 50, steps=1)
+    assert result.images == 50 and result.robust <= result.standard
