@@ -288,7 +288,13 @@ def test_bootstrap_interrupted_while_pip_works_leaves_no_environment(tmp_path: P
         command = [sys.executable, ".ci/bootstrap.py", "--venv", str(tmp_path / "venv"), "--stamp", "unused"]
         variables = environment(PIP_INDEX_URL=f"http://127.0.0.1:{silent_index.getsockname()[1]}/simple", NO_PROXY="127.0.0.1")
         with subprocess.Popen(
-            [*command, "--need-gb", "0.1"], cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True
+            [*command, "--need-gb", "0.1"],
+            cwd=ROOT,
+            env=variables,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell starts background jobs with SIGINT ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process:
             silent_index.settimeout(60)
             silent_index.accept()  # pip has asked, and will wait for the answer
