@@ -60,7 +60,7 @@ def evaluate(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Robustness:
-    """Standard and PGD accuracy of a classifier in evaluation mode.
+    """Standard and PGD accuracy of a classifier in evaluation mode; the mode it came in is restored.
 
     Args:
         model: a timm classifier; its mean and std are applied inside the attacked function.
@@ -76,7 +76,8 @@ def evaluate(
     """
     if not len(data):
         raise ValueError("No images to evaluate on.")
-    classifier = PixelSpace(model).to(device).eval().requires_grad_(False)
+    training = model.training
+    classifier = PixelSpace(model).to(device).eval()
     torch.manual_seed(seed)
     standard = robust = torch.zeros((), dtype=torch.long, device=device)
     for images, rows in batches(data, batch_size, device=device):
@@ -85,6 +86,7 @@ def evaluate(
         with torch.no_grad():
             standard = standard + (classifier(images).argmax(1) == labels).sum()
             robust = robust + (classifier(adversarial).argmax(1) == labels).sum()
+    model.train(training)
     n = len(data)
     return Robustness(standard.item() / n, robust.item() / n, n, eps, step_size, steps, seed)
 

@@ -6,6 +6,7 @@ timm.create_model("local-dir:FOLDER", pretrained=True)     # after `import advcl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -52,13 +53,13 @@ def export_folder(
         The folder.
 
     Raises:
-        ValueError: unknown dtype, or the folder holds something that is not an export.
+        ValueError: unknown dtype, weights that are not finite in it, or a folder that holds anything but an earlier export.
         OSError: the folder cannot be written; nothing is left behind.
     """
     folder = Path(folder)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "results.json").exists())):
+    if folder.exists() and not _is_export(folder):
         raise ValueError(f"{folder} exists and is not an earlier export: choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -156,8 +157,21 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _is_export(folder: Path) -> bool:
+    """Whether nothing but an earlier export (or nothing) would be lost by replacing the folder."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    ours = {"config.json", "results.json", "README.md", GOLDEN, WEIGHTS, _INDEX}
+    foreign = {name for name in names - ours if not re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
+    return not names or ("results.json" in names and not foreign)
+
+
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+    stored = tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+    if stored.is_floating_point() and not stored.isfinite().all():
+        raise ValueError(f"Some weights are not finite as {str(dtype).removeprefix('torch.')}: export them as float32.")
+    return stored
 
 
 def _save_golden(model: nn.Module, path: Path) -> None:
@@ -173,5 +187,10 @@ def _replace_folder(draft: Path, folder: Path) -> None:
     earlier = draft.with_name(f"{draft.name}-earlier")
     if folder.exists():
         folder.rename(earlier)
-    draft.rename(folder)
+    try:
+        draft.rename(folder)
+    except BaseException:
+        if earlier.exists():
+            earlier.rename(folder)
+        raise
     shutil.rmtree(earlier, ignore_errors=True)

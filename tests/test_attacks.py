@@ -36,6 +36,37 @@ def test_equals_a_slow_loop_from_an_unclamped_start(steps: int) -> None:
     torch.testing.assert_close(ours.flatten(), slow, rtol=0, atol=1e-12)
 
 
+def test_the_start_is_taken_as_it_is_and_every_step_projected() -> None:
+    x = torch.tensor([0.0, 0.01, 0.5, 0.99, 1.0], dtype=torch.float64).expand(1, 1, 4, 5)
+    start = x + 3 * EPS  # outside the ball, and partly outside [0, 1]
+    seen: list[Tensor] = []
+
+    def loss(z: Tensor) -> Tensor:
+        seen.append(z.detach())
+        return z.square().sum()
+
+    assert torch.equal(pgd(loss, x, eps=EPS, step_size=STEP, steps=0, start=start), start) and not seen
+    last = pgd(loss, x, eps=EPS, step_size=STEP, steps=3, start=start)
+    assert len(seen) == 3 and torch.equal(seen[0], start)
+    for iterate in [*seen[1:], last]:
+        assert (iterate - x).abs().max() <= EPS + 1e-15 and iterate.min() >= 0 and iterate.max() <= 1
+
+
+def test_uniform_start_leaves_the_range_of_pixels() -> None:
+    torch.manual_seed(0)
+    assert uniform_start(torch.zeros(100), EPS).min() < 0 and uniform_start(torch.ones(100), EPS).max() > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_step_is_a_step_along_the_sign_also_under_no_grad(dtype: torch.dtype) -> None:
+    x = images().to(dtype)
+    w = torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad():
+        adversarial = pgd(lambda z: (z * w).sum(), x, eps=EPS, step_size=STEP, steps=1, start=x)
+    assert adversarial.dtype == dtype
+    torch.testing.assert_close(adversarial, (x + STEP * w.sign()).clamp(0, 1), rtol=0, atol=1e-7)
+
+
 def test_default_start_stays_in_the_ball_and_in_range() -> None:
     x = images(50)
     torch.manual_seed(0)

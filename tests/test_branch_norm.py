@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from advcl_hub.models.branch_norm import BranchNorm, add_branches, branch_state_dict
 
@@ -26,7 +27,8 @@ def test_a_branch_exports_to_the_plain_model_bit_by_bit(name: str) -> None:
     model = timm.create_model(name, num_classes=3)
     plain = timm.create_model(name, num_classes=3).eval()
     switch = add_branches(model, ("clean", "adv"))
-    assert any(isinstance(m, BranchNorm) for m in model.modules())
+    norms = {n for n, m in plain.named_modules() if isinstance(m, _BatchNorm)}
+    assert norms and {n for n, m in model.named_modules() if isinstance(m, BranchNorm)} == norms
     moved(model)
     model.eval()
     size = plain.pretrained_cfg["input_size"][-1] if name == "levit_128s" else 64
@@ -39,24 +41,27 @@ def test_a_branch_exports_to_the_plain_model_bit_by_bit(name: str) -> None:
     assert not torch.equal(outputs["clean"], outputs["adv"])
 
 
-def test_training_moves_the_statistics_of_the_active_branch_only() -> None:
+@pytest.mark.parametrize("branch", ["clean", "adv"])
+def test_training_moves_the_statistics_of_the_active_branch_only(branch: str) -> None:
     model = timm.create_model("resnet8_cifar")
     switch = add_branches(model, ("clean", "adv"))
     before = copy.deepcopy(model.state_dict())
-    with switch.use("adv"):
+    with switch.use(branch):
         model.train()(torch.rand(4, 3, 32, 32))
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed and all(".adv." in k for k in changed)
+    assert changed and all(f".{branch}." in k for k in changed)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
 def test_models_without_batch_norm_pass_through(name: str) -> None:
-    model = timm.create_model(name)
-    keys = list(model.state_dict())
-    switch = add_branches(model, ("clean", "adv"))
-    assert list(model.state_dict()) == keys
-    with switch.use("adv"):
-        pass
+    model = timm.create_model(name).eval()
+    keys, images = list(model.state_dict()), torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        before = model(images)
+        switch = add_branches(model, ("clean", "adv"))
+        assert list(model.state_dict()) == keys
+        with switch.use("adv"):
+            assert torch.equal(model(images), before)
     assert list(branch_state_dict(model.state_dict(), "adv")) == keys
     model.set_grad_checkpointing(True)
 
@@ -82,6 +87,28 @@ def test_the_switch() -> None:
         switch.select("x")
     with pytest.raises(ValueError, match="they have"):
         branch_state_dict(model.state_dict(), "x")
+
+
+def test_nested_use_restores_the_branch_around_it() -> None:
+    switch = add_branches(nn.Sequential(nn.BatchNorm2d(3)), ("a", "b", "c"))
+    with switch.use("b"):
+        with pytest.raises(RuntimeError), switch.use("c"), switch.use("a"):
+            raise RuntimeError
+        assert switch.active == "b"
+        with pytest.raises(ValueError, match="No batch-norm branch"), switch.use("x"):
+            pass
+        assert switch.active == "b"
+    assert switch.active == "a"
+
+
+def test_a_deep_copy_switches_by_itself() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    switch = add_branches(model, ("a", "b"))
+    twin = copy.deepcopy(model)
+    with switch.use("b"):
+        twin(torch.rand(2, 3, 4, 4))
+    counts = {k: v.item() for k, v in twin.state_dict().items() if k.endswith("num_batches_tracked")}
+    assert {k: int(".a." in k) for k in counts} == counts
 
 
 def test_a_norm_used_twice_stays_one() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 import advcl_hub  # noqa: F401
 from advcl_hub.export import WEIGHTS, export_folder, file_sha256, join_shards, load_folder, verify_folder
+from advcl_hub.models.branch_norm import add_branches
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
 
@@ -86,6 +87,7 @@ def test_replaces_an_earlier_export_and_leaves_other_folders_alone(tmp_path: Pat
     folder = export_folder(model(), tmp_path / "e", results={"run": 1})
     export_folder(model(), folder, results={"run": 2}, label_names=())
     assert json.loads((folder / "results.json").read_text())["run"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["e"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match="not an earlier export"):
@@ -103,8 +105,55 @@ def test_a_failure_halfway_leaves_nothing_behind(tmp_path: Path) -> None:
     assert json.loads((folder / "results.json").read_text())["run"] == 1
 
 
+def test_a_failed_swap_puts_the_earlier_export_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = export_folder(model(), tmp_path / "e", results={"run": 1})
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if Path(target) == folder and not self.name.endswith("-earlier"):
+            raise OSError("no space")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no space"):
+        export_folder(model(), folder, results={"run": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["e"]
+    assert json.loads((folder / "results.json").read_text())["run"] == 1
+
+
+def test_a_model_that_still_has_branches_is_not_exported(tmp_path: Path) -> None:
+    branched = model()
+    add_branches(branched, ("clean", "adv"))
+    with pytest.raises(RuntimeError, match="bn_branches"):
+        export_folder(branched, tmp_path / "e", results={})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_given_model_args_are_recorded_without_none(tmp_path: Path) -> None:
+    given = {"drop_path_rate": 0.25, "output_stride": None}  # not those the model was made with, which timm may add itself
+    folder = export_folder(model(), tmp_path / "e", results={}, model_args=given)
+    recorded = json.loads((folder / "config.json").read_text())["model_args"]
+    assert recorded["drop_path_rate"] == 0.25 and "output_stride" not in recorded
+
+
 def test_class_names_go_with_a_classifier(tmp_path: Path) -> None:
     classifier = timm.create_model("resnet8_cifar", num_classes=2).eval()
     folder = export_folder(classifier, tmp_path / "e", results={}, label_names=("cat", "dog"))
     assert json.loads((folder / "config.json").read_text())["label_names"] == ["cat", "dog"]
     assert load_folder(folder).num_classes == 2
+
+
+def test_foreign_files_in_an_earlier_export_are_not_deleted(tmp_path: Path) -> None:
+    folder = export_folder(model(), tmp_path / "e", results={})
+    (folder / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="not an earlier export"):
+        export_folder(model(), folder, results={})
+    assert (folder / "thesis.txt").read_text() == "precious"
+
+
+def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
+    encoder = model()
+    encoder.bn1.running_var.fill_(1e5)
+    with pytest.raises(ValueError, match="not finite as float16"):
+        export_folder(encoder, tmp_path / "e", results={}, dtype="float16")
+    assert not (tmp_path / "e").exists()

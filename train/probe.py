@@ -32,8 +32,8 @@ def fit_linear(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tens
     """
     mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
     x = (features - mean) / std
-    weight = torch.zeros(num_classes, x.shape[1], device=x.device, requires_grad=True)
-    bias = torch.zeros(num_classes, device=x.device, requires_grad=True)
+    weight = torch.zeros(num_classes, x.shape[1], device=x.device, dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(num_classes, device=x.device, dtype=x.dtype, requires_grad=True)
     solver = torch.optim.LBFGS([weight, bias], max_iter=300, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
