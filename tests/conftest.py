@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from advcl_hub import decoding
+from tests.image_files import write_pets
+
 # pytest-xdist runs several of these processes: with torch's default threads they would fight for the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -22,3 +25,17 @@ def cifar10_folder() -> Path:
             "set ADVCL_TEST_DATA to the folder that holds cifar10/"
         )
     return folder
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """A small ImageFolder of two classes."""
+    return write_pets(tmp_path)
+
+
+@pytest.fixture(params=["in memory", "lazy"])
+def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test twice: with images in memory, and with images decoded when they are needed."""
+    if request.param == "lazy":
+        monkeypatch.setattr(decoding, "IN_MEMORY_BYTES", 0)
+    return str(request.param)

@@ -16,24 +16,10 @@ import torch
 import torchvision
 from torch import Tensor
 
-from advcl_hub import decoding
 from advcl_hub.data import load_data, train_val_split
 from advcl_hub.decoding import LazyImages
 from advcl_hub.sources import DEBIAN_FASHION_MNIST, read_source
-from tests.image_files import RANDOM, all_images, encode, pixels, write, write_pets
-
-
-@pytest.fixture
-def pets(tmp_path: Path) -> Path:
-    return write_pets(tmp_path)
-
-
-@pytest.fixture(params=["in memory", "lazy"])
-def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "lazy":
-        monkeypatch.setattr(decoding, "IN_MEMORY_BYTES", 0)
-    return str(request.param)
-
+from tests.image_files import RANDOM, all_images, encode, pixels, write
 
 # ---- folders -------------------------------------------------------------------------------------
 
