@@ -1,5 +1,7 @@
 """The published AdvCL step, reproduced number by number in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
@@ -143,7 +145,9 @@ def test_losses_puts_the_pieces_together(model: AdvCL, monkeypatch: pytest.Monke
         (lambda s: s | {"bn1.bn_list.3.weight": torch.zeros(64)}, "unknown key bn1.bn_list.3.weight"),
     ],
 )
-def test_converter_refuses_what_it_cannot_account_for(model: AdvCL, change, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_converter_refuses_what_it_cannot_account_for(
+    model: AdvCL, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         convert_advcl(change(published_checkpoint(model)), model)
 

@@ -169,7 +169,6 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path:
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
 def test_stock_timm_models_train_by_name_and_kwargs(tmp_path: Path, name: str) -> None:
-    kwargs = ["model_kwargs.channels=null"]
     kwargs = {
         "vit_tiny_patch16_224": ["model_kwargs={img_size: 16, patch_size: 4, embed_dim: 24, depth: 1, num_heads: 2}"],
         "convnext_atto": ["model_kwargs={patch_size: 1, depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"],

@@ -6,7 +6,7 @@ provenance as JSON. No random state is stored: every step seeds its own generato
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ class Checkpoint:
     provenance: dict[str, Any]
     tensors: dict[str, Tensor]
     finished: bool = False
-    path: Path = field(default=Path())
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """The tensors below `prefix.`, without it."""
@@ -123,12 +122,4 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable training checkpoint ({error}). Remove it to start over.") from None
-    return Checkpoint(
-        info["step"],
-        info["seconds"],
-        from_dict(info["recipe"]),
-        info["provenance"],
-        tensors,
-        info["finished"],
-        path,
-    )
+    return Checkpoint(info["step"], info["seconds"], from_dict(info["recipe"]), info["provenance"], tensors, info["finished"])

@@ -72,6 +72,9 @@ class Trainer:
             recipe.batch_size % self.world == 0,
             f"batch_size {recipe.batch_size} does not divide by {self.world} processes; change batch_size.",
         )
+        checkpoint = load_checkpoint(output) if (output / FILE).is_file() else None
+        if checkpoint:
+            check_same_recipe(checkpoint.recipe, recipe, output)
         data, self.held_out = load_training_data(recipe)
         require(
             len(data) >= recipe.batch_size,
@@ -89,9 +92,7 @@ class Trainer:
         self.optimizer = build_optimizer(recipe, self.core)
         self.schedule = build_schedule(recipe, self.optimizer, self.steps_per_epoch)
         self.state = Checkpoint(0, 0.0, recipe, provenance(data, labels, self.accelerator), {})
-        if (output / FILE).is_file():
-            checkpoint = load_checkpoint(output)
-            check_same_recipe(checkpoint.recipe, recipe, output)
+        if checkpoint:
             check_same_data(checkpoint.provenance, self.state.provenance, output)
             unpack_state(checkpoint, self.core, self.optimizer, self.ema.module if self.ema else None)
             self.state = replace(checkpoint, recipe=recipe, tensors={})

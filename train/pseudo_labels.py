@@ -35,6 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from advcl_hub.data import ImageData, batches, load_data
+from advcl_hub.export import file_sha256
 from train.cluster_report import cluster_stats, draw_report, format_stats
 from train.encoder_features import Encoder, open_encoder
 
@@ -151,7 +152,7 @@ def load_pseudo_labels(
             provenance = dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} is no readable safetensors file ({error}); make it again.") from error
-    provenance |= {"file": path.name, "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    provenance |= {"file": path.name, "file_sha256": file_sha256(path)}
     return _align(tensors, provenance, data, split, ks)
 
 

@@ -119,7 +119,7 @@ class AdvCL(nn.Module):
     def losses(self, views: Views, labels: Tensor | None = None) -> Losses:
         """The step after the augmentations. The random starts come from torch's global generator."""
         sources = self.sources(views)
-        clean = self.project([getattr(views, name) for name in self.objective.clean_views], "clean")  # once: constant below
+        clean = self.clean_projections(views)  # once: constant in the attack
         adversarial = self.perturb(sources, uniform_start(sources, self.attack.eps), clean.detach(), labels)
         contrastive, pseudo_label = self.objective_terms(adversarial, clean, labels)
         total = contrastive + self.objective.pseudo_label_weight * pseudo_label
@@ -128,11 +128,15 @@ class AdvCL(nn.Module):
     def adversarial_views(self, views: Views, labels: Tensor | None = None) -> dict[str, Tensor]:
         """The perturbed views (N, C, H, W) by name, for pictures."""
         with torch.no_grad():
-            clean = self.project([getattr(views, name) for name in self.objective.clean_views], "clean")
+            clean = self.clean_projections(views)
         sources = self.sources(views)
         perturbed = self.perturb(sources, uniform_start(sources, self.attack.eps), clean, labels)
         names = [f"adversarial {name}" for name in self.objective.adversarial_views]
         return dict(zip([*names, *(["adversarial (labels)"] if self.heads else [])], perturbed, strict=True))
+
+    def clean_projections(self, views: Views) -> Tensor:
+        """Unit projections (V, N, D) of the clean views."""
+        return self.project([getattr(views, name) for name in self.objective.clean_views], "clean")
 
     def sources(self, views: Views) -> Tensor:
         """The views to be perturbed, stacked (S, N, C, H, W); the last one is for the pseudo-labels, if they are used."""

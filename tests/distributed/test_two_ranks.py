@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -93,13 +92,12 @@ def test_attack_and_step_equal_one_process() -> None:
     torch.testing.assert_close((ranks[0]["gradient"] + ranks[1]["gradient"]) / 2, whole["gradient"], rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("batch_size", [32])
-def test_pretraining_in_two_processes(tmp_path: Path, batch_size: int) -> None:
+def test_pretraining_in_two_processes(tmp_path: Path) -> None:
     """The trainer itself under torchrun: both ranks take part, one writes, and it resumes."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "train.pretrain"),
         *("digits_demo", "epochs=1", "optimizer.warmup_epochs=0", "attack.steps=1", "judge.every=1", "data.source=fake:200"),
-        *(f"batch_size={batch_size}", "speed.mixed_precision=no", "objective.pseudo_label_weight=0"),
+        *("batch_size=32", "speed.mixed_precision=no", "objective.pseudo_label_weight=0"),
         *("--output", str(tmp_path / "run")),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
