@@ -11,6 +11,7 @@ from torchvision import transforms
 
 from tests.test_views import PUBLISHED, random_images, seed  # noqa: F401 (a fixture of every test)
 from train import views
+from train.views import make_views
 
 
 def assert_same_distribution(ours: Tensor, theirs: Tensor) -> None:
