@@ -135,5 +135,9 @@ def test_refusals() -> None:
         model.set_grad_checkpointing()
     with pytest.raises(ValueError, match="already"):
         add_branches(model, ("clean", "adv"))
+    wrapped = nn.Sequential(timm.create_model("resnet8_cifar"))
+    add_branches(wrapped, ("clean", "adv"))
+    with pytest.raises(ValueError, match="Gradient checkpointing"):
+        wrapped[0].set_grad_checkpointing()
     with pytest.raises(ValueError, match="itself a batch norm"):
         add_branches(nn.BatchNorm2d(3), ("clean",))

@@ -13,10 +13,14 @@ import timm
 import torch
 
 import advcl_hub  # noqa: F401
+from advcl_hub import decoding
 from advcl_hub.export import verify_folder
+from tests.image_files import encode, pixels, write
 from train.checkpoint import FILE, load_checkpoint
-from train.pretrain import mix
+from train.pretrain import Trainer, mix, pretrain
+from train.recipe import load_recipe
 from train.runlog import read_log
+from train.stop import StopRequest
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -140,7 +144,11 @@ def test_another_recipe_is_refused_and_loses_nothing(whole: Path, arguments: lis
     ("arguments", "message"),
     [
         (["model=resnet18_cifr"], "Did you mean resnet18_cifar"),
-        (["model=vit_tiny_patch16_224"], "does not take 3x16x16 images"),
+        (["model=vit_tiny_patch16_224", "model_kwargs={img_size: 32}"], "does not take 3x16x16 images"),
+        (
+            ["model=deit_tiny_distilled_patch16_224", "model_kwargs={img_size: 16, patch_size: 4, depth: 1}", "judge.every=1"],
+            "one Linear layer",
+        ),
         (["batch_size=1000"], "there are"),
         (["data.source=folder:/nowhere"], "/nowhere"),
         (["objective.pseudo_label_weight=0.2", "pseudo_labels.encoder=null", "pseudo_labels.path=/nowhere"], "/nowhere"),
@@ -167,15 +175,23 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path:
     assert all(v.isfinite().all() for v in load_checkpoint(output).tensors.values())
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
-def test_stock_timm_models_train_by_name_and_kwargs(tmp_path: Path, name: str) -> None:
-    kwargs = {
-        "vit_tiny_patch16_224": ["model_kwargs={img_size: 16, patch_size: 4, embed_dim: 24, depth: 1, num_heads: 2}"],
-        "convnext_atto": ["model_kwargs={patch_size: 1, depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"],
-    }[name]
-    arguments = [a for a in TINY if not a.startswith("model_kwargs")]
-    command = [sys.executable, "-m", "train.pretrain", "digits_demo", *arguments, f"model={name}", *kwargs, "epochs=2"]
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("vit_tiny_patch16_224", "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}"),
+        ("convnext_atto", "{patch_size: 2, depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"),
+        (
+            "swin_tiny_patch4_window7_224",
+            "{img_size: 32, patch_size: 2, window_size: 4, embed_dim: 12, depths: [2, 2], num_heads: [2, 2]}",
+        ),
+    ],
+)
+def test_stock_timm_models_train_at_32x32_by_name_and_kwargs(tmp_path: Path, name: str, kwargs: str) -> None:
+    arguments = [a for a in TINY if not a.startswith(("model_kwargs", "data.size"))]
+    command = [sys.executable, "-m", "train.pretrain", "digits_demo", *arguments, f"model={name}", f"model_kwargs={kwargs}"]
     command += [
+        "data.size=32",
+        "epochs=2",
         f"pseudo_labels.cache={tmp_path}",
         "optimizer.name=adamw",
         "optimizer.lr=1e-3",
@@ -187,6 +203,29 @@ def test_stock_timm_models_train_by_name_and_kwargs(tmp_path: Path, name: str) -
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert verify_folder(tmp_path / "run" / "export") < 1e-3
+
+
+def write_images(folder: Path) -> None:
+    for name in ("a", "b"):
+        for number in range(20):
+            write(folder / "train" / name / f"{number}.png", encode(pixels(16, 16)))
+
+
+def test_images_decoded_when_needed_train_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets too large for memory stream through worker processes: same order, same views, same end, also after a stop."""
+    write_images(tmp_path / "images")
+    settings = [*TINY, f"data.source=folder:{tmp_path / 'images'}", "judge.every=1", "judge.steps=1", "batch_size=8"]
+    recipe = load_recipe("digits_demo", [*settings, f"pseudo_labels.cache={tmp_path}"])
+    with StopRequest() as stop, StopRequest(budget=0) as at_once:
+        assert pretrain(recipe, tmp_path / "whole", stop)
+        monkeypatch.setattr(decoding, "IN_MEMORY_BYTES", 0)
+        trainer = Trainer(recipe, tmp_path / "lazy")
+        assert isinstance(trainer.data.images, decoding.LazyImages)
+        assert not trainer.run(at_once) and load_checkpoint(tmp_path / "lazy").step == 1
+        assert pretrain(recipe, tmp_path / "lazy", stop)
+    one, other = (load_checkpoint(tmp_path / name) for name in ("whole", "lazy"))
+    assert one.finished and other.finished and one.step == other.step == 12
+    assert [k for k in one.tensors if not torch.equal(one.tensors[k], other.tensors[k])] == []
 
 
 def test_seeds_of_steps_and_ranks_differ() -> None:

@@ -35,7 +35,8 @@ from train.export import export_checkpoint, usage_lines
 from train.inputs import check_same_data, check_same_recipe, load_labels, load_training_data, provenance
 from train.network import build_network, build_optimizer, build_schedule, plain_encoder
 from train.pictures import save_views
-from train.probe import linear_probe
+from train.probe import linear_probe, with_linear_head
+from train.progress import progress_bar
 from train.recipe import Recipe, load_recipe, require
 from train.runlog import Meter, RunLog, save_curves
 from train.stop import StopRequest, duration
@@ -81,6 +82,8 @@ class Trainer:
             f"A batch of {recipe.batch_size} needs as many training images; there are {len(data)}. Lower batch_size.",
         )
         self.core = build_network(recipe, data.shape).to(self.device)
+        if recipe.judge.every:
+            with_linear_head(self.core.encoder, len(data.classes))  # what judge() would refuse is refused now
         with self.accelerator.main_process_first():  # one process clusters, the others read the cache
             labels = load_labels(recipe, data, self.device)
         self.data = data.to(self.device)
@@ -174,7 +177,7 @@ class Trainer:
                 "lower optimizer.lr or use speed.mixed_precision=no in a new folder."
             )
         self.state.seconds += seconds
-        self.bar.set_postfix(epoch=f"{self.state.step / self.steps_per_epoch:.1f}", loss=f"{means[0]:.4f}")
+        self.bar.set_postfix(epoch=f"{self.state.step / self.steps_per_epoch:.1f}", loss=f"{means[0]:.4f}", refresh=False)
         if self.log:
             self.log.write(
                 self.state.step,
@@ -227,14 +230,7 @@ class Trainer:
             self.output.mkdir(parents=True, exist_ok=True)
             (self.output / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
             self.log = RunLog(self.output, self.state.step)
-        self.bar = tqdm(
-            total=self.total_steps,
-            initial=self.state.step,
-            disable=not self.main,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )
+        self.bar = progress_bar(total=self.total_steps, initial=self.state.step, unit="step", disable=not self.main)
         if self.state.step == 0:
             self.picture_views()
             self.save()

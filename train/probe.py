@@ -1,7 +1,6 @@
 """A linear probe: how good an encoder's features are, decided by a convex fit that leaves nothing to tune."""
 
 import copy
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -47,19 +46,32 @@ def fit_linear(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tens
     return scaled, bias.detach() - scaled @ mean
 
 
+def with_linear_head(encoder: nn.Module, num_classes: int) -> tuple[nn.Module, nn.Linear]:
+    """A copy of a timm encoder with a new classifier, and that classifier.
+
+    Raises:
+        ValueError: the model's classifier is not one linear layer.
+    """
+    classifier = copy.deepcopy(encoder)
+    classifier.reset_classifier(num_classes)  # type: ignore[operator]
+    head = classifier.get_classifier()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"A linear probe needs a model whose classifier is one Linear layer, got {head}; "
+            "to train without probes, set judge.every=0."
+        )
+    return classifier, head
+
+
 def linear_probe(encoder: nn.Module, data: ImageData, device: torch.device | str) -> nn.Module:
     """A timm classifier: a copy of `encoder` whose new linear head is fitted to its fixed features of `data`.
 
     Raises:
         ValueError: the model's classifier is not one linear layer.
     """
+    classifier, head = with_linear_head(encoder, len(data.classes))
     weight, bias = fit_linear(extract_features(encoder, data, device), data.labels.to(device), len(data.classes))
-    classifier = copy.deepcopy(encoder)
-    classifier.reset_classifier(len(data.classes))  # type: ignore[operator]
-    head = classifier.get_classifier()  # type: ignore[operator]
-    if not isinstance(head, nn.Linear) or head.weight.shape != weight.shape:
-        raise ValueError(f"A linear probe needs a model whose classifier is one Linear layer, got {head}.")
     with torch.no_grad():
         head.weight.copy_(weight)
-        cast(Tensor, head.bias).copy_(bias)
+        head.bias.copy_(bias)
     return classifier.to(device).eval()

@@ -32,12 +32,12 @@ from safetensors.torch import save_file
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from tqdm import tqdm
 
 from advcl_hub.data import ImageData, batches, load_data
 from advcl_hub.export import file_sha256
 from train.cluster_report import cluster_stats, draw_report, format_stats
 from train.encoder_features import Encoder, open_encoder
+from train.progress import progress_bar
 
 PAPER_KS = (2, 10, 50, 100, 500)
 METHOD = "1"  # part of the cache key: raise it with every change that gives other labels for the same input
@@ -198,7 +198,7 @@ def _cluster(
         raise ValueError(f"K = {max(ks)} clusters need as many distinct images, {name} has {distinct}.")
 
     tensors = {f"{split}_digest": _scatter(digests[split], data, 0) for split, data in splits.items()}
-    progress = tqdm(total=sum(ks), desc="k-means", unit="cluster")
+    progress = progress_bar(total=sum(ks), desc="k-means", unit="cluster")
     # One thread: sums split over threads depend on their number in the last bit, and the labels with them.
     # It costs nothing on two cores, and the threads of BLAS and OpenMP do not fight on a busy machine.
     with progress, threadpool_limits(1):
@@ -217,7 +217,7 @@ def _cluster(
 def _embed(data: ImageData, model: Encoder, batch_size: int, workers: int) -> tuple[Tensor, Tensor]:
     """Unit features (N, D) and pixel digests (N,), both on the CPU, in the order of the data."""
     features, digests = [], []
-    with tqdm(total=len(data), desc=f"features of {data.name}", unit="image") as progress:
+    with progress_bar(total=len(data), desc=f"features of {data.name}", unit="image") as progress:
         for images, rows in batches(data, batch_size, workers=workers):
             batch = model.features(images, rows)
             if batch.ndim != 2 or not batch.isfinite().all():

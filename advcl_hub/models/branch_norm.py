@@ -85,8 +85,9 @@ def add_branches(model: nn.Module, names: Sequence[str]) -> BranchSwitch:
         return switch
     if any(getattr(m, "grad_checkpointing", False) for m in model.modules()):
         raise ValueError(f"{_NO_CHECKPOINTING} Call model.set_grad_checkpointing(False) first.")
-    if hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing = _refuse_checkpointing  # type: ignore[assignment]
+    for module in model.modules():  # all of them: a wrapper would call that of the model inside
+        if hasattr(module, "set_grad_checkpointing"):
+            module.set_grad_checkpointing = _refuse_checkpointing  # type: ignore[assignment]
     branched: dict[nn.Module, BranchNorm] = {}  # a norm that is used in two places stays one norm
     for name, norm in norms.items():
         parent, _, leaf = name.rpartition(".")
