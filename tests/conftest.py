@@ -8,6 +8,7 @@ import torch
 
 from advcl_hub import decoding
 from tests.image_files import write_pets
+from tests.small_encoders import save_encoder
 
 # pytest-xdist runs several of these processes: with torch's default threads they would fight for the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -39,3 +40,9 @@ def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "lazy":
         monkeypatch.setattr(decoding, "IN_MEMORY_BYTES", 0)
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained timm model in a folder."""
+    return save_encoder(tmp_path_factory.mktemp("encoders") / "tiny")

@@ -1,21 +1,21 @@
+"""Pseudo-labels: the clusters, the cache, the file and the refusal of labels of other images."""
+
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from advcl_hub.data import ImageData, load_data, train_val_split
+from tests.small_encoders import blobs, pixels, save_encoder
 from train import pseudo_labels
 from train.cluster_report import cluster_stats, purity
-from train.encoder_features import open_encoder
 from train.pseudo_labels import (
     load_pseudo_labels,
     main,
@@ -27,20 +27,6 @@ SHARED = Path(os.environ.get("ADVCL_TEST_DATA", Path(__file__).parents[2] / "sha
 PUBLISHED = SHARED / "cifar10" / "pseudo_labels_imagenet_simclr.safetensors"
 PUBLISHED_PURITY = {2: 0.20, 10: 0.55, 50: 0.67, 100: 0.70, 500: 0.75}
 needs_published = pytest.mark.skipif(not PUBLISHED.is_file(), reason=f"{PUBLISHED.name} is not at hand")
-
-
-def blobs(per_class: int = 20, seed: int = 0) -> ImageData:
-    """Red, green and blue images with noise: k-means at K = 3 has one sensible answer."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(3).repeat(per_class)
-    images = torch.randint(0, 60, (len(labels), 3, 8, 8), generator=generator)
-    images[torch.arange(len(labels)), labels] += 180
-    return ImageData(images.byte(), labels, torch.arange(len(labels)), ("red", "green", "blue"), "blobs")
-
-
-def pixels(data: ImageData) -> Tensor:
-    assert isinstance(data.images, Tensor)
-    return data.images
 
 
 def permuted(data: ImageData, count: int, seed: int = 1) -> tuple[ImageData, Tensor]:
@@ -58,19 +44,6 @@ def label_file(tmp_path: Path) -> tuple[Path, ImageData]:
 def rewrite(path: Path, **changes: Tensor | None) -> None:
     tensors = load_file(path) | changes
     save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, path)
-
-
-@pytest.fixture(scope="module")
-def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_encoder(tmp_path_factory.mktemp("encoders") / "tiny")
-
-
-def save_encoder(folder: Path, seed: int = 0, **config: Any) -> Path:
-    torch.manual_seed(seed)
-    overlay = {"input_size": (3, 16, 16)} | config
-    model = timm.create_model("test_resnet", num_classes=5, pretrained_cfg_overlay=overlay)
-    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
-    return folder
 
 
 # Clusters
@@ -126,63 +99,6 @@ def test_labels_are_the_same_in_another_process_with_other_threads() -> None:
     here = make_pseudo_labels(data, "pixels", (2, 10), seed=3).labels
     assert json.loads(run.stdout) == here.tolist()
     assert not torch.equal(here, make_pseudo_labels(data, "pixels", (2, 10), seed=4).labels)
-
-
-# The encoder
-
-
-def test_encoder_gets_its_own_size_and_normalisation(tmp_path: Path) -> None:
-    config: dict[str, Any] = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 2.0), "input_size": (3, 8, 8)}
-    folder = save_encoder(tmp_path / "encoder", **config)
-    model = timm.create_model("test_resnet", num_classes=5, checkpoint_path=str(folder / "model.safetensors"))
-    data = blobs()
-    encoder = open_encoder(f"local-dir:{folder}", data)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        found = encoder.features(pixels(data), torch.arange(len(data)))
-    mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    model.reset_classifier(0)  # type: ignore[operator]
-    with torch.no_grad():
-        expected = model.eval()((pixels(data) / 255 - mean) / std)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected)
-    assert encoder.identity["encoder"] == "local-dir:encoder"  # no folder of this machine
-
-    large = replace(data, images=pixels(data).repeat_interleave(4, 2).repeat_interleave(4, 3))
-    with torch.no_grad():
-        shrunk = open_encoder(f"local-dir:{folder}", large).features(pixels(large), torch.arange(len(data)))
-    assert torch.nn.functional.cosine_similarity(shrunk, expected).min() > 0.98
-
-
-def test_missing_weights_are_refused_instead_of_left_random(tiny_encoder: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "config.json").write_bytes((tiny_encoder / "config.json").read_bytes())
-    tensors = load_file(tiny_encoder / "model.safetensors")
-    tensors.pop(next(key for key in tensors if key.endswith("conv1.weight")))
-    save_file(tensors, broken / "model.safetensors")
-    with pytest.raises(ValueError, match=r"Cannot open the encoder.*Missing key"):
-        open_encoder(f"local-dir:{broken}", blobs())
-
-
-def test_encoder_errors(tmp_path: Path, tiny_encoder: Path) -> None:
-    data = blobs()
-    with pytest.raises(ValueError, match="Cannot open the encoder 'resnet18_nonsense'"):
-        open_encoder("resnet18_nonsense", data)
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        open_encoder(f"local-dir:{tmp_path / 'absent'}", data)
-    pickled = tmp_path / "pickled"
-    pickled.mkdir()
-    (pickled / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ValueError, match=r"no model\.safetensors"):
-        open_encoder(f"local-dir:{pickled}", data)
-    with pytest.raises(ValueError, match="3 channels, blobs was loaded with 1"):
-        open_encoder(f"local-dir:{tiny_encoder}", replace(data, images=pixels(data)[:, :1]))
-    with pytest.raises(ValueError, match="small images"):
-        open_encoder("pixels", replace(data, images=torch.zeros(60, 3, 65, 64, dtype=torch.uint8)))
-    with pytest.raises(ValueError, match=r"float features \(60, D\)"):
-        open_encoder(torch.rand(59, 4), data)
-    with pytest.raises(ValueError, match="finite"):
-        make_pseudo_labels(data, torch.full((60, 4), torch.nan), (2,))
 
 
 # Requests that cannot work
