@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from advcl_hub.export import export_folder, verify_folder
+from advcl_hub.export import WEIGHTS, export_folder, verify_folder
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.network import plain_encoder
 
@@ -92,8 +92,12 @@ def main() -> None:
         )
         if not checkpoint.finished:
             print(f"Note: the run is not finished (step {checkpoint.step}).")
-        if not args.max_shard_size:
+        if (output / WEIGHTS).is_file():
             verify_folder(output)
+        else:
+            print(
+                f"Join the shards before use: python -c \"from advcl_hub.export import join_shards; join_shards('{output}')\""
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(usage_lines(output))

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,8 +308,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Makes a label file, or finds it in --output, and reports on its clusters."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    args = _parser().parse_args(arguments)
     try:
         splits = {
             split: load_data(args.data, split, root=args.root, size=args.size, download=args.download) for split in args.splits
@@ -328,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             workers=args.workers,
         )
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        sys.exit(f"error: {error}")
     print(format_stats(cluster_stats(pseudo.labels, pseudo.ks, data.labels)))
     picture = (args.output / pseudo.provenance["file"]).with_suffix(".png")
     draw_report(pseudo.labels, pseudo.ks, data, picture, pseudo.provenance["encoder"])
