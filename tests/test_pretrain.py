@@ -229,5 +229,6 @@ def test_images_decoded_when_needed_train_the_same_weights(tmp_path: Path, monke
 
 
 def test_seeds_of_steps_and_ranks_differ() -> None:
-    seeds = {mix(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(4)}
-    assert len(seeds) == 600 and all(0 <= s < 2**63 for s in seeds)
+    seeds = {mix(1, seed, step, rank) for seed in range(3) for step in range(50) for rank in range(4)}
+    seeds |= {mix(0, seed, epoch) for seed in range(3) for epoch in range(50)}
+    assert len(seeds) == 750 and all(0 <= s < 2**63 for s in seeds)

@@ -8,6 +8,7 @@ numbers from (seed, step, rank) and every epoch its order from (seed, epoch), so
 """
 
 import argparse
+import copy
 import logging
 import os
 import shlex
@@ -43,6 +44,7 @@ from train.stop import StopRequest, duration
 from train.views import make_views
 
 log = logging.getLogger("advcl")
+_ORDER, _STEP = 0, 1  # streams of random numbers: the order of an epoch, everything in a step
 _AGREE_EVERY = 10  # steps between the processes' agreements on stopping and saving
 
 
@@ -151,7 +153,9 @@ class Trainer:
         self.model.train()
         share = self.recipe.batch_size // self.world
         for epoch in range(self.state.step // self.steps_per_epoch, self.recipe.epochs):
-            order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(mix(self.recipe.seed, epoch)))
+            order = torch.randperm(
+                len(self.data), generator=torch.Generator().manual_seed(mix(_ORDER, self.recipe.seed, epoch))
+            )
             order = order[: self.steps_per_epoch * self.recipe.batch_size].view(self.steps_per_epoch, self.world, share)
             mine = order[self.state.step - epoch * self.steps_per_epoch :, self.rank].flatten()
             for images, rows in batches(self.data, share, device=self.device, order=mine, workers=self.recipe.data.workers):
@@ -244,7 +248,8 @@ class Trainer:
         seed_step(self.recipe.seed, 0, self.rank)
         views = make_views(images, self.recipe.views)
         labels = None if self.labels is None else self.labels[rows.to(self.device)]
-        adversarial = self.core.adversarial_views(views, labels)
+        network = copy.deepcopy(self.core)  # the passes move batch-norm statistics: a start that was killed must not leave them
+        adversarial = network.adversarial_views(views, labels)
         shown = {"image": images / 255, **views._asdict()}
         shown["high_frequency"] = views.high_frequency + 0.5
         if self.main:
@@ -273,7 +278,7 @@ def mix(*numbers: int) -> int:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seeds torch's generators, on all devices, for one step of one process."""
-    torch.manual_seed(mix(seed, step, rank))
+    torch.manual_seed(mix(_STEP, seed, step, rank))
 
 
 def first_images(data: ImageData, count: int, seed: int) -> ImageData:

@@ -184,7 +184,9 @@ class AdvCL(nn.Module):
 
     def project(self, views: list[Tensor] | Tensor, branch: str) -> Tensor:
         """Unit projections (V, N, D). Each view is a pass of its own: batch statistics are those of one view, as published."""
-        return torch.stack([F.normalize(self.projector(self.features(v, branch)), dim=1) for v in views])
+        projections = torch.stack([self.projector(self.features(v, branch)) for v in views])
+        # Under autocast they are bfloat16: too coarse for unit length.
+        return F.normalize(projections.to(torch.promote_types(projections.dtype, torch.float32)), dim=2)
 
     def classify(self, images: Tensor, branch: str) -> list[Tensor]:
         """Logits (N, K) of every pseudo-label head."""
@@ -194,7 +196,7 @@ class AdvCL(nn.Module):
 
 @contextmanager
 def _constant_parameters(module: nn.Module) -> Iterator[None]:
-    """No parameter gradients inside the attack: they would be computed, kept in memory and thrown away."""
+    """Without parameter gradients the attack keeps no activations for them, and a compiled backward does not compute them."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)
