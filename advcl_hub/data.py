@@ -9,6 +9,7 @@ Small sets are decoded at once into one tensor, large ones batch by batch; both 
 """
 
 import hashlib
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -71,6 +72,10 @@ class ImageData:
         else:
             images = self.images.select(positions.tolist())
         return replace(self, images=images, labels=self.labels[here], indices=self.indices[here])
+
+    def sample(self, count: int, seed: int = 0) -> "ImageData":
+        """At most `count` images, drawn with a seed: of a set sorted by class, the first ones would be of one class."""
+        return self.subset(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count])
 
     def to(self, device: str | torch.device) -> "ImageData":
         """Moves the labels, the indices and images in memory; lazy images stay where they are stored."""
@@ -180,7 +185,6 @@ def batches(
     *,
     device: str | torch.device = "cpu",
     order: Tensor | None = None,
-    drop_last: bool = False,
     workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the images batch by batch; draws nothing from the global random generators.
@@ -191,10 +195,9 @@ def batches(
 
     Args:
         data: N images.
-        batch_size: images a batch, B; the last batch may have fewer unless drop_last.
+        batch_size: images a batch, B; the last batch may have fewer.
         device: where the batches go.
         order: int64 (M,) positions in data in the order wanted; None for all in their order.
-        drop_last: leave out the last batch if it is not full.
         workers: processes that decode lazy images; 0 decodes in this one.
 
     Yields:
@@ -208,8 +211,6 @@ def batches(
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     order = torch.arange(len(data)) if order is None else order
     _check_positions(order, len(data))
-    if drop_last:
-        order = order[: len(order) // batch_size * batch_size]
     device = torch.device(device)
     if isinstance(data.images, Tensor):
         return _gather(data.images, order, batch_size, device)
@@ -234,10 +235,16 @@ def _stream(
         num_workers=workers,
         pin_memory=pinned,
         generator=torch.Generator(),  # else the loader takes a number from the global generator
+        worker_init_fn=_ignore_sigterm,
     )
     target = order.to(device)
     for start, batch in zip(range(0, len(order), batch_size), loader, strict=True):
         yield batch.to(device, non_blocking=pinned), target[start : start + batch_size]
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """Sent to the whole process group, SIGTERM is for the main process, which may still need batches to end well."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _stored_bytes(item: Item) -> int:

@@ -5,7 +5,6 @@ timm.create_model("local-dir:FOLDER", pretrained=True)     # after `import advcl
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -20,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
+
+from advcl_hub.files import replacing
 
 WEIGHTS = "model.safetensors"
 GOLDEN = "golden.safetensors"
@@ -89,9 +90,9 @@ def export_folder(
     return folder
 
 
-def load_folder(folder: str | Path, **kwargs: Any) -> nn.Module:
-    """`timm.create_model("local-dir:FOLDER", pretrained=True, **kwargs)` in evaluation mode."""
-    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
+def load_folder(folder: str | Path) -> nn.Module:
+    """`timm.create_model("local-dir:FOLDER", pretrained=True)` in evaluation mode."""
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
 def verify_folder(folder: str | Path) -> float:
@@ -140,12 +141,10 @@ def join_shards(folder: str | Path) -> Path:
     state: dict[str, Tensor] = {}
     for shard in shards:
         state |= load_file(folder / shard)
-    draft = folder / f".{WEIGHTS}"
-    save_file(state, draft, metadata={"format": "pt"})
-    if file_sha256(draft) != json.loads((folder / "results.json").read_text())["weights"]["sha256"]:
-        draft.unlink()
-        raise ValueError(f"The shards in {folder} do not give the exported weights: copy them again.")
-    os.replace(draft, folder / WEIGHTS)
+    with replacing(folder / WEIGHTS) as draft:
+        save_file(state, draft, metadata={"format": "pt"})
+        if file_sha256(draft) != json.loads((folder / "results.json").read_text())["weights"]["sha256"]:
+            raise ValueError(f"The shards in {folder} do not give the exported weights: copy them again.")
     for name in (_INDEX, *shards):
         (folder / name).unlink()
     return folder / WEIGHTS

@@ -135,15 +135,23 @@ def test_lazy_batches_equal_those_in_memory(pets: Path, monkeypatch: pytest.Monk
     lazy = load_data(f"folder:{pets}")
     assert isinstance(memory.images, Tensor) and isinstance(lazy.images, LazyImages)
     order = torch.tensor([6, 0, 3, 3, 7, 1, 2])
-    for drop_last in (False, True):
-        reference = list(batches(memory, 2, order=order, drop_last=drop_last))
-        streamed = list(batches(lazy, 2, order=order, drop_last=drop_last, workers=workers))
-        for (images, rows), (expected, expected_rows) in zip(streamed, reference, strict=True):
-            assert images.dtype == torch.uint8
-            assert torch.equal(images, expected) and torch.equal(rows, expected_rows)
-            assert torch.equal(images, memory.images[rows])
-        rows_seen = [row for _, rows in streamed for row in rows.tolist()]
-        assert rows_seen == (order[:6] if drop_last else order).tolist()
+    reference = list(batches(memory, 2, order=order))
+    streamed = list(batches(lazy, 2, order=order, workers=workers))
+    for (images, rows), (expected, expected_rows) in zip(streamed, reference, strict=True):
+        assert images.dtype == torch.uint8
+        assert torch.equal(images, expected) and torch.equal(rows, expected_rows)
+        assert torch.equal(images, memory.images[rows])
+    assert [row for _, rows in streamed for row in rows.tolist()] == order.tolist()
+
+
+def test_a_sample_is_seeded_and_of_all_classes() -> None:
+    data = load_data("digits", "test")
+    by_class = data.subset(data.labels.argsort())
+    sample = by_class.sample(100, seed=1)
+    assert len(sample) == 100 == len(sample.indices.unique()) and len(sample.labels.unique()) == 10
+    assert torch.equal(sample.indices, by_class.sample(100, seed=1).indices)
+    assert not torch.equal(sample.indices, by_class.sample(100, seed=2).indices)
+    assert sorted(data.sample(10**6).indices.tolist()) == data.indices.tolist()
 
 
 def test_batches_resume_with_the_rest_of_the_order(pets: Path, storage: str) -> None:
@@ -152,7 +160,6 @@ def test_batches_resume_with_the_rest_of_the_order(pets: Path, storage: str) -> 
     rest = list(batches(data, 3, order=order[2 * 3 :]))
     assert len(rest) == 1 and torch.equal(rest[0][0], whole[2][0]) and torch.equal(rest[0][1], whole[2][1])
     assert list(batches(data, 3, order=order[:0])) == []
-    assert list(batches(data, 9, drop_last=True)) == []
 
 
 def test_batches_leave_the_global_generator_alone(pets: Path, storage: str) -> None:

@@ -11,7 +11,6 @@ from train.network import build_encoder, build_network, build_optimizer, build_s
 from train.recipe import Recipe, load_recipe
 
 SHAPE = (3, 16, 16)
-NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -30,7 +29,7 @@ def test_synchronised_batch_norm_changes_layers_but_no_name(monkeypatch: pytest.
     assert [k for k, v in usual.state_dict().items() if not torch.equal(v, state[k])] == []
 
 
-@NEEDS_COMPILER
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
 def test_a_compiled_step_equals_the_usual_one() -> None:
     images = torch.randint(256, (6, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[0], [1], [2], [0], [1], [2]])

@@ -59,13 +59,13 @@ def test_separated_images_are_told_apart() -> None:
 
 
 def test_features_are_compared_by_direction() -> None:
-    """Two directions at very different lengths: without L2 normalisation, K = 2 would split by length."""
-    length = torch.tensor([1.0, 100.0]).repeat(30)
-    direction = torch.arange(60) < 30
-    features = length[:, None] * torch.where(direction[:, None], torch.eye(2)[0], torch.eye(2)[1])
-    features += 0.01 * length[:, None] * torch.rand(60, 2, generator=torch.Generator().manual_seed(0))
-    labels = make_pseudo_labels(blobs(), features, (2,)).labels[:, 0]
-    assert purity(labels, direction.long()) == 1
+    """Red and green at very different brightness: without L2 normalisation, K = 2 would not split by colour."""
+    data = blobs()
+    colour, brightness = torch.arange(60) % 2, torch.tensor([20, 250]).repeat_interleave(30)
+    images = torch.randint(0, 3, (60, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    images[torch.arange(60), colour] += brightness[:, None, None]
+    labels = make_pseudo_labels(replace(data, images=images.byte()), "pixels", (2,)).labels[:, 0]
+    assert purity(labels, colour) == 1
 
 
 def test_held_out_images_get_the_nearest_centre(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ provenance as JSON. No random state is stored: every step seeds its own generato
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from advcl_hub.files import replacing
 from advcl_hub.models.branch_norm import branch_state_dict
 from train.recipe import Recipe, from_dict
 
@@ -86,7 +86,7 @@ def unpack_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.opti
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes the file next to its place and renames it over the earlier one. OSError (a full disk) leaves the earlier one."""
+    """Replaces the folder's checkpoint. OSError (a full disk) leaves the earlier one."""
     info = {
         "step": checkpoint.step,
         "seconds": checkpoint.seconds,
@@ -95,15 +95,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "finished": checkpoint.finished,
     }
     target = folder / FILE
-    temporary = target.with_suffix(".partial")
     try:
-        save_file(checkpoint.tensors, temporary, metadata={"advcl": json.dumps(info)})
+        with replacing(target) as draft:
+            save_file(checkpoint.tensors, draft, metadata={"advcl": json.dumps(info)})
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"Could not write {target}: {error}. The earlier checkpoint, if any, is untouched.") from error
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(target)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

@@ -1,7 +1,6 @@
 """What clusters look like: purity and sizes as a table, and a picture with example images."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
 from advcl_hub.data import ImageData, batches
+from advcl_hub.files import replacing
 
 
 def purity(labels: Tensor, classes: Tensor) -> float:
@@ -98,9 +98,8 @@ def draw_report(labels: Tensor, ks: Sequence[int], data: ImageData, path: str | 
     _draw_sizes(panels["sizes"], stats)
     column = min(range(len(ks)), key=lambda j: abs(ks[j] - 10))
     _draw_images(panels["images"], labels[:, column].cpu(), ks[column], data)
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with replacing(Path(path)) as draft:
+        figure.savefig(draft)
 
 
 def _draw_agreement(axes: Axes, stats: Sequence[ClusterStats]) -> None:

@@ -17,25 +17,19 @@ MAX_PIXELS = 3 * 64 * 64  # values an image: beyond that raw pixels are neither 
 
 
 class Encoder(NamedTuple):
-    """Turns (uint8 images (B, C, H, W), rows (B,) of the data) into float32 features (B, D)."""
+    """Turns uint8 images (B, C, H, W) into float32 features (B, D)."""
 
-    features: Callable[[Tensor, Tensor], Tensor]
+    features: Callable[[Tensor], Tensor]
     identity: dict[str, str]  # everything the features depend on: name, weights_sha256, preprocessing
 
 
-def open_encoder(encoder: str | Tensor, data: ImageData, device: str | torch.device = "cpu") -> Encoder:
+def open_encoder(encoder: str, data: ImageData, device: str | torch.device = "cpu") -> Encoder:
     """Opens what `make_pseudo_labels` calls an encoder; arguments and errors as there."""
     channels, height, width = data.shape
-    if isinstance(encoder, Tensor):
-        if encoder.ndim != 2 or len(encoder) != len(data) or not encoder.is_floating_point():
-            raise ValueError(f"Expected float features ({len(data)}, D), got {encoder.dtype} {tuple(encoder.shape)}.")
-        given = encoder.detach().float().cpu()
-        identity = _identity("given features", _sha256({"features": given}), "given")
-        return Encoder(lambda _, rows: given[rows.cpu()], identity)
     if encoder == "pixels":
         if channels * height * width > MAX_PIXELS:
             raise ValueError(f"Raw pixels are for small images, got {data.shape}; name a timm encoder.")
-        return Encoder(lambda images, _: images.flatten(1) / 255, _identity("pixels", "none", "pixels / 255"))
+        return Encoder(lambda images: images.flatten(1) / 255, _identity("pixels", "none", "pixels / 255"))
 
     model = _load_network(encoder).to(device)
     config = resolve_model_data_config(model)
@@ -45,7 +39,7 @@ def open_encoder(encoder: str | Tensor, data: ImageData, device: str | torch.dev
     mode = mode if mode in ("bilinear", "bicubic") else "bicubic"  # timm also knows "random", "lanczos", ...
     mean, std = (torch.tensor(config[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
 
-    def features(images: Tensor, rows: Tensor) -> Tensor:
+    def features(images: Tensor) -> Tensor:
         batch = images.to(device) / 255
         if batch.shape[1:] != size:
             batch = F.interpolate(batch, size[1:], mode=mode, antialias=True).clamp(0, 1)

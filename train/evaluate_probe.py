@@ -20,8 +20,8 @@ from train.probe import linear_probe
 from train.recipe import require
 
 
-def evaluate_run(run: Path, images: int, steps: int = 20, eps: float = 8 / 255) -> Robustness:
-    """Standard and robust accuracy on the first `images` test images of the run's own data set.
+def evaluate_run(run: Path, images: int, steps: int = 20, seed: int = 0) -> Robustness:
+    """Standard and robust accuracy on `images` test images, drawn with `seed`, of the run's own data, at the recipe's eps.
 
     Raises:
         FileNotFoundError: the run has no checkpoint, or the data are not where the recipe says.
@@ -35,14 +35,15 @@ def evaluate_run(run: Path, images: int, steps: int = 20, eps: float = 8 / 255) 
     encoder = plain_encoder(checkpoint.recipe, tuple(shape), checkpoint.encoder_state())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probe = linear_probe(encoder, train, device)
-    return evaluate(probe, test.subset(torch.arange(images)), eps=eps, step_size=2 / 255, steps=steps, device=device)
+    eps = checkpoint.recipe.attack.eps
+    return evaluate(probe, test.sample(images, seed), eps=eps, step_size=eps / 4, steps=steps, device=device, seed=seed)
 
 
 def main() -> None:
     """Command line: one JSON line a run."""
     parser = argparse.ArgumentParser(prog="python -m train.evaluate_probe", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--images", type=int, default=2000, help="the first so many test images")
+    parser.add_argument("--images", type=int, default=2000, help="so many test images, drawn with seed 0")
     args = parser.parse_args()
     logging.getLogger("timm").setLevel(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""What a run reads: images, pseudo-labels, and whether they are those that the checkpoint was made from."""
+"""What a run reads: images, pseudo-labels, and whether they are those that its checkpoint was made from."""
 
 import platform
 import sys
@@ -34,12 +34,13 @@ def load_labels(recipe: Recipe, data: ImageData, device: torch.device) -> Pseudo
     if c.path:
         return load_pseudo_labels(c.path, data, "train", c.ks)
     assert c.encoder is not None  # the recipe made sure
-    return make_pseudo_labels(data, c.encoder, c.ks, recipe.seed, cache_dir=c.cache, device=device)
+    return make_pseudo_labels(data, c.encoder, c.ks, recipe.seed, cache_dir=c.cache, device=device, workers=recipe.data.workers)
 
 
 def provenance(data: ImageData, labels: PseudoLabels | None, accelerator: Accelerator) -> dict[str, Any]:
     """What a result has to name besides its recipe: data, labels, versions, hardware."""
-    cuda = accelerator.device.type == "cuda"
+    kind = accelerator.device.type
+    name = torch.cuda.get_device_name() if kind == "cuda" else f"{platform.machine()} {kind}"
     return {
         "data": {
             "name": data.name,
@@ -48,7 +49,7 @@ def provenance(data: ImageData, labels: PseudoLabels | None, accelerator: Accele
             "classes": list(data.classes),
             "sha256": data.fingerprint(),
         },
-        "pseudo_labels": labels.provenance if labels else None,
+        "pseudo_labels": {**labels.provenance, "sha256": labels.fingerprint()} if labels else None,
         "versions": {
             "advcl_hub": advcl_hub.__version__,
             "torch": torch.__version__,
@@ -57,7 +58,7 @@ def provenance(data: ImageData, labels: PseudoLabels | None, accelerator: Accele
             "python": platform.python_version(),
         },
         "hardware": {
-            "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+            "device": f"{name}, {torch.get_num_threads()} threads" if kind == "cpu" else name,
             "processes": accelerator.num_processes,
         },
     }
@@ -89,18 +90,23 @@ def check_same_recipe(earlier: Recipe, recipe: Recipe, folder: Path) -> None:
     )
 
 
-def check_same_data(earlier: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Raises ValueError unless a checkpoint saw these very images and labels; warns where exactness is lost."""
+def continue_provenance(earlier: dict[str, Any], now: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The provenance of a run that goes on: as before, and where else it was continued.
+
+    Raises:
+        ValueError: the checkpoint saw other images or other pseudo-labels.
+    """
     for key in ("data", "pseudo_labels"):
+        before, here = ((p[key] or {}).get("sha256") for p in (earlier, now))
         require(
-            earlier[key] == now[key],
+            before == here,
             f"{folder} was trained on other {key.replace('_', '-')}: {earlier[key]}, now {now[key]}. Choose another --output.",
         )
-    if earlier["hardware"] != now["hardware"] or earlier["versions"] != now["versions"]:
-        print(
-            "Note: other hardware or versions than before; the run continues, but not bit by bit as one run.",
-            file=sys.stderr,
-        )
+    places = [{k: p[k] for k in ("versions", "hardware")} for p in (earlier, *earlier.get("continued_on", []), now)]
+    if places[-1] == places[-2]:
+        return earlier
+    print("Note: other hardware or versions than before; the run continues, but not bit by bit as one run.", file=sys.stderr)
+    return {**earlier, "continued_on": places[1:]}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from advcl_hub.evaluation import PixelSpace, pgd_cross_entropy
+from advcl_hub.files import replacing
 
 
 def save_views(path: Path, rows: Mapping[str, Tensor], columns: int = 10) -> Path:
@@ -88,6 +89,7 @@ def _show(axis: Axes, image: Tensor, title: str = "", colour: str = "black") -> 
 
 def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=110)
     plt.close(figure)
     return path

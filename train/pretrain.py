@@ -16,24 +16,26 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm import tqdm
 
-from advcl_hub.data import ImageData, batches
+from advcl_hub.data import batches
 from advcl_hub.evaluation import Robustness, evaluate
 from advcl_hub.export import verify_folder
+from advcl_hub.files import replacing
 from advcl_hub.models.branch_norm import branch_state_dict
 from train.checkpoint import FILE, Checkpoint, load_checkpoint, pack_state, save_checkpoint, unpack_state
 from train.export import export_checkpoint, usage_lines
-from train.inputs import check_same_data, check_same_recipe, load_labels, load_training_data, provenance
+from train.inputs import check_same_recipe, continue_provenance, load_labels, load_training_data, provenance
 from train.network import build_network, build_optimizer, build_schedule, plain_encoder
 from train.pictures import save_views
 from train.probe import linear_probe, with_linear_head
@@ -45,6 +47,7 @@ from train.views import make_views
 
 log = logging.getLogger("advcl")
 _ORDER, _STEP = 0, 1  # streams of random numbers: the order of an epoch, everything in a step
+_PATIENCE = timedelta(hours=12)  # one process clusters and probes while the others wait, beyond NCCL's ten minutes
 _AGREE_EVERY = 10  # steps between the processes' agreements on stopping and saving
 
 
@@ -65,7 +68,10 @@ class Trainer:
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # else several CPU processes would each train alone
             mixed_precision=recipe.speed.mixed_precision,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=_PATIENCE),
+            ],
         )
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -78,7 +84,9 @@ class Trainer:
         checkpoint = load_checkpoint(output) if (output / FILE).is_file() else None
         if checkpoint:
             check_same_recipe(checkpoint.recipe, recipe, output)
-        data, self.held_out = load_training_data(recipe)
+        with self.accelerator.main_process_first():  # one process downloads and clusters, the others read
+            data, self.held_out = load_training_data(recipe)
+            labels = load_labels(recipe, data, self.device)
         require(
             len(data) >= recipe.batch_size,
             f"A batch of {recipe.batch_size} needs as many training images; there are {len(data)}. Lower batch_size.",
@@ -86,8 +94,6 @@ class Trainer:
         self.core = build_network(recipe, data.shape).to(self.device)
         if recipe.judge.every:
             with_linear_head(self.core.encoder, len(data.classes))  # what judge() would refuse is refused now
-        with self.accelerator.main_process_first():  # one process clusters, the others read the cache
-            labels = load_labels(recipe, data, self.device)
         self.data = data.to(self.device)
         self.labels = labels.labels.to(self.device) if labels else None
         self.steps_per_epoch = len(data) // recipe.batch_size
@@ -98,9 +104,9 @@ class Trainer:
         self.schedule = build_schedule(recipe, self.optimizer, self.steps_per_epoch)
         self.state = Checkpoint(0, 0.0, recipe, provenance(data, labels, self.accelerator), {})
         if checkpoint:
-            check_same_data(checkpoint.provenance, self.state.provenance, output)
+            where = continue_provenance(checkpoint.provenance, self.state.provenance, output)
             unpack_state(checkpoint, self.core, self.optimizer, self.ema.module if self.ema else None)
-            self.state = replace(checkpoint, recipe=recipe, tensors={})
+            self.state = replace(checkpoint, recipe=recipe, provenance=where, tensors={})
         if recipe.speed.compile:
             torch._dynamo.config.cache_size_limit = 64  # one graph for every branch, mode and layout
             self.core.encoder.compile()
@@ -113,18 +119,16 @@ class Trainer:
         self.begin()
         for images, labels in self.remaining_batches():
             self.train_step(images, labels)
-            epoch, in_epoch = divmod(self.state.step, self.steps_per_epoch)
             stopping, saving = self.agree(
                 stop.requested, self.saved_at + 60 * self.recipe.checkpoint_minutes < time.monotonic()
             )
-            if in_epoch % max(1, min(50, self.steps_per_epoch // 4)) == 0:
+            if self.state.step % self.steps_per_epoch % max(1, min(50, self.steps_per_epoch // 4)) == 0:
                 self.record()
-            if stopping or saving or self.state.step == self.total_steps:
+            if stopping or saving or self.judgement_due or self.state.step == self.total_steps:
                 self.save()
             if stopping:
                 break
-            every = self.recipe.judge.every
-            if in_epoch == 0 and every and epoch % every == 0 and epoch < self.recipe.epochs:
+            if self.judgement_due:
                 self.judge()
         self.bar.close()
         if self.state.finished:
@@ -175,11 +179,7 @@ class Trainer:
         if not self.meter.count:
             return
         means, steps, seconds = self.meter.take(self.accelerator)
-        if not np.isfinite(means).all():
-            raise FloatingPointError(
-                f"The loss is not finite at step {self.state.step}: stopped. The last good checkpoint is {self.output / FILE}; "
-                "lower optimizer.lr or use speed.mixed_precision=no in a new folder."
-            )
+        self.require_finite(bool(np.isfinite(means).all()), "loss is")
         self.state.seconds += seconds
         self.bar.set_postfix(epoch=f"{self.state.step / self.steps_per_epoch:.1f}", loss=f"{means[0]:.4f}", refresh=False)
         if self.log:
@@ -192,16 +192,32 @@ class Trainer:
                 seconds=self.state.seconds,
             )
 
+    def require_finite(self, finite: bool, what: str) -> None:
+        """Raises FloatingPointError that names the last checkpoint unless `what` is finite."""
+        if not finite:
+            raise FloatingPointError(
+                f"The {what} not finite at step {self.state.step}: stopped. The last checkpoint, with a finite loss, is "
+                f"{self.output / FILE}; lower optimizer.lr or use speed.mixed_precision=no in a new folder."
+            )
+
     def save(self) -> None:
-        """Writes the checkpoint, after making sure that the losses so far are finite."""
+        """Writes the checkpoint, after making sure that the losses so far and the weights are finite."""
         self.record()
         self.state.finished = self.state.step == self.total_steps
         if self.main:
             tensors = pack_state(self.core, self.optimizer, self.ema.module if self.ema else None)
+            self.require_finite(all(v.isfinite().all() for v in tensors.values()), "weights are")
             save_checkpoint(self.output, replace(self.state, tensors=tensors))
             save_curves(self.output)
         self.saved_at = time.monotonic()
         self.meter.restart()
+
+    @property
+    def judgement_due(self) -> bool:
+        """Whether this step ends an epoch that a probe follows; the last one's belongs to `finish`."""
+        epoch, in_epoch = divmod(self.state.step, self.steps_per_epoch)
+        every = self.recipe.judge.every
+        return bool(every) and in_epoch == 0 and epoch % every == 0 and 0 < epoch < self.recipe.epochs
 
     def judge(self) -> Robustness | None:
         """A linear probe of the branch and weights that would be exported, on held-out images, clean and under PGD."""
@@ -210,8 +226,8 @@ class Trainer:
             rule, branch = self.recipe.judge, self.recipe.objective.export_branch
             weights = (self.ema.module if self.ema else self.core).encoder.state_dict()
             encoder = plain_encoder(self.recipe, self.data.shape, branch_state_dict(weights, branch))
-            train = first_images(self.data, rule.train_images, self.recipe.seed)
-            held_out = first_images(self.held_out, rule.val_images, self.recipe.seed)
+            train = self.data.sample(rule.train_images, self.recipe.seed)
+            held_out = self.held_out.sample(rule.val_images, self.recipe.seed)
             eps = self.recipe.attack.eps
             probe = linear_probe(encoder, train, self.device)
             result = evaluate(probe, held_out, eps=eps, step_size=eps / 4, steps=rule.steps, device=self.device)
@@ -232,13 +248,16 @@ class Trainer:
         """Opens the folder: recipe, log, a picture of the first batch's views, and a first checkpoint."""
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
+            with replacing(self.output / "recipe.yaml") as draft:
+                draft.write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
             self.log = RunLog(self.output, self.state.step)
         self.bar = progress_bar(total=self.total_steps, initial=self.state.step, unit="step", disable=not self.main)
         if self.state.step == 0:
             self.picture_views()
             self.save()
         self.saved_at = time.monotonic()
+        if self.judgement_due:  # the last start was stopped before it
+            self.judge()
         self.meter.restart()
 
     def picture_views(self) -> None:
@@ -281,11 +300,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(mix(_STEP, seed, step, rank))
 
 
-def first_images(data: ImageData, count: int, seed: int) -> ImageData:
-    """At most `count` images in a fixed random order."""
-    return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count])
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     argv = sys.argv[1:] if argv is None else argv
@@ -302,7 +316,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("timm").setLevel(logging.WARNING)
-    again = f"python -m train.pretrain {shlex.join(argv)}"
     output = args.output or Path("runs") / Path(args.recipe).stem
     try:
         with StopRequest(args.time_budget) as stop:
@@ -311,7 +324,12 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     if not finished and int(os.environ.get("RANK", 0)) == 0:
-        print(f"Stopped with a checkpoint in {output}. To continue, run the same command again:\n  {again}")
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        launcher = f"accelerate launch --num_processes {world}" if world > 1 else "python"
+        print(
+            f"Stopped with a checkpoint in {output}. To continue, run the same command again:\n"
+            f"  {launcher} -m train.pretrain {shlex.join(argv)}"
+        )
 
 
 def pretrain(recipe: Recipe, output: Path, stop: StopRequest) -> bool:

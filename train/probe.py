@@ -7,15 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advcl_hub.data import ImageData, batches
+from advcl_hub.evaluation import PixelSpace
 
 _L2 = 1e-3  # on weights of standardised features; one value for every encoder and data set
 
 
 @torch.no_grad()
 def extract_features(encoder: nn.Module, data: ImageData, device: torch.device | str, batch_size: int = 500) -> Tensor:
-    """Features (N, D) of all images, in evaluation mode, without augmentation."""
-    encoder = encoder.to(device).eval()
-    return torch.cat([encoder(images / 255) for images, _ in batches(data, batch_size, device=device)])
+    """Features (N, D) of all images under the encoder's own normalisation, in evaluation mode, without augmentation."""
+    network = PixelSpace(encoder).to(device).eval()
+    return torch.cat([network(images / 255) for images, _ in batches(data, batch_size, device=device)])
 
 
 def fit_linear(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

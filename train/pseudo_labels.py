@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,6 +35,7 @@ from torch import Tensor
 
 from advcl_hub.data import ImageData, batches, load_data
 from advcl_hub.export import file_sha256
+from advcl_hub.files import replacing
 from train.cluster_report import cluster_stats, draw_report, format_stats
 from train.encoder_features import Encoder, open_encoder
 from train.progress import progress_bar
@@ -62,10 +62,14 @@ class PseudoLabels:
     ks: tuple[int, ...]
     provenance: dict[str, str]
 
+    def fingerprint(self) -> str:
+        """sha256 in hex over the labels and ks: the same labels from a file of another name have the same."""
+        return hashlib.sha256(repr(self.ks).encode() + self.labels.cpu().contiguous().numpy().tobytes()).hexdigest()
+
 
 def make_pseudo_labels(
     data: ImageData,
-    encoder: str | Tensor,
+    encoder: str,
     ks: Sequence[int] = PAPER_KS,
     seed: int = 0,
     *,
@@ -81,7 +85,7 @@ def make_pseudo_labels(
     Args:
         data: the images to cluster. Unlabelled images (label -1) are welcome.
         encoder: a timm model with weights ("resnet18.a1_in1k", "hf-hub:org/name", "local-dir:FOLDER"), or
-            "pixels" for raw pixels (no network: for tests and toy data), or float features (N, D).
+            "pixels" for raw pixels (no network: for toy data).
         ks: distinct numbers of clusters, each at least 2.
         seed: of the k-means++ starts.
         split: name of the data's split in the label file.
@@ -98,8 +102,6 @@ def make_pseudo_labels(
         FileNotFoundError: the folder of a "local-dir:" encoder does not exist.
     """
     _check_request(data, ks, seed)
-    if isinstance(encoder, Tensor) and held_out:
-        raise ValueError("Features were given for the data alone; held_out needs an encoder's name instead.")
     splits = {split: data, **(held_out or {})}
     model = open_encoder(encoder, data, device)
     identity = {
@@ -121,9 +123,8 @@ def make_pseudo_labels(
     if not cached:
         tensors = _cluster(splits, model, ks, seed, batch_size, workers)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, temporary, metadata=_provenance(identity, device))
-        os.replace(temporary, path)
+        with replacing(path) as draft:
+            save_file(tensors, draft, metadata=_provenance(identity, device))
     log.info("Pseudo-labels %s %s", "found in the cache:" if cached else "written to", path)
     return load_pseudo_labels(path, data, split, ks)
 
@@ -220,7 +221,7 @@ def _embed(data: ImageData, model: Encoder, batch_size: int, workers: int) -> tu
     features, digests = [], []
     with progress_bar(total=len(data), desc=f"features of {data.name}", unit="image") as progress:
         for images, rows in batches(data, batch_size, workers=workers):
-            batch = model.features(images, rows)
+            batch = model.features(images)
             if batch.ndim != 2 or not batch.isfinite().all():
                 raise ValueError(f"Expected finite features (B, D), got shape {tuple(batch.shape)} or NaN.")
             features.append(F.normalize(batch, dim=1).cpu())

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from train.step import VIEW_NAMES, Attack, Objective
+from train.step import Attack, Objective
 from train.views import ViewConfig
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -85,6 +85,10 @@ class Optimizer:
     def __post_init__(self) -> None:
         require(self.name in ("sgd", "adamw"), f"name must be sgd or adamw, got {self.name!r}")
         require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        require(
+            min(self.momentum, self.weight_decay, self.warmup_lr, self.min_lr_ratio) >= 0,
+            "momentum, weight_decay, warmup_lr and min_lr_ratio must not be negative",
+        )
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,13 @@ class Judge:
     val_images: int = 500
     steps: int = 20
 
+    def __post_init__(self) -> None:
+        require(self.every >= 0 and self.steps >= 0, f"every and steps must not be negative, got {self.every} and {self.steps}")
+        require(
+            self.train_images >= 1 and self.val_images >= 1,
+            f"train_images and val_images must be at least 1, got {self.train_images} and {self.val_images}; every=0 is no probe",
+        )
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -158,13 +169,12 @@ class Recipe:
         objective, labels, warmup = self.objective, self.pseudo_labels, self.optimizer.warmup_epochs
         require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
         require(self.batch_size >= 2, f"batch_size must be at least 2, got {self.batch_size}")
+        require(0 <= self.seed < 2**32, f"seed must be from 0 to 2**32 - 1, got {self.seed}")
         require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
         require(
             0 <= warmup < self.epochs,
             f"optimizer.warmup_epochs ({warmup}) must be less than epochs ({self.epochs})",
         )
-        for view in (*objective.clean_views, *objective.adversarial_views):
-            require(view in VIEW_NAMES, f"objective: no view {view!r}; the views are {', '.join(VIEW_NAMES)}")
         require(
             not self.judge.every or self.data.val_fraction > 0,
             "judge.every needs held-out images: set data.val_fraction above 0, or judge.every to 0",
@@ -172,10 +182,6 @@ class Recipe:
         require(
             not objective.pseudo_label_weight or bool(labels.path or labels.encoder),
             "objective.pseudo_label_weight needs labels: set pseudo_labels.path or pseudo_labels.encoder, or the weight to 0",
-        )
-        require(
-            self.attack.steps >= 0 and self.attack.eps >= 0,
-            "attack.steps and attack.eps must not be negative",
         )
 
     def to_dict(self) -> dict[str, Any]:

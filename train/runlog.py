@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from advcl_hub.files import replacing
+
 LOG = "log.jsonl"
 
 
@@ -22,21 +24,21 @@ class RunLog:
 
     Args:
         folder: the run's folder.
-        step: the step that the run starts or continues from; later records, of a start that was killed, are dropped.
+        step: the step that the run starts or continues from. Later records, of a start that was killed, are dropped, and a
+            probe at this very step: it is made again.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / LOG
-        kept = [r for r in read_log(folder) if r["step"] <= step]
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        temporary.replace(self.path)
+        kept = [r for r in read_log(folder) if r["step"] < step or (r["step"] == step and "probe_robust" not in r)]
+        with replacing(self.path) as draft:
+            draft.write_text("".join(json.dumps(r) + "\n" for r in kept))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, **values: float) -> None:
         """One record of scalars."""
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
+            file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
@@ -108,6 +110,7 @@ def save_curves(folder: Path) -> Path:
         if scale:
             axis.set_ylim(0, 100)
     path = folder / "curves.png"
-    figure.savefig(path, dpi=110)
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=110)
     plt.close(figure)
     return path

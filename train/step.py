@@ -14,8 +14,6 @@ from advcl_hub.models.branch_norm import add_branches
 from train.objective import contrastive_loss, pseudo_label_loss
 from train.views import ViewConfig, Views, make_views
 
-VIEW_NAMES = Views._fields
-
 
 @dataclass(frozen=True)
 class Attack:
@@ -24,6 +22,10 @@ class Attack:
     eps: float = 8 / 255
     step_size: float = 2 / 255
     steps: int = 5
+
+    def __post_init__(self) -> None:
+        if min(self.eps, self.step_size, self.steps) < 0:
+            raise ValueError(f"eps, step_size and steps must not be negative, got {self.eps}, {self.step_size}, {self.steps}")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,17 @@ class Objective:
     projection_dim: int = 128
 
     def __post_init__(self) -> None:
+        for views in (self.clean_views, self.adversarial_views):
+            if unknown := sorted(set(views) - set(Views._fields)):
+                raise ValueError(f"no view {unknown[0]!r}; the views are {', '.join(Views._fields)}")
+            if len(set(views)) < len(views):
+                raise ValueError(f"every view once in a group, got {views}")
+        if "high_frequency" in self.adversarial_views:
+            raise ValueError("high_frequency cannot be attacked: it is signed, and the attack clamps images to [0, 1]")
+        if not (self.temperature > 0 and self.base_temperature > 0 and self.projection_dim > 0):
+            raise ValueError("temperature, base_temperature and projection_dim must be positive")
+        if self.pseudo_label_weight < 0:
+            raise ValueError(f"pseudo_label_weight must not be negative, got {self.pseudo_label_weight}")
         groups = {"joint": [self.clean_views + self.adversarial_views], "separate": [self.clean_views, self.adversarial_views]}
         if self.pairing not in groups:
             raise ValueError(f"pairing must be joint or separate, got {self.pairing!r}")

@@ -14,7 +14,7 @@ class StopRequest:
     """A context in which SIGTERM and SIGINT ask for a stop instead of killing; a second SIGINT interrupts as usual.
 
     Args:
-        budget: seconds after the start of the process at which a stop is due; None for no limit.
+        budget: seconds, from the import of this module, after which a stop is due; None for no limit.
     """
 
     def __init__(self, budget: float | None = None) -> None:
