@@ -34,6 +34,7 @@ class ImageData:
             whole split stay aligned after subsets and skipped images.
         classes: class names by label.
         name: the source, e.g. "digits" or "parquet:cifar10"; no absolute path.
+        source_length: number of images in the source's whole split, if known.
     """
 
     images: Tensor | LazyImages
@@ -41,6 +42,7 @@ class ImageData:
     indices: Tensor
     classes: tuple[str, ...]
     name: str
+    source_length: int | None = None
 
     def __post_init__(self) -> None:
         images, labels, indices = len(self.images), len(self.labels), len(self.indices)
@@ -152,7 +154,7 @@ def load_data(
     _check_labels(stored, title, unlabeled=split == "unlabeled")
     images, failures = load_images(stored.items, stored.names, channels, size or stored.default_size)
     labels, indices = torch.from_numpy(stored.labels), torch.arange(len(stored.labels))
-    data = ImageData(images, labels, indices, stored.classes, stored.name)
+    data = ImageData(images, labels, indices, stored.classes, stored.name, len(labels))
     if failures:
         _report(failures, len(data), title, strict)
         data = data.subset(torch.tensor([row for row in range(len(data)) if row not in failures]))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from advcl_hub.files import replacing
+from advcl_hub.files import make_readable, replacing
 
 WEIGHTS = "model.safetensors"
 GOLDEN = "golden.safetensors"
@@ -43,7 +43,7 @@ def export_folder(
     Args:
         model: a timm model; its `pretrained_cfg` (input size, mean, std) is what it was trained with.
         folder: where to; an earlier export there is replaced.
-        results: provenance and figures, written to results.json with the sha256 of the weights added.
+        results: provenance and figures, written to results.json with the sha256 of all other files added.
         model_args: arguments of `timm.create_model` that the architecture needs, e.g. `img_size`.
         label_names: class names of a classifier.
         dtype: of the stored weights, `float32` or `float16`; timm loads either into float32.
@@ -55,7 +55,7 @@ def export_folder(
 
     Raises:
         ValueError: unknown dtype, weights that are not finite in it, or a folder that holds anything but an earlier export.
-        OSError: the folder cannot be written; nothing is left behind.
+        OSError: the folder cannot be written (a full disk); nothing is left behind.
     """
     folder = Path(folder)
     if dtype not in _DTYPES:
@@ -73,20 +73,21 @@ def export_folder(
             model_config={"label_names": list(label_names)} if label_names else {},
             model_args={k: v for k, v in (model_args or {}).items() if v is not None},
         )
-        record = {
-            **results,
-            "weights": {"file": WEIGHTS, "dtype": dtype, "sha256": file_sha256(draft / WEIGHTS)},
-        }
-        (draft / "results.json").write_text(json.dumps(record, indent=2) + "\n")
         _save_golden(load_folder(draft), draft / GOLDEN)
+        sha256 = {name: file_sha256(draft / name) for name in (WEIGHTS, "config.json", GOLDEN)}
+        record = {**results, "dtype": dtype, "sha256": sha256}
+        (draft / "results.json").write_text(json.dumps(record, indent=2) + "\n")
         if max_shard_size:
             (draft / WEIGHTS).unlink()
             huggingface_hub.save_torch_state_dict(state, draft, max_shard_size=max_shard_size)
+        for path in draft.iterdir():
+            make_readable(path)
         draft.chmod(0o755)
         _replace_folder(draft, folder)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder} could not be written: {error}. What was there before is untouched.") from error
+    finally:
         shutil.rmtree(draft, ignore_errors=True)
-        raise
     return folder
 
 
@@ -96,27 +97,24 @@ def load_folder(folder: str | Path) -> nn.Module:
 
 
 def verify_folder(folder: str | Path) -> float:
-    """Checks an export after any copy: the sha256 of the weights, and the golden output through timm.
+    """Checks an export after any copy: the sha256 of its files, and the golden output through timm.
 
     Returns:
         The largest absolute difference from the golden output, relative to its largest absolute value.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the weights are not those that were exported, or the output differs by more than 1e-3.
+        ValueError: a file is not the one that was exported, or the output differs by more than 1e-3.
     """
     folder = Path(folder)
     for name in ("config.json", "results.json", WEIGHTS, GOLDEN):
         if not (folder / name).is_file():
             hint = " Join its shards first: advcl_hub.export.join_shards." if (folder / _INDEX).exists() else ""
             raise FileNotFoundError(f"{folder} has no {name}: not a complete export.{hint}")
-    expected = json.loads((folder / "results.json").read_text())["weights"]["sha256"]
-    if file_sha256(folder / WEIGHTS) != expected:
-        raise ValueError(f"{folder / WEIGHTS} is not the file that was exported (its sha256 differs): copy it again.")
-    try:
-        golden = load_file(folder / GOLDEN)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / GOLDEN} is corrupt: {error}") from None
+    for name, expected in _recorded_sha256(folder).items():
+        if file_sha256(folder / name) != expected:
+            raise ValueError(f"{folder / name} is not the file that was exported (its sha256 differs): copy it again.")
+    golden = load_file(folder / GOLDEN)
     with torch.no_grad():
         output = load_folder(folder)(golden["input"])
     difference = ((output - golden["output"]).abs().max() / golden["output"].abs().max()).item()
@@ -143,11 +141,19 @@ def join_shards(folder: str | Path) -> Path:
         state |= load_file(folder / shard)
     with replacing(folder / WEIGHTS) as draft:
         save_file(state, draft, metadata={"format": "pt"})
-        if file_sha256(draft) != json.loads((folder / "results.json").read_text())["weights"]["sha256"]:
+        if file_sha256(draft) != _recorded_sha256(folder)[WEIGHTS]:
             raise ValueError(f"The shards in {folder} do not give the exported weights: copy them again.")
     for name in (_INDEX, *shards):
         (folder / name).unlink()
     return folder / WEIGHTS
+
+
+def _recorded_sha256(folder: Path) -> dict[str, str]:
+    try:
+        recorded = json.loads((folder / "results.json").read_text())["sha256"]
+        return {name: recorded[name] for name in (WEIGHTS, "config.json", GOLDEN)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'results.json'} is damaged ({error!r}): copy it again.") from None
 
 
 def file_sha256(path: Path) -> str:

@@ -1,9 +1,29 @@
 """Files that appear complete or not at all."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+def make_readable(path: Path) -> None:
+    """Gives a file the permissions of new files; safetensors makes its files readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError unless files can be written to a folder, which need not exist yet. Leaves nothing behind."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
 
 
 @contextmanager
@@ -15,13 +35,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Yields:
         The path to write to in the `with` block. If the block fails it is removed, and the earlier file stays.
+
+    Raises:
+        OSError: the file cannot be written, because the disk is full or for other reasons.
     """
     draft = path.with_name(f".{os.getpid()}-{path.name}")  # of this process: another may write the same file
     try:
         yield draft
         with draft.open("rb") as file:
             os.fsync(file.fileno())
+        make_readable(draft)
         draft.replace(path)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written: {error}. What was there before is untouched.") from error
+    finally:
         draft.unlink(missing_ok=True)
-        raise

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import advcl_hub  # noqa: F401
-from advcl_hub.export import WEIGHTS, export_folder, file_sha256, join_shards, load_folder, verify_folder
+from advcl_hub import export
+from advcl_hub.export import GOLDEN, WEIGHTS, export_folder, file_sha256, join_shards, load_folder, verify_folder
 from advcl_hub.models.branch_norm import add_branches
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -59,12 +61,21 @@ def test_float16_shards_join_to_the_exported_file(tmp_path: Path) -> None:
     assert all(torch.equal(state[k], v.to(state[k].dtype)) for k, v in half.items())
 
 
-def test_a_flipped_byte_and_missing_files_are_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", GOLDEN])
+def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path, name: str) -> None:
     folder = export_folder(model(), tmp_path / "e", results={})
-    data = bytearray((folder / WEIGHTS).read_bytes())
+    data = bytearray((folder / name).read_bytes())
     data[-5] ^= 1
-    (folder / WEIGHTS).write_bytes(data)
-    with pytest.raises(ValueError, match="sha256 differs"):
+    (folder / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{name} is not the file that was exported \(its sha256 differs"):
+        verify_folder(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"sha256": {}}'])
+def test_a_damaged_record_and_missing_files_are_named(tmp_path: Path, content: str) -> None:
+    folder = export_folder(model(), tmp_path / "e", results={})
+    (folder / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=r"results\.json is damaged"):
         verify_folder(folder)
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
@@ -79,6 +90,9 @@ def test_other_behaviour_with_the_right_weights_is_found(tmp_path: Path) -> None
     config = json.loads((folder / "config.json").read_text())
     config["model_args"]["num_heads"] = 4
     (folder / "config.json").write_text(json.dumps(config))
+    results = json.loads((folder / "results.json").read_text())
+    results["sha256"]["config.json"] = file_sha256(folder / "config.json")
+    (folder / "results.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match="computes something else"):
         verify_folder(folder)
 
@@ -95,6 +109,23 @@ def test_replaces_an_earlier_export_and_leaves_other_folders_alone(tmp_path: Pat
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
     with pytest.raises(ValueError, match="dtype must be one of"):
         export_folder(model(), tmp_path / "x", results={}, dtype="int8")
+
+
+def test_everyone_may_read_what_a_new_file_lets_them(tmp_path: Path) -> None:
+    folder = export_folder(model(), tmp_path / "e", results={})
+    (tmp_path / "new").touch()
+    expected = (tmp_path / "new").stat().st_mode
+    assert {path.name for path in folder.iterdir() if path.stat().st_mode != expected} == set()
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(OSError, match=r"e could not be written: No space left on device"):
+        export_folder(model(), tmp_path / "e", results={})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_halfway_leaves_nothing_behind(tmp_path: Path) -> None:

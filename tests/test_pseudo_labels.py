@@ -269,6 +269,16 @@ def test_labels_of_other_images_are_refused(label_file: tuple[Path, ImageData]) 
         load_pseudo_labels(path, replace(part, indices=part.indices.roll(1)))
 
 
+def test_a_file_without_digests_must_be_of_as_many_images(label_file: tuple[Path, ImageData]) -> None:
+    path, data = label_file
+    rewrite(path, train_digest=None)
+    whole = replace(data, source_length=60)
+    part, order = permuted(whole, 25)
+    assert torch.equal(load_pseudo_labels(path, part).labels, load_pseudo_labels(path, whole).labels[order])
+    with pytest.raises(ValueError, match="of 60 images and blobs has 50"):
+        load_pseudo_labels(path, replace(part.subset(torch.arange(5)), source_length=50, indices=torch.arange(5)))
+
+
 # The published labels
 
 

@@ -2,12 +2,13 @@
 
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from advcl_hub.evaluation import Robustness
@@ -22,6 +23,13 @@ TINY = [
     *("data.source=fake:120", "data.size=16", "batch_size=16", "epochs=2", "optimizer.warmup_epochs=1", "attack.steps=1"),
     *("pseudo_labels.ks=[3,5]", "judge.every=0", "model_kwargs.channels=[8,8,16]", "speed.mixed_precision=no"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps its state for the whole process; every test here starts as a process does."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -115,6 +123,7 @@ def test_autocast_in_the_encoder_but_not_in_projections(
     recipe: Callable[..., Recipe], tmp_path: Path, precision: str, expected: torch.dtype | None
 ) -> None:
     trainer = Trainer(recipe(f"speed.mixed_precision={precision}", "epochs=1", "optimizer.warmup_epochs=0"), tmp_path / "run")
+    batch = begun(trainer)
     inside: set[torch.dtype] = set()
     trainer.core.encoder.conv1.register_forward_hook(lambda m, i, output: inside.add(output.dtype))
     projections: set[torch.dtype] = set()
@@ -127,7 +136,7 @@ def test_autocast_in_the_encoder_but_not_in_projections(
         return result
 
     trainer.core.project = spy  # type: ignore[method-assign]
-    trainer.train_step(*begun(trainer))
+    trainer.train_step(*batch)
     assert inside == {expected or torch.float32}
     assert projections == {torch.float32}
 

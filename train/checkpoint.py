@@ -58,6 +58,9 @@ class Checkpoint:
         averaged = bool(self.recipe.ema_decay) if ema is None else ema
         if averaged and not self.recipe.ema_decay:
             raise ValueError("This run kept no averaged weights (ema_decay is 0).")
+        branches = self.recipe.objective.branches
+        if branch is not None and branch not in branches:  # of a network without batch norm, none would be missing
+            raise ValueError(f"No batch-norm branch {branch!r}: this run's objective has {', '.join(branches)}.")
         state = self.group("ema" if averaged else "model")
         encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
         return branch_state_dict(encoder, branch or self.recipe.objective.export_branch)
@@ -86,7 +89,7 @@ def unpack_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.opti
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Replaces the folder's checkpoint. OSError (a full disk) leaves the earlier one."""
+    """Replaces the folder's checkpoint. Raises OSError if that fails (a full disk); the earlier one stays."""
     info = {
         "step": checkpoint.step,
         "seconds": checkpoint.seconds,
@@ -94,12 +97,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "provenance": checkpoint.provenance,
         "finished": checkpoint.finished,
     }
-    target = folder / FILE
-    try:
-        with replacing(target) as draft:
-            save_file(checkpoint.tensors, draft, metadata={"advcl": json.dumps(info)})
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"Could not write {target}: {error}. The earlier checkpoint, if any, is untouched.") from error
+    with replacing(folder / FILE) as draft:
+        save_file(checkpoint.tensors, draft, metadata={"advcl": json.dumps(info)})
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

@@ -111,10 +111,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("timm").setLevel(logging.WARNING)
     try:
-        with StopRequest() as stop:
-            results = run_demo(args.output, args.overrides, stop)
+        results = run_demo(args.output, args.overrides, StopRequest())
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. Nothing is lost: run the same command again to continue.")
     if results is None:
         print("Stopped with a checkpoint. Run the same command again to continue.")
 

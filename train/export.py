@@ -4,6 +4,7 @@ python -m train.export runs/resnet18 --dtype float16 --output exports/resnet18
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,12 @@ def usage_lines(folder: Path) -> str:
     )
 
 
+def _size(text: str) -> str:
+    if not re.fullmatch(r"\d+[KMG]B", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 16MB or 1GB")
+    return text
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m train.export", description=__doc__.split("\n")[0])
@@ -77,7 +84,7 @@ def main() -> None:
     parser.add_argument("--branch", help="batch-norm branch (default: the one the recipe's objective exports)")
     parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: if there are any)")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
-    parser.add_argument("--max-shard-size", help='e.g. 16MB; join with "advcl_hub.export.join_shards"')
+    parser.add_argument("--max-shard-size", type=_size, help='e.g. 16MB; join with "advcl_hub.export.join_shards"')
     args = parser.parse_args()
     output = args.output or args.run / "export"
     try:

@@ -28,7 +28,9 @@ def build_encoder(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
         encoder = timm.create_model(name, num_classes=0, pretrained_cfg_overlay=cfg, **recipe.model_kwargs)
         with torch.no_grad():
             features = encoder.eval()(torch.zeros(2, *shape))
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except TypeError as error:
+        raise ValueError(f"{name} does not take model_kwargs {dict(recipe.model_kwargs)}: {error}.") from error
+    except (AssertionError, RuntimeError, ValueError) as error:
         size = "x".join(map(str, shape))
         raise ValueError(
             f"{name} with {dict(recipe.model_kwargs)} does not take {size} images: {error}. Set model_kwargs (img_size, "

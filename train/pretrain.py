@@ -9,11 +9,13 @@ numbers from (seed, step, rank) and every epoch its order from (seed, epoch), so
 
 import argparse
 import copy
+import json
 import logging
 import os
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -31,7 +33,7 @@ from tqdm import tqdm
 from advcl_hub.data import batches
 from advcl_hub.evaluation import Robustness, evaluate
 from advcl_hub.export import verify_folder
-from advcl_hub.files import replacing
+from advcl_hub.files import check_writable, replacing
 from advcl_hub.models.branch_norm import branch_state_dict
 from train.checkpoint import FILE, Checkpoint, load_checkpoint, pack_state, save_checkpoint, unpack_state
 from train.export import export_checkpoint, usage_lines
@@ -45,10 +47,12 @@ from train.runlog import Meter, RunLog, save_curves
 from train.stop import StopRequest, duration
 from train.views import make_views
 
+# Its successor does less for buffers, and torch 2.8 does not have it.
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 log = logging.getLogger("advcl")
 _ORDER, _STEP = 0, 1  # streams of random numbers: the order of an epoch, everything in a step
 _PATIENCE = timedelta(hours=12)  # one process clusters and probes while the others wait, beyond NCCL's ten minutes
-_AGREE_EVERY = 10  # steps between the processes' agreements on stopping and saving
+_AGREE_EVERY = 10  # steps between agreements of several GPUs on stopping and saving
 
 
 class Trainer:
@@ -81,6 +85,7 @@ class Trainer:
             recipe.batch_size % self.world == 0,
             f"batch_size {recipe.batch_size} does not divide by {self.world} processes; change batch_size.",
         )
+        check_writable(output)
         checkpoint = load_checkpoint(output) if (output / FILE).is_file() else None
         if checkpoint:
             check_same_recipe(checkpoint.recipe, recipe, output)
@@ -166,10 +171,10 @@ class Trainer:
                 yield images, None if self.labels is None else self.labels[rows]
 
     def agree(self, stopping: bool, saving: bool) -> tuple[bool, bool]:
-        """What the main process wants, asked of it every few steps: all processes must stop and save at the same step."""
+        """What the main process wants: all processes must stop and save at the same step."""
         if self.world == 1:
             return stopping, saving
-        if self.state.step % _AGREE_EVERY:
+        if self.device.type != "cpu" and self.state.step % _AGREE_EVERY:  # to agree is to wait for the device
             return False, False
         flags = broadcast_object_list([stopping, saving])
         return flags[0], flags[1]
@@ -251,6 +256,12 @@ class Trainer:
             with replacing(self.output / "recipe.yaml") as draft:
                 draft.write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
             self.log = RunLog(self.output, self.state.step)
+            size = sum(p.numel() for p in self.core.encoder.parameters())
+            log.info(
+                "%s, %s parameters; %s images of %s, %d epochs of %d steps; %s, processes: %d",
+                *(self.recipe.model, f"{size:,}", f"{len(self.data):,}", self.data.name),
+                *(self.recipe.epochs, self.steps_per_epoch, self.device.type, self.world),
+            )
         self.bar = progress_bar(total=self.total_steps, initial=self.state.step, unit="step", disable=not self.main)
         if self.state.step == 0:
             self.picture_views()
@@ -318,11 +329,12 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("timm").setLevel(logging.WARNING)
     output = args.output or Path("runs") / Path(args.recipe).stem
     try:
-        with StopRequest(args.time_budget) as stop:
-            recipe = load_recipe(args.recipe, args.overrides)
-            finished = pretrain(recipe, output, stop)
+        recipe = load_recipe(args.recipe, args.overrides)
+        finished = pretrain(recipe, output, StopRequest(args.time_budget))
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. The last checkpoint, if there is one, is whole: the same command continues from it.")
     if not finished and int(os.environ.get("RANK", 0)) == 0:
         world = int(os.environ.get("WORLD_SIZE", 1))
         launcher = f"accelerate launch --num_processes {world}" if world > 1 else "python"
@@ -334,13 +346,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def pretrain(recipe: Recipe, output: Path, stop: StopRequest) -> bool:
     """Starts or continues a run. Returns whether it is finished; a run that was finished before costs nothing."""
-    if (output / FILE).is_file() and (output / "export" / "results.json").is_file():
+    record = output / "export" / "results.json"
+    if (output / FILE).is_file() and record.is_file():
         checkpoint = load_checkpoint(output)
         check_same_recipe(checkpoint.recipe, recipe, output)
-        if checkpoint.finished:
+        if checkpoint.finished and json.loads(record.read_text()).get("finished"):  # not exported by hand on the way
             log.info("%s is finished already.\n%s", output, usage_lines(output / "export"))
             return True
-    return Trainer(recipe, output).run(stop)
+    trainer = Trainer(recipe, output)
+    with stop:  # from here on an interruption has something to save
+        return trainer.run(stop)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from advcl_hub.data import ImageData, batches, load_data
 from advcl_hub.export import file_sha256
-from advcl_hub.files import replacing
+from advcl_hub.files import check_writable, replacing
 from train.cluster_report import cluster_stats, draw_report, format_stats
 from train.encoder_features import Encoder, open_encoder
 from train.progress import progress_bar
@@ -272,6 +272,10 @@ def _align(
         columns.append(labels)
     if (digests := tensors.get(f"{split}_digest")) is not None:
         _check_digests(digests, data)
+    elif data.source_length not in (None, len(column)):  # all that can be checked of the published files
+        raise ValueError(
+            f"These pseudo-labels are of {len(column)} images and {data.name} has {data.source_length}: they are of other data."
+        )
     return PseudoLabels(torch.stack(columns, dim=1), ks, provenance)
 
 
@@ -311,6 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = _parser().parse_args(arguments)
     try:
+        check_writable(args.output)
         splits = {
             split: load_data(args.data, split, root=args.root, size=args.size, download=args.download) for split in args.splits
         }
@@ -328,11 +333,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             batch_size=args.batch_size,
             workers=args.workers,
         )
+        print(format_stats(cluster_stats(pseudo.labels, pseudo.ks, data.labels)))
+        picture = (args.output / pseudo.provenance["file"]).with_suffix(".png")
+        draw_report(pseudo.labels, pseudo.ks, data, picture, pseudo.provenance["encoder"])
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(format_stats(cluster_stats(pseudo.labels, pseudo.ks, data.labels)))
-    picture = (args.output / pseudo.provenance["file"]).with_suffix(".png")
-    draw_report(pseudo.labels, pseudo.ks, data, picture, pseudo.provenance["encoder"])
     print(f"Picture: {picture}")
 
 

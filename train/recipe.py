@@ -133,7 +133,7 @@ class Judge:
         require(self.every >= 0 and self.steps >= 0, f"every and steps must not be negative, got {self.every} and {self.steps}")
         require(
             self.train_images >= 1 and self.val_images >= 1,
-            f"train_images and val_images must be at least 1, got {self.train_images} and {self.val_images}; every=0 is no probe",
+            f"train_images and val_images must be at least 1, got {self.train_images}, {self.val_images}; every=0 is no probe",
         )
 
 
@@ -169,6 +169,7 @@ class Recipe:
         objective, labels, warmup = self.objective, self.pseudo_labels, self.optimizer.warmup_epochs
         require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
         require(self.batch_size >= 2, f"batch_size must be at least 2, got {self.batch_size}")
+        require(self.checkpoint_minutes >= 0, f"checkpoint_minutes must not be negative, got {self.checkpoint_minutes}")
         require(0 <= self.seed < 2**32, f"seed must be from 0 to 2**32 - 1, got {self.seed}")
         require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
         require(
@@ -217,7 +218,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         for group in groups:
             target = target.setdefault(group, {})
             require(isinstance(target, dict), f"{key}: {group} is not a group of settings")
-        target[leaf] = yaml.safe_load(text)
+        try:
+            target[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{override!r} is not YAML: {' '.join(str(error).split())}") from None
     return from_dict(values)
 
 

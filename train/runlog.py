@@ -96,7 +96,7 @@ def save_curves(folder: Path) -> Path:
     for axis, (title, names, scale) in zip(axes, panels, strict=True):
         for name in names:
             points = [(r["epoch"], r[name] * (scale or 1)) for r in records if name in r]
-            if points and any(value for _, value in points):
+            if points and (scale or any(value for _, value in points)):  # no curve for a term that is not used
                 axis.plot(
                     *zip(*points, strict=True),
                     label=name.replace("probe_", ""),

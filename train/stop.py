@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+import sys
 import time
 from types import FrameType, TracebackType
 from typing import Self
@@ -38,6 +39,7 @@ class StopRequest:
         if self.signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signalled = True
+        print("\nStopping after this step, with a checkpoint.", file=sys.stderr, flush=True)
 
 
 def duration(text: str) -> float:

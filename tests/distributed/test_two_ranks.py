@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.pool import run_ranks
+from train.checkpoint import load_checkpoint
 from train.objective import contrastive_loss
 from train.runlog import read_log
 from train.step import AdvCL, Attack, Objective
@@ -93,7 +94,7 @@ def test_attack_and_step_equal_one_process() -> None:
 
 
 def test_pretraining_in_two_processes(tmp_path: Path) -> None:
-    """The trainer itself under torchrun: both ranks take part, one writes, and it resumes."""
+    """The trainer itself under torchrun: both ranks take part, one writes; stopped and continued it ends the same."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "train.pretrain"),
         *("digits_demo", "epochs=1", "optimizer.warmup_epochs=0", "attack.steps=1", "judge.every=1", "data.source=fake:200"),
@@ -107,3 +108,10 @@ def test_pretraining_in_two_processes(tmp_path: Path) -> None:
     assert any("probe_robust" in r for r in records)
     results = (tmp_path / "run" / "export" / "results.json").read_text()
     assert '"processes": 2' in results
+    again = [*command[:-1], str(tmp_path / "stopped")]
+    for budget, said in ((["--time-budget", "0s"], "accelerate launch --num_processes 2 -m train.pretrain"), ([], "Exported")):
+        done = subprocess.run([*again, *budget], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0 and said in done.stdout + done.stderr, done.stderr[-3000:]
+        assert load_checkpoint(tmp_path / "stopped").step == (1 if budget else 5)
+    whole, continued = (load_checkpoint(tmp_path / name).tensors for name in ("run", "stopped"))
+    assert [k for k in whole if not torch.equal(whole[k], continued[k])] == []
