@@ -60,7 +60,7 @@ def evaluate(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Robustness:
-    """Standard and PGD accuracy of a classifier in evaluation mode; the mode it came in is restored.
+    """Standard and PGD accuracy of a classifier in evaluation mode; training mode is restored if it came in it.
 
     Args:
         model: a timm classifier; its mean and std are applied inside the attacked function.

@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from timm.data.config import resolve_data_config
 from timm.layers.drop import DropPath
 from timm.models import model_entrypoint, save_for_hf
@@ -143,44 +142,6 @@ def test_outputs_of_the_literature(
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     expected = getattr(Reference(weights, training), method)(images, layers)
     torch.testing.assert_close(model(images), expected, rtol=1e-9, atol=1e-9)
-
-
-def ramp(shape: torch.Size, key: str) -> Tensor:
-    """The pseudo-random values from which the golden networks and images were built (tests/golden)."""
-    seed = sum((index + 1) * ord(character) for index, character in enumerate(key)) % 1000
-    position = torch.arange(shape.numel(), dtype=torch.float64)
-    return ((12.9898 * position + 78.233 * seed).sin().abs() * 43758.5453).frac().reshape(shape)
-
-
-def golden_weight(shape: torch.Size, key: str) -> Tensor:
-    unit = 2 * ramp(shape, key) - 1
-    if key.endswith(("running_mean", "bias")):
-        return 0.1 * unit
-    if key.endswith("running_var"):
-        return 1 + 0.5 * unit
-    if len(shape) == 1:
-        return 1 + 0.2 * unit
-    return 1.2 * math.sqrt(3 / shape[1:].numel()) * unit
-
-
-def published_key(key: str, branch: int) -> str:
-    """The name of a weight of `resnet18_cifar` in a published AdvCL checkpoint."""
-    module, leaf = key.rsplit(".", 1)
-    module = module.replace("downsample.0", "downsample.conv").replace("downsample.1", "downsample.bn")
-    return f"{module}.bn_list.{branch}.{leaf}" if "bn" in module else f"{module}.{leaf}"
-
-
-@pytest.mark.parametrize(("branch", "branch_name"), [(0, "normal"), (1, "pgd"), (2, "pgd_ce")])
-def test_resnet18_gives_the_features_of_the_published_advcl_network(branch: int, branch_name: str) -> None:
-    golden = load_file(Path(__file__).parent / "golden" / "official_step.safetensors")
-    encoder = create("resnet18_cifar", num_classes=0).double().eval()
-    for key, value in encoder.state_dict().items():
-        if value.is_floating_point():
-            value.copy_(golden_weight(value.shape, published_key(key, branch)).float())
-    images = F.pad(ramp(torch.Size((8, 3, 32, 32)), "xo"), (2, 2, 2, 2), mode="reflect")
-    images = F.avg_pool2d(images, kernel_size=5, stride=1)
-    with torch.no_grad():
-        torch.testing.assert_close(encoder(images), golden[f"eval_feat_{branch_name}"], rtol=1e-9, atol=1e-9)
 
 
 def test_resnet18_has_the_state_dict_keys_of_timm_and_torchvision() -> None:

@@ -42,7 +42,7 @@ class _GatherBatch(torch.autograd.Function):
 
 
 def contrastive_loss(views: Tensor, temperature: float = 0.5, base_temperature: float = 0.07) -> Tensor:
-    """Multi-view InfoNCE (AdvCL eq. 3): every view is an anchor, the other views of the same image are its positives.
+    """Multi-view InfoNCE (AdvCL section 4): every view is an anchor, the other views of the same image are its positives.
 
     The negatives of an anchor are all views of all other images of the global batch. The mean over the local anchors is scaled
     by temperature / base_temperature, as the published code does (0.5 / 0.07, about 7.1). With the gradient averaged over the
@@ -79,7 +79,7 @@ def contrastive_loss(views: Tensor, temperature: float = 0.5, base_temperature: 
 
 
 def pseudo_label_loss(logits: Sequence[Tensor], labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy on pseudo-labels, averaged over the clusterings (AdvCL eq. 5).
+    """Cross-entropy on pseudo-labels, averaged over the clusterings (AdvCL section 4).
 
     Args:
         logits: one (N, K) tensor a clustering.

@@ -72,7 +72,16 @@ class PseudoLabelSource:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """SGD or AdamW; the learning rate warms up linearly, then falls along a cosine to `lr * min_lr_ratio`, step by step."""
+    """SGD or AdamW; the learning rate warms up linearly, then falls along a cosine, step by step.
+
+    Attributes:
+        name: `sgd` or `adamw`.
+        lr: at the top of the cosine, which runs over all steps; it is not scaled with the batch.
+        momentum: of SGD.
+        weight_decay: on all parameters, as published.
+        warmup_epochs: so long the rate rises from `warmup_lr` to `lr` instead.
+        min_lr_ratio: the cosine ends at `lr * min_lr_ratio`.
+    """
 
     name: str = "sgd"
     lr: float = 0.5

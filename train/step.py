@@ -157,7 +157,17 @@ class AdvCL(nn.Module):
         return torch.stack([getattr(views, name) for name in names]) if names else views.weak.new_empty(0)
 
     def perturb(self, sources: Tensor, start: Tensor, clean: Tensor, labels: Tensor | None) -> Tensor:
-        """All perturbations at once: the terms share no image, so each follows its own gradient. The network trains on."""
+        """Attacks all sources at once: the terms share no image, so each follows its own gradient. The network trains on.
+
+        Args:
+            sources: images in [0, 1] (S, N, C, H, W), see `sources`.
+            start: the first iterate, of the same shape.
+            clean: unit projections (V, N, D) of the clean views, detached.
+            labels: pseudo-labels (N, len(ks)).
+
+        Returns:
+            Perturbed images (S, N, C, H, W), within `attack.eps` of the sources and in [0, 1].
+        """
         if not len(sources):
             return sources
 
