@@ -89,9 +89,8 @@ class Trainer:
         checkpoint = load_checkpoint(output) if (output / FILE).is_file() else None
         if checkpoint:
             check_same_recipe(checkpoint.recipe, recipe, output)
-        with self.accelerator.main_process_first():  # one process downloads and clusters, the others read
+        with self.accelerator.main_process_first():  # one process downloads, the others find the files
             data, self.held_out = load_training_data(recipe)
-            labels = load_labels(recipe, data, self.device)
         require(
             len(data) >= recipe.batch_size,
             f"A batch of {recipe.batch_size} needs as many training images; there are {len(data)}. Lower batch_size.",
@@ -99,6 +98,8 @@ class Trainer:
         self.core = build_network(recipe, data.shape).to(self.device)
         if recipe.judge.every:
             with_linear_head(self.core.encoder, len(data.classes))  # what judge() would refuse is refused now
+        with self.accelerator.main_process_first():  # one process clusters, the others find the cache
+            labels = load_labels(recipe, data, self.device)
         self.data = data.to(self.device)
         self.labels = labels.labels.to(self.device) if labels else None
         self.steps_per_epoch = len(data) // recipe.batch_size
