@@ -48,12 +48,13 @@ def test_channels_convert_between_grey_and_rgb(pets: Path) -> None:
     [
         encode(pixels(64, 64))[:-2000],  # a PNG cut short: its header is fine
         encode(pixels(64, 64), "JPEG")[:-500],
+        (whole := encode(pixels(64, 64), "JPEG"))[:20] + bytes(130) + whole[150:],  # its end marker is there
         encode(pixels(64, 64), "BMP")[:-500],
         b"not an image",
         b"",
         encode(pixels(8, 8, channels=1).astype(np.uint16) * 100),  # 16 bits: PIL would clip it to white
     ],
-    ids=["png", "jpeg", "bmp", "text", "empty", "16 bit"],
+    ids=["png", "jpeg", "jpeg inside", "bmp", "text", "empty", "16 bit"],
 )
 def test_damaged_images_are_named_and_skipped(pets: Path, storage: str, damaged: bytes) -> None:
     write(pets / "train" / "cat" / "2.png", damaged)

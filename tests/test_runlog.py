@@ -51,6 +51,12 @@ def test_curves_are_drawn_with_and_without_records(tmp_path: Path) -> None:
     log.close()
     drawn = Image.open(save_curves(tmp_path)).convert("RGB").tobytes()
     assert drawn != empty
+    log = RunLog(tmp_path, 0)
+    log.write(1, epoch=1, total=1.0, probe_standard=0.5)
+    log.close()
+    without = Image.open(save_curves(tmp_path)).convert("RGB").tobytes()
+    log.write(1, epoch=1, probe_robust=0.0)
+    assert Image.open(save_curves(tmp_path)).convert("RGB").tobytes() != without, "a collapse is seen, not hidden"
 
 
 def test_progress_in_a_log_file_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:

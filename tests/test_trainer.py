@@ -1,6 +1,7 @@
 """What each step sees, what is averaged, judged, saved and compiled: the trainer in this process, step by step."""
 
 import copy
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from advcl_hub.evaluation import Robustness
 from train import pretrain as module
 from train.checkpoint import FILE, load_checkpoint
-from train.pretrain import Trainer
+from train.pretrain import Trainer, main, pretrain
 from train.recipe import Recipe, load_recipe
 from train.runlog import read_log
 from train.stop import StopRequest
@@ -217,6 +218,32 @@ def test_weights_that_are_not_finite_are_not_saved(recipe: Callable[..., Recipe]
     with pytest.raises(FloatingPointError, match=r"weights are not finite at step 1.*checkpoint\.safetensors"):
         trainer.save()
     assert (tmp_path / "run" / FILE).read_bytes() == before
+
+
+def test_an_export_made_on_the_way_is_not_the_end(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    with StopRequest() as stop:
+        assert pretrain(recipe(), tmp_path / "run", stop)
+    record = tmp_path / "run" / "export" / "results.json"
+    whole = record.read_text()
+    record.write_text(json.dumps(json.loads(whole) | {"step": 1, "finished": False}))
+    assert pretrain(recipe(), tmp_path / "run", StopRequest())
+    assert record.read_text() == whole
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot be written"):
+        Trainer(recipe("data.source=folder:/nowhere"), tmp_path / "file" / "run")
+
+
+def test_an_interruption_before_training_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "load_labels", interrupted)
+    with pytest.raises(SystemExit, match=r"^Interrupted"):
+        main(["digits_demo", *TINY, "--output", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
