@@ -129,9 +129,11 @@ def test_the_probe_is_the_fit_on_the_features(name: str) -> None:
     weight, bias = fit_linear(features, data.labels, len(data.classes))
     assert isinstance(data.images, Tensor)
     with torch.no_grad():
-        logits = linear_probe(encoder, data, "cpu")(data.images / 255)
+        probe = linear_probe(encoder, data, "cpu")
+        logits = PixelSpace(probe)(data.images / 255)  # as `evaluate` judges it: under the encoder's normalisation
     assert torch.equal(logits.argmax(1), (features @ weight.T + bias).argmax(1))
     torch.testing.assert_close(logits, features @ weight.T + bias, rtol=1e-3, atol=1e-3)
+    assert evaluate(probe, data, steps=0).standard == (logits.argmax(1) == data.labels).double().mean()
 
 
 def test_a_head_that_is_not_linear_is_refused() -> None:
