@@ -15,12 +15,11 @@ from typing import Any, cast
 import huggingface_hub
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from advcl_hub.files import make_readable, replacing
+from advcl_hub.files import make_readable, replacing, write_errors
 
 WEIGHTS = "model.safetensors"
 GOLDEN = "golden.safetensors"
@@ -63,8 +62,11 @@ def export_folder(
     if folder.exists() and not _is_export(folder):
         raise ValueError(f"{folder} exists and is not an earlier export: choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with (
+        write_errors(folder),
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as temporary,
+    ):
+        draft = Path(temporary)
         state = {k: _stored(v, _DTYPES[dtype]) for k, v in model.state_dict().items()}
         save_file(state, draft / WEIGHTS, metadata={"format": "pt"})
         save_config_for_hf(
@@ -84,10 +86,6 @@ def export_folder(
             make_readable(path)
         draft.chmod(0o755)
         _replace_folder(draft, folder)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{folder} could not be written: {error}. What was there before is untouched.") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
@@ -139,9 +137,10 @@ def join_shards(folder: str | Path) -> Path:
     state: dict[str, Tensor] = {}
     for shard in shards:
         state |= load_file(folder / shard)
+    expected = _recorded_sha256(folder)[WEIGHTS]
     with replacing(folder / WEIGHTS) as draft:
         save_file(state, draft, metadata={"format": "pt"})
-        if file_sha256(draft) != _recorded_sha256(folder)[WEIGHTS]:
+        if file_sha256(draft) != expected:
             raise ValueError(f"The shards in {folder} do not give the exported weights: copy them again.")
     for name in (_INDEX, *shards):
         (folder / name).unlink()

@@ -27,6 +27,15 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Says which file or folder a `with` block could not write: OSError and safetensors' own errors become one OSError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written: {error}. What was there before is untouched.") from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Writes a file next to its place and renames it over the earlier one.
 
@@ -41,12 +50,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     draft = path.with_name(f".{os.getpid()}-{path.name}")  # of this process: another may write the same file
     try:
-        yield draft
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        make_readable(draft)
-        draft.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} could not be written: {error}. What was there before is untouched.") from error
+        with write_errors(path):
+            yield draft
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+            make_readable(draft)
+            draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ def test_encoder_gets_its_own_size_and_normalisation(tmp_path: Path) -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found = encoder.features(pixels(data))
     mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    model.reset_classifier(0)  # type: ignore[operator]
+    model.reset_classifier(0)
     with torch.no_grad():
         expected = model.eval()((pixels(data) / 255 - mean) / std)
     assert found.dtype == torch.float32

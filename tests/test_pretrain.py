@@ -44,9 +44,9 @@ def run(output: Path, *arguments: str, code: int = 0) -> str:
 
 
 def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until the log (written just before each checkpoint) has come so far."""
+    """Until the log (written just before each checkpoint) has come so far; for step 0, until the first checkpoint stands."""
     for _ in range(2000):
-        if any(r["step"] >= step for r in read_log(output)):
+        if any(r["step"] >= step for r in read_log(output)) or (step == 0 and (output / FILE).is_file()):
             return
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.03)
@@ -216,13 +216,12 @@ def test_images_decoded_when_needed_train_the_same_weights(tmp_path: Path, monke
     write_images(tmp_path / "images")
     settings = [*TINY, f"data.source=folder:{tmp_path / 'images'}", "judge.every=1", "judge.steps=1", "batch_size=8"]
     recipe = load_recipe("digits_demo", [*settings, f"pseudo_labels.cache={tmp_path}"])
-    with StopRequest() as stop, StopRequest(budget=0) as at_once:
-        assert pretrain(recipe, tmp_path / "whole", stop)
-        monkeypatch.setattr(decoding, "IN_MEMORY_BYTES", 0)
-        trainer = Trainer(recipe, tmp_path / "lazy")
-        assert isinstance(trainer.data.images, decoding.LazyImages)
-        assert not trainer.run(at_once) and load_checkpoint(tmp_path / "lazy").step == 1
-        assert pretrain(recipe, tmp_path / "lazy", stop)
+    assert pretrain(recipe, tmp_path / "whole", StopRequest())
+    monkeypatch.setattr(decoding, "IN_MEMORY_BYTES", 0)
+    trainer = Trainer(recipe, tmp_path / "lazy")
+    assert isinstance(trainer.data.images, decoding.LazyImages)
+    assert not trainer.run(StopRequest(budget=0)) and load_checkpoint(tmp_path / "lazy").step == 1
+    assert pretrain(recipe, tmp_path / "lazy", StopRequest())
     one, other = (load_checkpoint(tmp_path / name) for name in ("whole", "lazy"))
     assert one.finished and other.finished and one.step == other.step == 12
     assert [k for k in one.tensors if not torch.equal(one.tensors[k], other.tensors[k])] == []

@@ -39,11 +39,13 @@ def recipe(tmp_path: Path) -> Callable[..., Recipe]:
 
 
 class Recorder(nn.Module):
-    """Stands before the network and keeps what goes in and comes out."""
+    """Stands before the network and keeps what goes in, and the state of the random numbers."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.seen, self.random = network, [], []  # type: ignore[var-annotated]
+        self.network = network
+        self.seen: list[tuple[Tensor, Tensor | None]] = []
+        self.random: list[Tensor] = []
 
     def forward(self, images: Tensor, labels: Tensor | None) -> Any:
         self.seen.append((images.clone(), labels))
@@ -54,8 +56,7 @@ class Recorder(nn.Module):
 def record(trainer: Trainer) -> Recorder:
     recorder = Recorder(trainer.model)
     trainer.model = recorder
-    with StopRequest() as stop:
-        assert trainer.run(stop)
+    assert trainer.run(StopRequest())
     return recorder
 
 
@@ -109,8 +110,7 @@ def test_the_averaged_weights_follow_the_trained_ones(
             slow[key] = slow[key] * decays[-1] + value * (1 - decays[-1]) if value.is_floating_point() else value
 
     monkeypatch.setattr(trainer, "train_step", step)
-    with StopRequest() as stop:
-        trainer.run(stop)
+    trainer.run(StopRequest())
     assert max(decays) > 0.3
     averaged, trained = trainer.ema.module.state_dict(), trainer.core.state_dict()
     for key, value in slow.items():
@@ -121,7 +121,11 @@ def test_the_averaged_weights_follow_the_trained_ones(
 
 @pytest.mark.parametrize(("precision", "expected"), [("no", None), ("bf16", torch.bfloat16)])
 def test_autocast_in_the_encoder_but_not_in_projections(
-    recipe: Callable[..., Recipe], tmp_path: Path, precision: str, expected: torch.dtype | None
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    expected: torch.dtype | None,
 ) -> None:
     trainer = Trainer(recipe(f"speed.mixed_precision={precision}", "epochs=1", "optimizer.warmup_epochs=0"), tmp_path / "run")
     batch = begun(trainer)
@@ -136,7 +140,7 @@ def test_autocast_in_the_encoder_but_not_in_projections(
         torch.testing.assert_close(result.norm(dim=2), torch.ones(result.shape[:2]), rtol=0, atol=1e-5)
         return result
 
-    trainer.core.project = spy  # type: ignore[method-assign]
+    monkeypatch.setattr(trainer.core, "project", spy)
     trainer.train_step(*batch)
     assert inside == {expected or torch.float32}
     assert projections == {torch.float32}
@@ -164,8 +168,7 @@ def test_the_probe_judges_the_exported_weights_on_held_out_images(
     monkeypatch.setattr(module, "linear_probe", linear_probe)
     monkeypatch.setattr(module, "evaluate", evaluate)
     trainer = Trainer(recipe("judge.every=1", "judge.train_images=50", "judge.val_images=7"), tmp_path / "run")
-    with StopRequest() as stop:
-        assert trainer.run(stop)
+    assert trainer.run(StopRequest())
     assert len(judged) == 2 and trainer.held_out is not None
     last, held_out = judged[-1], set(trainer.held_out.indices.tolist())
     assert len(last["data"]) == 7 and set(last["data"].indices.tolist()) <= held_out
@@ -182,14 +185,9 @@ def test_a_start_that_was_killed_leaves_no_trace(recipe: Callable[..., Recipe], 
         for _ in range(starts):
             trainer = Trainer(recipe(), tmp_path / name)
             trainer.train_step(*begun(trainer))
-    with StopRequest() as stop:
-        for name in ("once", "twice"):
-            assert Trainer(recipe(), tmp_path / name).run(stop)
-    one, other = (load_checkpoint(tmp_path / name).tensors for name in ("once", "twice"))
-    fresh = Trainer(recipe(), tmp_path / "fresh")
-    with StopRequest() as stop:
-        assert fresh.run(stop)
-    whole = load_checkpoint(tmp_path / "fresh").tensors
+    for name in ("once", "twice", "fresh"):
+        assert Trainer(recipe(), tmp_path / name).run(StopRequest())
+    one, other, whole = (load_checkpoint(tmp_path / name).tensors for name in ("once", "twice", "fresh"))
     assert [k for k in whole if not (torch.equal(whole[k], one[k]) and torch.equal(whole[k], other[k]))] == []
 
 
@@ -197,15 +195,14 @@ def test_a_stop_at_the_end_of_an_epoch_owes_its_probe(recipe: Callable[..., Reci
     settings = ("judge.every=1", "judge.steps=1", "judge.train_images=40", "judge.val_images=10")
     trainer = Trainer(recipe(*settings), tmp_path / "run")
 
-    class AfterOneEpoch:
+    class AfterOneEpoch(StopRequest):
         @property
         def requested(self) -> bool:
             return trainer.state.step == trainer.steps_per_epoch
 
-    assert not trainer.run(AfterOneEpoch())  # type: ignore[arg-type]
+    assert not trainer.run(AfterOneEpoch())
     again = Trainer(recipe(*settings), tmp_path / "run")
-    with StopRequest() as stop:
-        assert again.run(stop)
+    assert again.run(StopRequest())
     probes = [r["epoch"] for r in read_log(tmp_path / "run") if "probe_robust" in r]
     assert probes == [1, 2]
 
@@ -221,8 +218,7 @@ def test_weights_that_are_not_finite_are_not_saved(recipe: Callable[..., Recipe]
 
 
 def test_an_export_made_on_the_way_is_not_the_end(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    with StopRequest() as stop:
-        assert pretrain(recipe(), tmp_path / "run", stop)
+    assert pretrain(recipe(), tmp_path / "run", StopRequest())
     record = tmp_path / "run" / "export" / "results.json"
     whole = record.read_text()
     record.write_text(json.dumps(json.loads(whole) | {"step": 1, "finished": False}))

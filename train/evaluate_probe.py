@@ -20,8 +20,8 @@ from train.probe import linear_probe
 from train.recipe import require
 
 
-def evaluate_run(run: Path, images: int, steps: int = 20, seed: int = 0) -> Robustness:
-    """Standard and robust accuracy on `images` test images, drawn with `seed`, of the run's own data, at the recipe's eps.
+def evaluate_run(run: Path, images: int, steps: int = 20) -> Robustness:
+    """Standard and robust accuracy on `images` test images, drawn with seed 0, of the run's own data, at the recipe's eps.
 
     Raises:
         FileNotFoundError: the run has no checkpoint, or the data are not where the recipe says.
@@ -36,7 +36,7 @@ def evaluate_run(run: Path, images: int, steps: int = 20, seed: int = 0) -> Robu
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probe = linear_probe(encoder, train, device)
     eps = checkpoint.recipe.attack.eps
-    return evaluate(probe, test.sample(images, seed), eps=eps, step_size=eps / 4, steps=steps, device=device, seed=seed)
+    return evaluate(probe, test.sample(images), eps=eps, step_size=eps / 4, steps=steps, device=device)
 
 
 def main() -> None:

@@ -259,9 +259,8 @@ class Trainer:
             self.log = RunLog(self.output, self.state.step)
             size = sum(p.numel() for p in self.core.encoder.parameters())
             log.info(
-                "%s, %s parameters; %s images of %s, %d epochs of %d steps; %s, processes: %d",
-                *(self.recipe.model, f"{size:,}", f"{len(self.data):,}", self.data.name),
-                *(self.recipe.epochs, self.steps_per_epoch, self.device.type, self.world),
+                f"{self.recipe.model}, {size:,} parameters; {len(self.data):,} images of {self.data.name}, "
+                f"{self.recipe.epochs} epochs of {self.steps_per_epoch} steps; {self.device.type}, processes: {self.world}"
             )
         self.bar = progress_bar(total=self.total_steps, initial=self.state.step, unit="step", disable=not self.main)
         if self.state.step == 0:
@@ -338,7 +337,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("Interrupted. The last checkpoint, if there is one, is whole: the same command continues from it.")
     if not finished and int(os.environ.get("RANK", 0)) == 0:
         world = int(os.environ.get("WORLD_SIZE", 1))
-        launcher = f"accelerate launch --num_processes {world}" if world > 1 else "python"
+        # On CPUs `accelerate launch --num_processes` starts one process; torchrun starts them everywhere.
+        launcher = f"torchrun --nproc_per_node {world}" if world > 1 else "python"
         print(
             f"Stopped with a checkpoint in {output}. To continue, run the same command again:\n"
             f"  {launcher} -m train.pretrain {shlex.join(argv)}"

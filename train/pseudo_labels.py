@@ -121,6 +121,7 @@ def make_pseudo_labels(
     path = Path(cache_dir) / f"{stem}.safetensors"
     cached = path.is_file()
     if not cached:
+        check_writable(path.parent)
         tensors = _cluster(splits, model, ks, seed, batch_size, workers)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as draft:
@@ -315,7 +316,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = _parser().parse_args(arguments)
     try:
-        check_writable(args.output)
         splits = {
             split: load_data(args.data, split, root=args.root, size=args.size, download=args.download) for split in args.splits
         }

@@ -109,7 +109,7 @@ def test_pretraining_in_two_processes(tmp_path: Path) -> None:
     results = (tmp_path / "run" / "export" / "results.json").read_text()
     assert '"processes": 2' in results
     again = [*command[:-1], str(tmp_path / "stopped")]
-    for budget, said in ((["--time-budget", "0s"], "accelerate launch --num_processes 2 -m train.pretrain"), ([], "Exported")):
+    for budget, said in ((["--time-budget", "0s"], "torchrun --nproc_per_node 2 -m train.pretrain"), ([], "Exported")):
         done = subprocess.run([*again, *budget], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0 and said in done.stdout + done.stderr, done.stderr[-3000:]
         assert load_checkpoint(tmp_path / "stopped").step == (1 if budget else 5)
