@@ -71,7 +71,7 @@ def export_folder(
         save_file(state, draft / WEIGHTS, metadata={"format": "pt"})
         save_config_for_hf(
             model,
-            str(draft / "config.json"),
+            draft / "config.json",  # type: ignore[arg-type]  # declared str, but timm before 1.0.31 calls .open() on it
             model_config={"label_names": list(label_names)} if label_names else {},
             model_args={k: v for k, v in (model_args or {}).items() if v is not None},
         )
