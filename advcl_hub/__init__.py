@@ -6,6 +6,8 @@ Importing this package registers its architectures with timm, so that `timm.crea
 from importlib.metadata import PackageNotFoundError, version
 
 from advcl_hub import models as models
+from advcl_hub.evaluation import Protocol as Protocol
+from advcl_hub.evaluation import evaluate as evaluate
 
 try:
     __version__ = version("advcl-hub")

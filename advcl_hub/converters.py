@@ -1,11 +1,12 @@
 """Strict conversion of encoders that others published: every key is accounted for, or nothing is loaded."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
 _ADVCL_BRANCHES = ("clean", "adv", "adv_ce")  # published as bn_list.0/1/2: normal, pgd, pgd_ce
+_COUNTER = ".num_batches_tracked"
 
 
 def _rename_advcl(key: str) -> str:
@@ -36,17 +37,61 @@ def convert_advcl(published: Mapping[str, Tensor], model: nn.Module) -> dict[str
         ValueError: keys that the model does not have, keys that are missing, or other shapes; all of them are listed. (A
             non-strict load of this layout silently leaves the encoder random.)
     """
+    return _convert(published, model, _rename_advcl, "AdvCL network")
+
+
+def _rename_kuangliu(key: str) -> str:
+    if key.startswith("linear."):
+        return key.replace("linear.", "fc.", 1)
+    return re.sub(r"^(layer\d+\.\d+)\.shortcut\.", r"\1.downsample.", key)
+
+
+def convert_kuangliu(published: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Renames a checkpoint of the CIFAR ResNets of kuangliu/pytorch-cifar (`shortcut`, `linear`) to the keys of timm's class.
+
+    The weights say nothing about the normalisation of the images: the caller knows what the published network takes.
+
+    Args:
+        published: the state dict itself, i.e. the entry `net` or `state_dict` where a checkpoint has one; a leading `module.`
+            of every key is removed. PyTorch before 0.4.1 had no `num_batches_tracked`: when there are none at all, the model's
+            own are taken, as PyTorch does. When only some are there, the others are missing.
+        model: the network it is for: `resnet18_cifar`, `resnet34_cifar` or `resnet50_cifar` with the checkpoint's
+            `num_classes`. For an encoder without head, call `reset_classifier(0)` after loading.
+
+    Returns:
+        A state dict that `model.load_state_dict` takes strictly.
+
+    Raises:
+        ValueError: keys that the model does not have, keys that are missing, or other shapes; all of them are listed.
+    """
+    counters: dict[str, Tensor] = {}
+    if not any(key.endswith(_COUNTER) for key in published):
+        counters = {key: value.clone() for key, value in model.state_dict().items() if key.endswith(_COUNTER)}
+    return _convert(published, model, _rename_kuangliu, "CIFAR ResNet", counters)
+
+
+def _convert(
+    published: Mapping[str, Tensor],
+    model: nn.Module,
+    rename: Callable[[str], str],
+    network: str,
+    defaults: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Renames every key, and refuses what does not fit the model exactly; only the keys of `defaults` may be missing."""
     if published and all(key.startswith("module.") for key in published):
         published = {key.removeprefix("module."): value for key, value in published.items()}
-    origin = {_rename_advcl(key): key for key in published}
+    defaults = defaults or {}
+    origin = {rename(key): key for key in published}
     expected = model.state_dict()
     problems = [f"unknown key {origin[k]}" for k in origin if k not in expected]
-    problems += [f"missing key {k}" for k in expected if k not in origin]
+    problems += [f"missing key {k}" for k in expected if k not in origin and k not in defaults]
+    # Of two spellings of one key, e.g. fc_2 and fc_002, the dict above keeps the last.
+    problems += [f"{key} and {origin[rename(key)]} are one key" for key in published if origin[rename(key)] != key]
     problems += [
         f"shape of {origin[k]}: {tuple(published[origin[k]].shape)}, the model has {tuple(expected[k].shape)}"
         for k in origin
         if k in expected and published[origin[k]].shape != expected[k].shape
     ]
     if problems:
-        raise ValueError("Not a checkpoint of this AdvCL network:\n  " + "\n  ".join(problems))
-    return {renamed: published[key] for renamed, key in origin.items()}
+        raise ValueError(f"Not a checkpoint of this {network}:\n  " + "\n  ".join(problems))
+    return {**defaults, **{renamed: published[key] for renamed, key in origin.items()}}

@@ -13,8 +13,10 @@ import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -78,6 +80,24 @@ class ImageData:
     def sample(self, count: int, seed: int = 0) -> "ImageData":
         """At most `count` images, drawn with a seed: of a set sorted by class, the first ones would be of one class."""
         return self.subset(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count])
+
+    def balanced_positions(self, count: int) -> Tensor:
+        """Positions int64 (count,), ascending, of as many images of every class as there can be: the same on every machine.
+
+        Of each class those that come first in a permutation seeded with 0 and the class; what does not divide evenly, or what
+        a class is short of, goes to the classes in their order.
+
+        Raises:
+            ValueError: count is not between 1 and the number of images.
+        """
+        if not 1 <= count <= len(self):
+            raise ValueError(f"{count} images were asked for, {self.name} has {len(self)}")
+        queues = []
+        for label in range(len(self.classes)):
+            members = (self.labels.cpu() == label).nonzero()[:, 0].numpy()
+            queues.append(np.random.Generator(np.random.PCG64([0, label])).permutation(members).tolist())
+        turns = [position for turn in zip_longest(*queues) for position in turn if position is not None]
+        return torch.tensor(sorted(turns[:count]))
 
     def to(self, device: str | torch.device) -> "ImageData":
         """Moves the labels, the indices and images in memory; lazy images stay where they are stored."""

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import timm
 
-import advcl_hub  # noqa: F401
-from train.evaluate_probe import evaluate_run
+from advcl_hub.evaluation import Protocol, evaluate
 
 ROOT = Path(__file__).parents[1]
 TINY = ("epochs=1", "optimizer.warmup_epochs=0", "judge.every=0", "attack.steps=1", "model_kwargs.channels=[8,8,16]")
@@ -36,5 +35,5 @@ def test_the_demo_from_digits_to_a_robustness_table(tmp_path: Path) -> None:
 
     again = demo(tmp_path)
     assert again.count("is finished already") == 2
-    result = evaluate_run(tmp_path / "advcl", 50, steps=1)
-    assert result.images == 50 and result.robust <= result.standard
+    result = evaluate(tmp_path / "classifier", "digits", Protocol(eps=16 / 255, check_images=0))
+    assert (result.standard, result.robust) == (figures["standard"], figures["robust"])

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from advcl_hub.data import ImageData, load_data
-from advcl_hub.evaluation import PixelSpace, evaluate
+from advcl_hub.evaluation import PixelSpace, robustness
 from train.probe import extract_features, fit_linear, linear_probe
 
 EPS = 8 / 255
@@ -30,9 +30,9 @@ def grey(values: list[int]) -> ImageData:
 
 def test_robust_accuracy_of_a_known_classifier() -> None:
     data = grey([0, 100, 118, 121, 126, 129, 134, 137, 200, 255])  # 127.5 -+ 8 lies between 118 and 121, 134 and 137
-    result = evaluate(TwoClasses(), data, steps=20, batch_size=3)
+    result = robustness(TwoClasses(), data, steps=20, batch_size=3)
     assert (result.standard, result.robust, result.images) == (1.0, 0.6, 10)
-    assert evaluate(TwoClasses(), data, eps=0.0, steps=2).robust == 1.0
+    assert robustness(TwoClasses(), data, eps=0.0, steps=2).robust == 1.0
 
 
 class Hyperplane(nn.Module):
@@ -59,14 +59,14 @@ def test_a_hyperplane_is_robust_where_the_margin_exceeds_eps_times_the_l1_norm(e
     labels[:8] = 1 - labels[:8]  # some are wrong from the start
     data = ImageData(pixels, labels, torch.arange(80), ("below", "above"), "noise")
     margin = (score - threshold) * (2 * labels - 1)
-    result = evaluate(Hyperplane(weight, threshold), data, eps=eps, steps=20)
+    result = robustness(Hyperplane(weight, threshold), data, eps=eps, steps=20)
     assert result.standard == 0.9 and result.robust == (margin > eps * weight.abs().sum()).double().mean().item()
     assert (result.robust < result.standard) == (eps > 0)
 
     # (x - 1/2) / (1/4) seen through the weight w/4 and a shifted threshold is the same function of pixels
     normalised = Hyperplane(weight / 4, threshold - weight.sum().item() / 2, mean=0.5, std=0.25)
-    assert evaluate(normalised, data, eps=eps, steps=20) == result
-    assert evaluate(Hyperplane(weight, threshold), data, eps=eps, steps=0, batch_size=7).standard == result.standard
+    assert robustness(normalised, data, eps=eps, steps=20) == result
+    assert robustness(Hyperplane(weight, threshold), data, eps=eps, steps=0, batch_size=7).standard == result.standard
 
 
 def test_the_preprocessing_of_the_model_is_inside_the_attack() -> None:
@@ -83,7 +83,7 @@ def test_the_seed_decides_the_random_start() -> None:
     results: list[float] = []
     for seed in (1, 2, 1):
         torch.manual_seed(len(results))
-        results.append(evaluate(TwoClasses(), data, steps=0, seed=seed).robust)
+        results.append(robustness(TwoClasses(), data, steps=0, seed=seed).robust)
     assert results[0] == results[2] != results[1]
 
 
@@ -91,11 +91,11 @@ def test_repeatable_by_seed_and_empty_data_refused() -> None:
     data = load_data("fake:60", "test", size=16)
     torch.manual_seed(0)
     model = timm.create_model("resnet8_cifar", num_classes=len(data.classes))
-    first = evaluate(model, data, steps=3, seed=1)
+    first = robustness(model, data, steps=3, seed=1)
     torch.manual_seed(9)
-    assert evaluate(model, data, steps=3, seed=1) == first
+    assert robustness(model, data, steps=3, seed=1) == first
     with pytest.raises(ValueError, match="No images"):
-        evaluate(model, data.subset(torch.arange(0)))
+        robustness(model, data.subset(torch.arange(0)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -116,7 +116,7 @@ def test_linear_probe_is_a_timm_classifier_that_learns() -> None:
     encoder = timm.create_model("resnet8_cifar", num_classes=0)
     probe = linear_probe(encoder, data.subset(torch.arange(600)), "cpu")
     assert encoder.num_classes == 0 and probe.num_classes == 10
-    assert evaluate(probe, data.subset(torch.arange(600)), steps=0).standard > 0.6
+    assert robustness(probe, data.subset(torch.arange(600)), steps=0).standard > 0.6
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "mobilenetv3_small_050"])
@@ -133,7 +133,7 @@ def test_the_probe_is_the_fit_on_the_features(name: str) -> None:
         logits = PixelSpace(probe)(data.images / 255)  # as `evaluate` judges it: under the encoder's normalisation
     assert torch.equal(logits.argmax(1), (features @ weight.T + bias).argmax(1))
     torch.testing.assert_close(logits, features @ weight.T + bias, rtol=1e-3, atol=1e-3)
-    assert evaluate(probe, data, steps=0).standard == (logits.argmax(1) == data.labels).double().mean()
+    assert robustness(probe, data, steps=0).standard == (logits.argmax(1) == data.labels).double().mean()
 
 
 def test_a_head_that_is_not_linear_is_refused() -> None:
@@ -144,5 +144,5 @@ def test_a_head_that_is_not_linear_is_refused() -> None:
 def test_the_model_comes_back_as_it_was() -> None:
     data = load_data("fake:20", "test", size=16)
     network = timm.create_model("resnet8_cifar", num_classes=len(data.classes)).train()
-    evaluate(network, data, steps=1)
+    robustness(network, data, steps=1)
     assert network.training and all(p.requires_grad and p.grad is None for p in network.parameters())

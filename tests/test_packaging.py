@@ -28,7 +28,7 @@ FLOORS = {
     4: ("train", "cli"),
     3: ("finetuning", "converters", "hub"),
     2: ("evaluation", "export", "registry"),
-    1: ("attacks", "cards", "data", "decoding", "files", "models", "sources"),
+    1: ("attacks", "cards", "corruptions", "data", "decoding", "files", "models", "progress", "sources"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

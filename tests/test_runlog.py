@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from train.progress import progress_bar
+from advcl_hub.progress import progress_bar
 from train.runlog import LOG, Meter, RunLog, read_log, save_curves
 from train.stop import duration
 

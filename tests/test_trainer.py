@@ -161,12 +161,12 @@ def test_the_probe_judges_the_exported_weights_on_held_out_images(
         judged.append({"state": copy.deepcopy(encoder.state_dict()), "fit": data})
         return encoder
 
-    def evaluate(probe: nn.Module, data: Any, **protocol: Any) -> Any:
+    def robustness(probe: nn.Module, data: Any, **protocol: Any) -> Any:
         judged[-1] |= {"data": data, **protocol}
         return Robustness(0.5, 0.25, len(data), 0, 0, 0, 0)
 
     monkeypatch.setattr(module, "linear_probe", linear_probe)
-    monkeypatch.setattr(module, "evaluate", evaluate)
+    monkeypatch.setattr(module, "robustness", robustness)
     trainer = Trainer(recipe("judge.every=1", "judge.train_images=50", "judge.val_images=7"), tmp_path / "run")
     assert trainer.run(StopRequest())
     assert len(judged) == 2 and trainer.held_out is not None

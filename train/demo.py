@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -15,9 +16,9 @@ import torch
 from torch import nn
 
 from advcl_hub.data import ImageData, load_data
-from advcl_hub.evaluation import Robustness, evaluate
+from advcl_hub.evaluation import PixelSpace, Protocol, Robustness, pgd_cross_entropy, robustness
+from advcl_hub.evaluation.pictures import save_adversarial_examples
 from advcl_hub.export import export_folder, load_folder, verify_folder
-from train.pictures import save_adversarial_examples
 from train.pretrain import pretrain
 from train.probe import linear_probe
 from train.recipe import Recipe, load_recipe
@@ -43,20 +44,19 @@ def run_demo(output: Path, overrides: list[str], stop: StopRequest) -> dict[str,
     results: dict[str, Robustness] = {}
     for method in recipes:
         models[method] = linear_probe(load_folder(output / method.lower() / "export"), train, "cpu")
-        results[method] = evaluate(models[method], test, eps=eps, step_size=eps / 4, steps=20)
+        results[method] = robustness(models[method], test, eps=eps, step_size=eps / 4, steps=20)
     log.info("\n%s", table(results))
 
     shown = test.subset(torch.arange(10))
     assert isinstance(shown.images, torch.Tensor)
     picture = save_adversarial_examples(
         output / "adversarial_examples.png",
-        models,
+        {method: PixelSpace(model).eval() for method, model in models.items()},
         shown.images / 255,
         shown.labels,
         shown.classes,
-        eps=eps,
-        step_size=eps / 4,
-        steps=20,
+        Protocol(eps=eps, steps=20),
+        partial(pgd_cross_entropy, eps=eps, step_size=eps / 4, steps=20),
     )
     folder = export_classifier(output / "classifier", models["AdvCL"], results["AdvCL"], recipe, test)
     log.info(

@@ -1,6 +1,7 @@
-"""Exports a run's encoder to a folder that timm opens:
+"""Exports a run's encoder, or a classifier on its frozen features, to a folder that timm opens:
 
 python -m train.export runs/resnet18 --dtype float16 --output exports/resnet18
+python -m train.export runs/resnet18 --linear-head --output exports/resnet18_linear
 """
 
 import argparse
@@ -9,9 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from advcl_hub.export import WEIGHTS, export_folder, verify_folder
 from train.checkpoint import Checkpoint, load_checkpoint
+from train.inputs import load_training_data
 from train.network import plain_encoder
+from train.probe import linear_probe
 
 
 def export_checkpoint(
@@ -22,6 +27,7 @@ def export_checkpoint(
     ema: bool | None = None,
     dtype: str = "float32",
     max_shard_size: str | None = None,
+    linear_head: bool = False,
     figures: dict[str, Any] | None = None,
 ) -> Path:
     """Writes one branch of a checkpoint's encoder as a timm folder.
@@ -31,16 +37,23 @@ def export_checkpoint(
         folder: where to.
         branch, ema: see `Checkpoint.encoder_state`.
         dtype, max_shard_size: see `advcl_hub.export.export_folder`.
+        linear_head: add a linear classifier, fitted to the frozen features of the run's training images (`train.probe`).
         figures: measured results to record.
 
     Raises:
         ValueError: no such branch, no averaged weights, or the folder is something else.
+        OSError: a head was asked for, and the data are not where the recipe says.
     """
     recipe = checkpoint.recipe
     state = checkpoint.encoder_state(branch, ema)
     shape = tuple(checkpoint.provenance["data"]["shape"])
+    model, classes = plain_encoder(recipe, shape, state), tuple[str, ...]()
+    if linear_head:
+        data, _ = load_training_data(recipe)
+        model, classes = linear_probe(model, data, "cuda" if torch.cuda.is_available() else "cpu").cpu(), data.classes
     results = {
-        "kind": "encoder",
+        "kind": "classifier" if linear_head else "encoder",
+        "protocol": "linear head (L-BFGS) on frozen features without augmentation" if linear_head else None,
         "recipe": recipe.to_dict(),
         "step": checkpoint.step,
         "finished": checkpoint.finished,
@@ -51,22 +64,34 @@ def export_checkpoint(
         "figures": figures or {},
     }
     return export_folder(
-        plain_encoder(recipe, shape, state),
+        model,
         folder,
         results=results,
         model_args=recipe.model_kwargs,
+        label_names=classes,
         dtype=dtype,
         max_shard_size=max_shard_size,
     )
 
 
 def usage_lines(folder: Path) -> str:
-    """What to type to use an export."""
+    """What to type to use an exported encoder."""
     return (
         f"Load it:      import advcl_hub, timm\n"
         f'              encoder = timm.create_model("local-dir:{folder}", pretrained=True)\n'
         f'Finetune it:  model = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=10)\n'
         f"Check a copy: python -c \"from advcl_hub.export import verify_folder; print(verify_folder('{folder}'))\""
+    )
+
+
+def classifier_lines(folder: Path, checkpoint: Checkpoint) -> str:
+    """What to type to use an exported classifier."""
+    data = checkpoint.recipe.data
+    root = f" --root {data.root}" if data.root else ""
+    return (
+        f"Load it:      import advcl_hub, timm\n"
+        f'              model = timm.create_model("local-dir:{folder}", pretrained=True)\n'
+        f"Evaluate it:  advcl-hub evaluate {folder} --data {data.source}{root}"
     )
 
 
@@ -80,13 +105,14 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m train.export", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a pretraining run")
-    parser.add_argument("--output", type=Path, help="folder to write (default: RUN/export)")
+    parser.add_argument("--output", type=Path, help="folder to write (default: RUN/export, RUN/classifier)")
     parser.add_argument("--branch", help="batch-norm branch (default: the one the recipe's objective exports)")
     parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: if there are any)")
+    parser.add_argument("--linear-head", action="store_true", help="a classifier: a linear head fitted to the frozen features")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--max-shard-size", type=_size, help='e.g. 16MB; join with "advcl_hub.export.join_shards"')
     args = parser.parse_args()
-    output = args.output or args.run / "export"
+    output = args.output or args.run / ("classifier" if args.linear_head else "export")
     try:
         checkpoint = load_checkpoint(args.run)
         export_checkpoint(
@@ -96,6 +122,7 @@ def main() -> None:
             ema=args.ema,
             dtype=args.dtype,
             max_shard_size=args.max_shard_size,
+            linear_head=args.linear_head,
         )
         if not checkpoint.finished:
             print(f"Note: the run is not finished (step {checkpoint.step}).")
@@ -107,7 +134,7 @@ def main() -> None:
             )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(usage_lines(output))
+    print(classifier_lines(output, checkpoint) if args.linear_head else usage_lines(output))
 
 
 if __name__ == "__main__":

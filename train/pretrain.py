@@ -31,17 +31,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from advcl_hub.data import batches
-from advcl_hub.evaluation import Robustness, evaluate
+from advcl_hub.evaluation import Robustness, robustness
 from advcl_hub.export import verify_folder
 from advcl_hub.files import check_writable, replacing
 from advcl_hub.models.branch_norm import branch_state_dict
+from advcl_hub.progress import progress_bar
 from train.checkpoint import FILE, Checkpoint, load_checkpoint, pack_state, save_checkpoint, unpack_state
 from train.export import export_checkpoint, usage_lines
 from train.inputs import check_same_recipe, continue_provenance, load_labels, load_training_data, provenance
 from train.network import build_network, build_optimizer, build_schedule, plain_encoder
 from train.pictures import save_views
 from train.probe import linear_probe, with_linear_head
-from train.progress import progress_bar
 from train.recipe import Recipe, load_recipe, require
 from train.runlog import Meter, RunLog, save_curves
 from train.stop import StopRequest, duration
@@ -236,7 +236,7 @@ class Trainer:
             held_out = self.held_out.sample(rule.val_images, self.recipe.seed)
             eps = self.recipe.attack.eps
             probe = linear_probe(encoder, train, self.device)
-            result = evaluate(probe, held_out, eps=eps, step_size=eps / 4, steps=rule.steps, device=self.device)
+            result = robustness(probe, held_out, eps=eps, step_size=eps / 4, steps=rule.steps, device=self.device)
             epoch = self.state.step / self.steps_per_epoch
             tqdm.write(
                 f"epoch {epoch:g}: linear probe on {result.images} held-out images: standard {result.standard:.1%}, "

@@ -36,9 +36,9 @@ from torch import Tensor
 from advcl_hub.data import ImageData, batches, load_data
 from advcl_hub.export import file_sha256
 from advcl_hub.files import check_writable, replacing
+from advcl_hub.progress import progress_bar
 from train.cluster_report import cluster_stats, draw_report, format_stats
 from train.encoder_features import Encoder, open_encoder
-from train.progress import progress_bar
 
 PAPER_KS = (2, 10, 50, 100, 500)
 METHOD = "1"  # part of the cache key: raise it with every change that gives other labels for the same input

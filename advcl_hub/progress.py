@@ -11,7 +11,7 @@ def progress_bar(**options: Any) -> tqdm:
     """tqdm with ETA on standard error; where that is no terminal, one line at most every half minute.
 
     Args:
-        options: `total`, `initial`, `unit`, `desc`, `disable` of tqdm.
+        options: `total`, `initial`, `unit`, `desc`, `bar_format`, `delay`, `disable` of tqdm.
     """
     if sys.stderr.isatty():
         return tqdm(dynamic_ncols=True, mininterval=0.5, **options)

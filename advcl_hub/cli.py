@@ -1,0 +1,138 @@
+"""The command `advcl-hub`: reads the command line, calls the library, prints. What takes long to import is imported inside."""
+
+import functools
+import json
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class _Length(click.ParamType):  # type: ignore[type-arg]  # generic in stubs only
+    """A distance of pixels in [0, 1], also as a fraction."""
+
+    name = "length"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return float(Fraction(str(value)))
+        except (ValueError, ZeroDivisionError):
+            self.fail(f"{value!r} is not a number such as 8/255 or 0.5", param, ctx)
+
+
+LENGTH = _Length()
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """User errors become one line and exit code 1, Ctrl-C a line that says how to go on."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **options: Any) -> None:
+        logging.getLogger("timm").setLevel(logging.WARNING)
+        warnings.showwarning = lambda message, *rest: click.echo(f"warning: {message}", err=True)
+        try:
+            function(*args, **options)
+        except (ValueError, OSError, ImportError) as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("\nStopped. Nothing is lost: the same command goes on from here.", err=True)
+            sys.exit(130)
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="advcl-hub")
+def main() -> None:
+    """Image encoders for timm that stay adversarially robust after finetuning."""
+
+
+@main.command()
+@click.argument("model")
+@click.option("--data", required=True, help="cifar10, cifar100, stl10, fashion-mnist, digits, folder:PATH or parquet:PATH.")
+@click.option("--root", type=click.Path(path_type=Path), help="Folder that holds the data set.")
+@click.option("--split", default="test", show_default=True, help="Split of the data set.")
+@click.option("--n", type=int, help="So many images, class-balanced and the same ones everywhere.  [default: all]")
+@click.option("--first", is_flag=True, help="With --n: the first ones instead, as RobustBench does.")
+@click.option("--norm", type=click.Choice(["Linf", "L2"], case_sensitive=False), default="Linf", show_default=True)
+@click.option("--eps", type=LENGTH, help="Radius in pixels of [0, 1], such as 8/255.  [default: 8/255, L2: 0.5]")
+@click.option("--steps", type=int, default=20, show_default=True, help="PGD steps.")
+@click.option("--step-size", type=LENGTH, help="Length of a PGD step.  [default: eps / 4]")
+@click.option("--restarts", type=int, default=1, show_default=True, help="PGD runs that an image has to survive.")
+@click.option("--loss", type=click.Choice(["ce", "margin", "dlr"]), default="ce", show_default=True, help="What PGD raises.")
+@click.option("--autoattack", type=click.Choice(["standard", "rand"]), help="Run AutoAttack too (rand: for random models).")
+@click.option("--corruptions", help="A folder in the layout of CIFAR-10-C, or 'generated' for a small set of our own.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--batch-size", type=int, default=250, show_default=True, help="Halved until it fits the GPU.")
+@click.option("--bf16", is_flag=True, help="Compute in bfloat16, for screening only: the result says so.")
+@click.option("--check-images", type=int, default=100, show_default=True, help="Images for checks and curves; 0: none.")
+@click.option("--device", help="Such as cpu or cuda:1.  [default: a GPU if there is one]")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for the results.  [default: evaluations/MODEL/...]")
+@click.option("--json", "as_json", is_flag=True, help="Print results.json instead of a table.")
+@_command
+def evaluate(model: str, data: str, bf16: bool, as_json: bool, output: Path | None, **options: Any) -> None:
+    """Clean accuracy, PGD and AutoAttack of any timm MODEL: a name, hf-hub:ORG/NAME, local-dir:FOLDER or a folder.
+
+    The model's preprocessing is inside the attacked function; eps counts in pixels of [0, 1]. Stop it whenever you like: the
+    same command goes on. Several processes share the images: torchrun --nproc_per_node 2 -m advcl_hub.cli evaluate ...
+
+    \b
+    Examples:
+      advcl-hub evaluate runs/resnet18/classifier --data cifar10 --root DATA
+      advcl-hub evaluate resnet18.a1_in1k --data folder:imagenette --n 1000 --autoattack standard
+    """
+    from advcl_hub.evaluation import Protocol, report
+    from advcl_hub.evaluation import evaluate as run
+    from advcl_hub.evaluation.processes import Processes, join
+
+    fields = ("norm", "eps", "steps", "step_size", "restarts", "loss", "autoattack", "seed", "batch_size", "check_images")
+    settings = {name: options.pop(name) for name in fields}
+    protocol = Protocol(precision="bfloat16" if bf16 else "float32", **settings)
+    device = join(options.pop("device"))
+    output = output or Path("evaluations") / _slug(model) / _slug(_describe(data, protocol, options["n"], options["first"]))
+    result = run(model, data, protocol, output=output, device=device, command=["advcl-hub", *sys.argv[1:]], **options)
+    if Processes.current().rank == 0:
+        click.echo(json.dumps(result.record, indent=2) if as_json else f"\n{report([result.record])}\n\nResults: {output}")
+
+
+def _describe(data: str, protocol: Any, n: int | None, first: bool) -> str:
+    from advcl_hub.evaluation import pixels
+
+    parts = [data, *([f"{'first' if first else 'n'}{n}"] if n else []), protocol.norm, pixels(protocol.radius, protocol.norm)]
+    parts += [f"pgd{protocol.steps}", *([f"aa-{protocol.autoattack}"] if protocol.autoattack else [])]
+    parts += ["bf16"] if protocol.precision != "float32" else []
+    return "-".join(parts)
+
+
+def _slug(text: str) -> str:
+    """A file name: the last two parts of a path, with nothing but letters, digits, dot, dash and underscore."""
+    return "-".join(re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in Path(text).parts[-2:] if part.strip("/.")) or "model"
+
+
+@main.command("report")
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--format", "style", type=click.Choice(["text", "markdown", "latex"]), default="text", show_default=True)
+@click.option("--literature", is_flag=True, help="Add published figures on the same data, marked as quoted.")
+@click.option("--json", "as_json", is_flag=True, help="Print the records.")
+@_command
+def report_command(results: tuple[Path, ...], style: str, literature: bool, as_json: bool) -> None:
+    """Puts evaluations side by side: folders that evaluate wrote.
+
+    \b
+    Example:
+      advcl-hub report evaluations/*/* --format latex --literature
+    """
+    from advcl_hub.evaluation import load_record, report
+
+    records = [load_record(path) for path in results]
+    click.echo(json.dumps(records, indent=2) if as_json else report(records, style, literature=literature))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""A timm model as the function that is attacked: from images in [0, 1] to logits."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advcl_hub.export import file_sha256, verify_folder
+
+
+class PixelSpace(nn.Module):
+    """A classifier of images in [0, 1]: the preprocessing of a timm model's pretrained cfg becomes part of the function.
+
+    The perturbation budget then always counts in pixels, whatever mean and standard deviation the model wants.
+
+    Args:
+        model: a timm model.
+        resize: scale the images to the input size of the model's cfg, in its interpolation.
+        precision: `float32`, or `bfloat16` to compute under autocast.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, *, resize: bool = False, precision: str = "float32") -> None:
+        super().__init__()
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        self.model = model
+        for name, default in (("mean", 0.0), ("std", 1.0)):
+            self.register_buffer(name, torch.tensor(cfg.get(name, default)).reshape(-1, 1, 1))
+        self.size = tuple(cfg["input_size"][-2:]) if resize else None
+        self.interpolation = "bilinear" if cfg.get("interpolation") == "bilinear" else "bicubic"
+        self.precision = precision
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.size is not None and images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode=self.interpolation, align_corners=False)
+        images = (images - self.mean) / self.std
+        if self.precision == "float32":
+            return self.model(images)
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return self.model(images).float()
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and where it came from.
+
+    Attributes:
+        name: as the user gave it, without the folders that lead to a local one.
+        model: in evaluation mode.
+        provenance: results.json of an exported folder, else None.
+        file_sha256: of a local folder's model.safetensors, else None.
+    """
+
+    name: str
+    model: nn.Module
+    provenance: dict[str, Any] | None = None
+    file_sha256: str | None = None
+
+
+def load_model(name: str | Path) -> LoadedModel:
+    """Opens a model with its weights: a registered name, `hf-hub:ORG/NAME`, `local-dir:FOLDER` or a folder.
+
+    A folder that `advcl_hub.export` wrote is verified first.
+
+    Raises:
+        ValueError: an unknown name (the nearest known ones are given), a model without weights, or a damaged folder.
+        FileNotFoundError: no such folder, or a file of it is missing.
+        OSError: the Hub cannot be reached, or has no such model.
+    """
+    text = str(name)
+    local = text.removeprefix("local-dir:")
+    if local != text or Path(text).is_dir() or isinstance(name, Path):
+        return _load_folder(Path(local))
+    if text.startswith(("./", "../", "/", "~")):
+        raise FileNotFoundError(f"{text} is no folder.")
+    if not text.startswith("hf-hub:"):
+        _check_name(text)
+    try:
+        return LoadedModel(text, timm.create_model(text, pretrained=True).eval())
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{text} cannot be opened: {_first_line(error)}") from error
+    except Exception as error:  # the Hub client has its own errors for no network, no such repository and no permission
+        raise OSError(f"{text} cannot be fetched from the Hub: {_first_line(error)}") from error
+
+
+def _load_folder(folder: Path) -> LoadedModel:
+    if not (folder / "config.json").is_file():
+        what = "has no config.json: not a model folder" if folder.is_dir() else "is no folder"
+        raise FileNotFoundError(f"{folder} {what}; a folder that timm opens holds config.json and model.safetensors.")
+    weights, results = folder / "model.safetensors", folder / "results.json"
+    if not weights.is_file():
+        raise FileNotFoundError(f"{folder} has no model.safetensors; pickled weights are not read.")
+    provenance = None
+    if results.is_file():
+        verify_folder(folder)
+        provenance = json.loads(results.read_text())
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except Exception as error:
+        raise ValueError(f"{folder} cannot be opened by timm: {_first_line(error)}") from error
+    return LoadedModel(_short_name(folder), model, provenance, file_sha256(weights))
+
+
+def _short_name(folder: Path) -> str:
+    """The last two parts: `runs/advcl/export` and `runs/simclr/export` have to stay apart, and no more of the path is told."""
+    parts = folder.parts if folder.name not in ("", "..") else folder.resolve().parts
+    return "/".join(parts[-2:]).lstrip("/")
+
+
+def _check_name(name: str) -> None:
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), 3)
+        hint = f" Near: {', '.join(near)}." if near else ""
+        raise ValueError(f"{name} is neither a folder nor a model that timm knows.{hint}")
+    known = [full for full in timm.list_pretrained(f"{architecture}*") if full.partition(".")[0] == architecture]
+    if not known or (tag and name not in known):
+        has = f"has {', '.join(known[:8])}" if known else "has no weights to download"
+        raise ValueError(f"{name} has no weights: {architecture} {has}.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """sha256 in hex over names, types, shapes and bytes of a state dict, whatever file it came from."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no parameter gradients, convolutions in true float32 by one fixed algorithm; all restored afterwards.
+
+    FAB calls backward(), which would otherwise compute and keep the gradient of every weight.
+    """
+    modes = {module: module.training for module in model.modules()}
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,102 @@
+"""What an evaluation has measured so far, batch by batch, so that it can be killed at any moment and go on exactly."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from advcl_hub.evaluation.processes import Processes
+from advcl_hub.files import check_writable, write_errors
+
+Payload = dict[str, list[Any]]
+
+
+class Journal:
+    """Results by unit of work (`STAGE/BATCH`), one JSON line each, written the moment they are known.
+
+    Every process of a run appends to a file of its own and reads all of them, so that a run may go on with another number of
+    processes. A last line that a kill cut short is dropped.
+
+    Args:
+        folder: where the files are; None keeps the results in memory only.
+        header: what decides the results. A journal with another header is not continued.
+        processes: who shares the work.
+
+    Raises:
+        ValueError: the folder holds an unfinished evaluation of something else.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path | None, header: Mapping[str, Any], processes: Processes) -> None:
+        self.folder, self.processes = folder, processes
+        self.units, self.seconds, self.earlier_seconds = dict[str, Payload](), 0.0, 0.0
+        self.file: TextIO | None = None
+        if folder is None:
+            return
+        check_writable(folder)
+        header = json.loads(json.dumps(header))
+        for path in sorted(folder.glob("*.jsonl")):
+            self._read(path, header)
+        processes.wait()  # nobody writes before all have read
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{processes.rank}.jsonl"
+        with write_errors(path):
+            self._cut_torn_line(path)
+            self.file = path.open("a")
+            if not self.file.tell():
+                self._append({"header": header})
+
+    def _read(self, path: Path, header: Mapping[str, Any]) -> None:
+        for number, line in enumerate(path.read_text().splitlines()):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break  # cut short by a kill: measured again
+            if number == 0 and entry.get("header") != header:
+                differing = [k for k in header if (entry.get("header") or {}).get(k) != header[k]]
+                raise ValueError(
+                    f"{path.parent} holds an unfinished evaluation with another {', '.join(differing) or 'format'}. "
+                    "Repeat its command to finish it, choose another --output, or remove that folder."
+                )
+            if "unit" in entry:
+                self.units[entry["unit"]] = entry["payload"]
+                self.earlier_seconds += entry["seconds"]
+
+    @staticmethod
+    def _cut_torn_line(path: Path) -> None:
+        if path.exists():
+            whole = path.read_bytes().rpartition(b"\n")
+            os.truncate(path, len(whole[0]) + len(whole[1]))
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        if self.file is not None:
+            with write_errors(Path(self.file.name)):
+                self.file.write(json.dumps(entry) + "\n")
+                self.file.flush()
+                os.fsync(self.file.fileno())
+
+    def write(self, unit: str, payload: Payload, seconds: float) -> None:
+        """Keeps the result of one unit, on disk at once."""
+        self.units[unit] = payload
+        self.seconds += seconds
+        self._append({"unit": unit, "seconds": round(seconds, 3), "payload": payload})
+
+    def exchange(self, units: list[str]) -> None:
+        """After every process has done its share of `units`: all of them know all results."""
+        for part in self.processes.gather({unit: self.units[unit] for unit in units if unit in self.units}):
+            self.units.update(part)
+
+    def total_seconds(self) -> float:
+        """Time spent on all units by all processes, in this run and before it was cut off."""
+        return self.earlier_seconds + sum(self.processes.gather(self.seconds))
+
+    def remove(self) -> None:
+        """Deletes the files: the results are stored elsewhere now."""
+        if self.file is not None and self.folder is not None:
+            self.file.close()
+            self.processes.wait()  # an open file cannot be removed everywhere
+            if self.processes.rank == 0:
+                for path in self.folder.glob("*.jsonl"):
+                    path.unlink()
+                self.folder.rmdir()

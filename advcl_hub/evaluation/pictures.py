@@ -1,0 +1,218 @@
+"""Pictures of an evaluation: accuracy over eps and steps, per class and corruption; adversarial examples with predictions."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from advcl_hub.attacks import pgd
+from advcl_hub.evaluation.measure import Measurement, loss_of, start_of
+from advcl_hub.evaluation.protocol import Protocol, pixels
+from advcl_hub.evaluation.results import Evaluation
+from advcl_hub.files import replacing
+
+_COLUMNS = {"standard": "clean", "pgd": "PGD", "autoattack": "AutoAttack"}
+_COLOURS = {"standard": "#4c72b0", "pgd": "#dd8452", "autoattack": "#8c2d04"}
+_EXAMPLES = 8
+_CANDIDATES = 64
+
+
+def save_all(folder: Path, evaluation: Evaluation, measurement: Measurement) -> list[Path]:
+    """All pictures that the evaluation has figures for."""
+    record = evaluation.record
+    saved = [save_per_class(folder / "per_class.png", record)]
+    if "curves" in record:
+        saved.append(save_curves(folder / "curves.png", record))
+        saved += save_examples(folder / "examples.png", evaluation, measurement)
+    if "corruptions" in record:
+        saved.append(save_corruptions(folder / "corruptions.png", record))
+    return saved
+
+
+def save_curves(path: Path, record: Mapping[str, Any]) -> Path:
+    """Accuracy on the images of the checks over eps and over the number of steps."""
+    curves, protocol, n = record["curves"], record["protocol"], record["curves"]["images"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    scale, unit = (255, "eps (of 255)") if protocol["norm"] == "Linf" else (1, "eps")
+    left.plot([eps * scale for eps, _ in curves["eps"]], [100 * a for _, a in curves["eps"]], "o-", color=_COLOURS["pgd"])
+    left.axvline(protocol["eps"] * scale, color="grey", linewidth=1, linestyle="--")
+    left.set(xlabel=f"{unit}, {protocol['norm']}", ylabel="accuracy (%)", title=f"PGD-{protocol['steps']}", ylim=(-2, 102))
+    clean = curves["eps"][0][1]
+    steps = [(0, clean), *curves["steps"]]
+    right.plot(range(len(steps)), [100 * a for _, a in steps], "o-", color=_COLOURS["pgd"])
+    right.set_xticks(range(len(steps)), ["clean", *(str(count) for count, _ in curves["steps"])])
+    right.set(xlabel="steps", title=f"eps {pixels(protocol['eps'], protocol['norm'])}, {protocol['loss']}")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{record['model']['name']} on {n} images of {record['data']['name']}", fontsize=10)
+    return save_figure(figure, path)
+
+
+def save_per_class(path: Path, record: Mapping[str, Any]) -> Path:
+    """Clean and robust accuracy of every class; of many classes, the 30 with the lowest robust accuracy."""
+    table, last = record["per_class"], "autoattack" if "autoattack" in record["accuracy"] else "worst_case"
+    names = [name for name, row in table.items() if row["images"]]
+    if len(names) > 30:
+        names = sorted(names, key=lambda name: table[name][last] / table[name]["images"])[:30]
+    columns = [key for key in _COLUMNS if key in record["accuracy"]]
+    figure, axis = plt.subplots(figsize=(max(6, 0.6 * len(names) + 2), 3.4), layout="constrained")
+    width = 0.8 / len(columns)
+    for i, key in enumerate(columns):
+        heights = [100 * table[name][key] / table[name]["images"] for name in names]
+        bars = axis.bar(np.arange(len(names)) + (i - (len(columns) - 1) / 2) * width, heights, width, color=_COLOURS[key])
+        axis.bar_label(bars, fmt="%.0f", fontsize=7)
+        total = 100 * record["accuracy"][key]["value"]
+        bars.set_label(f"{_COLUMNS[key]} ({total:.1f} %)")
+    axis.set_xticks(range(len(names)), names, rotation=35 if len(names) > 5 else 0, ha="right" if len(names) > 5 else "center")
+    axis.set(ylabel="accuracy (%)", ylim=(0, 105))
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(ncols=len(columns), loc="outside upper right", frameon=False, fontsize=9)
+    figure.suptitle(f"{record['model']['name']}, {record['data']['images']} images", fontsize=10, x=0.02, ha="left")
+    return save_figure(figure, path)
+
+
+def save_corruptions(path: Path, record: Mapping[str, Any]) -> Path:
+    """Accuracy by corruption and severity, as a table of colours."""
+    found = record["corruptions"]
+    names, values = list(found["by_severity"]), 100 * np.array(list(found["by_severity"].values()))
+    figure, axis = plt.subplots(figsize=(5.5, 0.4 * len(names) + 1.4), layout="constrained")
+    axis.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9)
+    axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axis.set_xticks(range(values.shape[1]), [str(severity + 1) for severity in range(values.shape[1])])
+    axis.set(xlabel="severity")
+    axis.set_title(f"accuracy (%), mean {100 * found['mean']:.1f}\n{found['set']}", fontsize=10)
+    return save_figure(figure, path)
+
+
+def save_examples(path: Path, evaluation: Evaluation, measurement: Measurement) -> list[Path]:
+    """The images that PGD turned into something else with the most confidence, one of every class while there are such."""
+    protocol = measurement.protocol
+    right = [p for p, correct in enumerate(evaluation.images["standard"]) if correct]
+    broken = [p for p in right if not evaluation.images["pgd"][p]]
+    candidates = (broken or right)[:_CANDIDATES]
+    if not candidates:
+        return []
+    images, labels = measurement.load(candidates)
+    indices = [measurement.indices[p] for p in candidates]
+
+    def attack(classifier: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return pgd(
+            loss_of(classifier, y, protocol.loss),
+            x,
+            eps=protocol.radius,
+            step_size=protocol.step,
+            steps=protocol.steps,
+            norm=protocol.norm,
+            start=start_of(x, indices, protocol, restart=0),
+        )
+
+    adversarial = attack(measurement.classifier, images, labels)
+    with torch.no_grad():
+        probability, wrong = measurement.classifier(adversarial).softmax(1).max(1)
+    order = (probability + (wrong != labels).float()).argsort(descending=True).tolist()
+    chosen = _one_a_class(order, labels.tolist())[:_EXAMPLES]
+    save_adversarial_examples(
+        path,
+        {"": measurement.classifier},
+        images[chosen],
+        labels[chosen],
+        measurement.data.classes,
+        protocol,
+        lambda classifier, x, y: adversarial[chosen],
+    )
+    return [path]
+
+
+def _one_a_class(order: Sequence[int], labels: Sequence[int]) -> list[int]:
+    """`order` with the first of every class in front."""
+    first: dict[int, int] = {}
+    for position in order:
+        first.setdefault(labels[position], position)
+    return [*first.values(), *(p for p in order if p not in first.values())]
+
+
+def save_adversarial_examples(
+    path: Path,
+    classifiers: Mapping[str, nn.Module],
+    images: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    protocol: Protocol,
+    attack: Callable[[nn.Module, Tensor, Tensor], Tensor],
+) -> Path:
+    """For each classifier: the perturbations (magnified to full range) and the perturbed images, with predictions.
+
+    Args:
+        path: PNG file.
+        classifiers: name -> function from images in [0, 1] to logits.
+        images: float (N, C, H, W) in [0, 1]; labels: int64 (N,); classes: names.
+        protocol: for the title.
+        attack: takes a classifier, images and labels, and returns adversarial images.
+    """
+    truth = labels.tolist()
+    count, height = len(images), 1 + 2 * len(classifiers)
+    figure, axes = plt.subplots(height, count, figsize=(1.25 * count + 2, 1.5 * height), squeeze=False, layout="constrained")
+    for j, classifier in enumerate(classifiers.values()):
+        clean_probability, clean = _predict(classifier, images)
+        for i in range(count if j == 0 else 0):
+            told = "" if len(classifiers) > 1 else f"\n{classes[clean[i]]} {clean_probability[i]:.0%}"
+            show(axes[0, i], images[i], classes[truth[i]] + told)
+    side(axes[0, 0], "image" if len(classifiers) > 1 else "image,\nclass and\nprediction")
+    factor = 1.0
+    for j, (name, classifier) in enumerate(classifiers.items()):
+        adversarial = attack(classifier, images, labels)
+        probability, predicted = _predict(classifier, adversarial)
+        noise_row, image_row = axes[1 + 2 * j], axes[2 + 2 * j]
+        delta = adversarial - images
+        factor = 0.5 / max(delta.abs().max().item(), 1e-9)
+        for i in range(count):
+            show(noise_row[i], 0.5 + factor * delta[i])
+            right = predicted[i] == truth[i]
+            show(image_row[i], adversarial[i], f"{classes[predicted[i]]} {probability[i]:.0%}", "green" if right else "red")
+        side(noise_row[0], f"{name}\nperturbation,\nx {factor:.0f}".strip())
+        side(image_row[0], "perturbed,\nprediction")
+    attacked = f"PGD-{protocol.steps}, {protocol.norm}, eps {pixels(protocol.radius, protocol.norm)}"
+    figure.suptitle(attacked, fontsize=10)
+    return save_figure(figure, path)
+
+
+@torch.no_grad()
+def _predict(classifier: nn.Module, images: Tensor) -> tuple[list[float], list[int]]:
+    probability, prediction = classifier(images).softmax(1).max(1)
+    return probability.tolist(), prediction.tolist()
+
+
+def side(axis: Axes, text: str) -> None:
+    """Names a row at its first picture."""
+    axis.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
+
+
+def show(axis: Axes, image: Tensor, title: str = "", colour: str = "black") -> None:
+    """Draws a float (C, H, W) image in [0, 1], grey or RGB."""
+    array = image.detach().float().clamp(0, 1).cpu().permute(1, 2, 0).numpy()
+    axis.imshow(np.broadcast_to(array, (*array.shape[:2], 3)), interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, color=colour, fontsize=9)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes a PNG whole or not at all, and closes the figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=110)
+    plt.close(figure)
+    return path

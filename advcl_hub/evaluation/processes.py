@@ -1,0 +1,72 @@
+"""Several processes that share one evaluation (torchrun, accelerate launch); a single one needs none of this."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+
+from advcl_hub.evaluation.extras import need
+
+
+def join(device: str | None) -> torch.device:
+    """Joins the other processes that a launcher has started, if any, and says which device this one computes on.
+
+    Args:
+        device: as the user asked; None takes a GPU if there is one.
+
+    Raises:
+        ValueError: no such device.
+        ImportError: a launcher was used and accelerate is not installed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        need("accelerate", "Sharing work among processes")
+        from accelerate import PartialState
+
+        return PartialState(cpu=device == "cpu" or not torch.cuda.is_available()).device
+    return choose(device)
+
+
+def choose(device: str | torch.device | None) -> torch.device:
+    """The device asked for, by default a GPU if there is one.
+
+    Raises:
+        ValueError: no such device.
+    """
+    chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"The device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who shares the work: this process is number `rank` of `count`."""
+
+    rank: int = 0
+    count: int = 1
+
+    @staticmethod
+    def current() -> "Processes":
+        """The processes of torch.distributed's default group, or this one alone."""
+        if not torch.distributed.is_initialized():
+            return ALONE
+        return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+    def gather(self, part: Any) -> list[Any]:
+        """Every process's part, in order of rank, in every process."""
+        if self.count == 1:
+            return [part]
+        parts: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(parts, part)
+        return parts
+
+    def wait(self) -> None:
+        """Waits for all of them."""
+        self.gather(None)
+
+
+ALONE = Processes()

@@ -1,0 +1,159 @@
+"""The record of an evaluation: results.json, images.csv and what is needed to repeat it."""
+
+import csv
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advcl_hub.files import replacing
+
+FORMAT = 1
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation.
+
+    Attributes:
+        record: what stands in results.json.
+        images: columns of images.csv: for every image, in order, its index, label, predictions and what it survived.
+    """
+
+    record: dict[str, Any]
+    images: dict[str, list[Any]]
+
+    @property
+    def standard(self) -> float:
+        """Accuracy on the images as they are, in [0, 1] (SA)."""
+        return self.record["accuracy"]["standard"]["value"]
+
+    @property
+    def robust(self) -> float | None:
+        """Accuracy under PGD, in [0, 1] (RA)."""
+        return self._value("pgd")
+
+    @property
+    def autoattack(self) -> float | None:
+        """Accuracy after all attacks of AutoAttack, in [0, 1] (AA)."""
+        return self._value("autoattack")
+
+    @property
+    def worst_case(self) -> float:
+        """Accuracy on images that survive everything that was tried, in [0, 1]."""
+        return self.record["accuracy"]["worst_case"]["value"]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What speaks against the figures, one sentence each."""
+        return self.record["warnings"]
+
+    def _value(self, name: str) -> float | None:
+        found = self.record["accuracy"].get(name)
+        return None if found is None else found["value"]
+
+    def save(self, folder: Path) -> None:
+        """Writes images.csv and, last, results.json."""
+        with replacing(folder / "images.csv") as draft, draft.open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(self.images)
+            table.writerows(zip(*self.images.values(), strict=True))
+        with replacing(folder / RESULTS) as draft:
+            draft.write_text(json.dumps(self.record, indent=2) + "\n")
+
+
+def finished(folder: Path, facts: Mapping[str, Any]) -> Evaluation | None:
+    """The evaluation that already stands in a folder, None if there is none.
+
+    Raises:
+        ValueError: what stands there was measured otherwise, and would be lost.
+    """
+    if not (folder / RESULTS).exists():
+        return None
+    record = load_record(folder)
+    wanted = json.loads(json.dumps(facts))
+    if differing := [key for key, value in wanted.items() if record.get(key) != value]:
+        raise ValueError(
+            f"{folder} holds an evaluation with another {', '.join(differing)}: choose another --output, or remove that folder."
+        )
+    with (folder / "images.csv").open(newline="") as file:
+        names, *rows = csv.reader(file)
+    values = {"True": True, "False": False}
+    columns = [[values[v] if v in values else int(v) for v in column] for column in zip(*rows, strict=True)]
+    return Evaluation(record, dict(zip(names, columns, strict=True)))
+
+
+def load_record(path: str | Path) -> dict[str, Any]:
+    """The record in a folder that `evaluate` wrote, or in such a results.json.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is no record of an evaluation.
+    """
+    path = Path(path)
+    file = path / RESULTS if path.is_dir() or path.suffix != ".json" else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} has no {RESULTS}: run advcl-hub evaluate with --output {path} first.")
+    try:
+        record = json.loads(file.read_text())
+        if record["kind"] != "evaluation" or record["format"] > FORMAT:
+            raise KeyError("kind" if record["kind"] != "evaluation" else "format")
+        record["model"]["name"], record["accuracy"]["standard"], record["protocol"]["norm"], record["warnings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not the result of an evaluation ({error!r}).") from None
+    return record
+
+
+def proportion(correct: int, total: int) -> dict[str, Any]:
+    """`value` in [0, 1], the count, and the 95 % interval of Wilson (1927) for images drawn from a population."""
+    z, p = 1.959964, correct / total
+    centre, spread = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    low, high = max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    return {"value": p, "correct": correct, "interval_95": [low, high]}
+
+
+def per_class(
+    survives: Mapping[str, Sequence[bool]], labels: Sequence[int], classes: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """By class name: how many images, and by column how many of them are right."""
+    table: dict[str, dict[str, Any]] = {}
+    for label, name in enumerate(classes):
+        members = [i for i, given in enumerate(labels) if given == label]
+        table[name] = {"images": len(members)} | {key: sum(flags[i] for i in members) for key, flags in survives.items()}
+    return table
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    found = {"python": platform.python_version()}
+    for name in ("advcl-hub", "torch", "torchvision", "timm", "numpy", "pyautoattack"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(device: torch.device, processes: int) -> dict[str, Any]:
+    """The device by name, threads and processes."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = _processor()
+    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "processes": processes}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
