@@ -210,14 +210,17 @@ def _measure(measurement: Measurement, corrupted: inputs.Corrupted | None) -> _F
 
     columns: dict[str, Any] = {}
     if protocol.autoattack:
-        left = list(clean["correct"])
+        left, predictions = list(clean["correct"]), list(clean["prediction"])
         for name, payload in autoattack.run(measurement, right, classes).items():
-            for position, survived in zip(payload["position"], payload.get("survives", []), strict=True):
-                left[position] = survived
+            for position, survived, prediction in zip(
+                payload["position"], payload.get("survives", []), payload.get("prediction", []), strict=True
+            ):
+                left[position], predictions[position] = survived, prediction
             distances += payload.get("distance", [])
             survives[name] = list(left)
             columns[name] = proportion(sum(left), n)
         survives["autoattack"] = left
+        found.columns["autoattack_prediction"] = predictions
 
     worst = [all(flags) for flags in zip(*survives.values(), strict=True)]
     found.columns |= survives | {"worst_case": worst}
