@@ -58,7 +58,7 @@ def main() -> None:
 @click.option("--data", required=True, help="cifar10, cifar100, stl10, fashion-mnist, digits, folder:PATH or parquet:PATH.")
 @click.option("--root", type=click.Path(path_type=Path), help="Folder that holds the data set.")
 @click.option("--split", default="test", show_default=True, help="Split of the data set.")
-@click.option("--n", type=int, help="So many images, class-balanced and the same ones everywhere.  [default: all]")
+@click.option("--n", "--images", "n", type=int, help="So many images, class-balanced, everywhere the same.  [default: all]")
 @click.option("--first", is_flag=True, help="With --n: the first ones instead, as RobustBench does.")
 @click.option("--norm", type=click.Choice(["Linf", "L2"], case_sensitive=False), default="Linf", show_default=True)
 @click.option("--eps", type=LENGTH, help="Radius in pixels of [0, 1], such as 8/255.  [default: 8/255, L2: 0.5]")
@@ -81,6 +81,7 @@ def evaluate(model: str, data: str, bf16: bool, as_json: bool, output: Path | No
 
     The model's preprocessing is inside the attacked function; eps counts in pixels of [0, 1]. Stop it whenever you like: the
     same command goes on. Several processes share the images: torchrun --nproc_per_node 2 -m advcl_hub.cli evaluate ...
+    (there type --images for --n, which torchrun takes for one of its own).
 
     \b
     Examples:

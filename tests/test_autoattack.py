@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import torch
 from pyautoattack import AutoAttack
 from torch import Tensor
 
@@ -24,28 +23,28 @@ def measured(model: TinyNet, data: ImageData, **settings: Any) -> Evaluation:
 @pytest.mark.parametrize("version", ["standard", "rand"])
 def test_every_image_ends_as_in_the_bare_package(norm: Any, version: Any) -> None:
     model = TinyNet()
-    data = labelled_by(model, 40, wrong=5)
+    data = labelled_by(model, 20, wrong=3)
     assert isinstance(data.images, Tensor)
     ours = measured(model, data, norm=norm, eps=EPS[norm], autoattack=version)
 
     bare = AutoAttack(model, norm=norm, eps=EPS[norm], seed=3, version=version, device="cpu")
     _, predictions = bare.run_standard_evaluation(data.images / 255, data.labels, batch_size=7)
     survives = (predictions == data.labels).tolist()
-    assert ours.images["autoattack"] == survives and 0 < sum(survives) < 35
+    assert ours.images["autoattack"] == survives and 0 < sum(survives) < 17
     assert ours.images["autoattack_prediction"] == predictions.tolist()
-    assert ours.autoattack == sum(survives) / 40
+    assert ours.autoattack == sum(survives) / 20
 
 
 def test_columns_fall_and_broken_images_are_not_attacked_again() -> None:
     model = TinyNet()
-    data = labelled_by(model, 40, wrong=5)
+    data = labelled_by(model, 20, wrong=3)
     seen: list[int] = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     ours = measured(model, data, eps=EPS["Linf"])
     columns = ours.record["autoattack_columns"]
     assert list(columns) == ["apgd-ce", "apgd-t", "fab-t", "square"]
-    counts = [35, *(c["correct"] for c in columns.values())]
-    assert counts == sorted(counts, reverse=True) and counts[1] < 35
+    counts = [17, *(c["correct"] for c in columns.values())]
+    assert counts == sorted(counts, reverse=True) and counts[1] < 17
     assert max(seen[-200:]) <= counts[3], "Square saw more images than FAB-T left"
     for earlier, later in zip(columns, list(columns)[1:], strict=False):
         assert all(a >= b for a, b in zip(ours.images[earlier], ours.images[later], strict=True))
@@ -77,12 +76,3 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'needs the package pyautoattack: pip install "advcl-hub\[eval\]"'):
         measured(TinyNet(), labelled_by(TinyNet(), 5))
-
-
-def test_the_same_seed_gives_the_same_and_another_seed_other_adversarial_images() -> None:
-    model = TinyNet()
-    data = labelled_by(model, 30)
-    first, second = (measured(model, data, eps=EPS["Linf"], seed=0) for _ in range(2))
-    torch.manual_seed(5)
-    assert first.images == second.images
-    assert [measured(model, data, eps=EPS["Linf"], seed=s).images["autoattack_prediction"] for s in (1, 2)]

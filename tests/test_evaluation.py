@@ -1,13 +1,22 @@
 """Accuracies that are known beforehand, and the probe against scikit-learn."""
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import timm
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from advcl_hub.attacks import seeded_start
+from advcl_hub.corruptions import CORRUPTIONS
 from advcl_hub.data import ImageData, load_data
-from advcl_hub.evaluation import PixelSpace, robustness
+from advcl_hub.evaluation import PixelSpace, Protocol, evaluate, robustness
+from tests.image_files import encode, pixels, write
+from tests.tiny_classifiers import TinyNet, labelled_by
 from train.probe import extract_features, fit_linear, linear_probe
 
 EPS = 8 / 255
@@ -146,3 +155,211 @@ def test_the_model_comes_back_as_it_was() -> None:
     network = timm.create_model("resnet8_cifar", num_classes=len(data.classes)).train()
     robustness(network, data, steps=1)
     assert network.training and all(p.requires_grad and p.grad is None for p in network.parameters())
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.2])
+def test_a_hyperplane_is_robust_in_l2_where_the_margin_exceeds_eps_times_the_l2_norm(eps: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(40, 216, (80, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    weight = torch.randn(48, generator=generator)
+    score = (pixels / 255).flatten(1) @ weight
+    threshold = score.median().item() + 1e-4
+    labels = (score > threshold).long()
+    data = ImageData(pixels, labels, torch.arange(80), ("below", "above"), "noise")
+    expected = ((score - threshold).abs() > eps * weight.norm()).double().mean().item()
+    for loss in ("ce", "margin"):
+        found = evaluate(Hyperplane(weight, threshold), data, Protocol(norm="L2", eps=eps, loss=loss, check_images=0))
+        assert found.robust == expected < 1
+
+
+def test_random_starts_belong_to_images_not_to_batches_or_their_order() -> None:
+    model = TinyNet()
+    data = labelled_by(model, 30)
+    protocol = Protocol(eps=0.2, steps=1, step_size=0, seed=4, check_images=0)  # the start decides
+    whole = evaluate(model, data, protocol).images
+    assert 0 < sum(whole["pgd"]) < 30
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    shuffled = evaluate(model, data.subset(order), replace(protocol, batch_size=4)).images
+    assert shuffled["pgd"] == [whole["pgd"][p] for p in order.tolist()]
+    assert evaluate(model, data, replace(protocol, seed=5)).images["pgd"] != whole["pgd"]
+
+
+def test_pgd_equals_a_slow_loop_over_images_and_restarts() -> None:
+    model = TinyNet()
+    data = labelled_by(model, 12, wrong=2)
+    assert isinstance(data.images, Tensor)
+    protocol = Protocol(eps=0.006, step_size=0.002, steps=3, restarts=3, seed=1, loss="margin", check_images=0)
+    found = evaluate(model, data, protocol)
+    for i in range(12):
+        x, y = data.images[i : i + 1] / 255, data.labels[i : i + 1]
+        survives = bool((model(x).argmax(1) == y).item())
+        for restart in range(3):
+            z = seeded_start(x, 0.006, "Linf", [(1, restart, 1000 + i)])
+            for _ in range(3):
+                z = z.detach().requires_grad_()
+                logits = model(z)[0]
+                others = [logits[j] for j in range(10) if j != y.item()]
+                (max(others, key=lambda v: v.item()) - logits[y.item()]).backward()
+                assert z.grad is not None
+                moved = z.detach() + 0.002 * z.grad.sign()
+                z = torch.min(torch.max(moved, x - 0.006), x + 0.006).clamp(0, 1)
+            survives &= bool((model(z).argmax(1) == y).item())
+        assert found.images["pgd"][i] == survives, i
+    assert found.robust < found.standard
+
+
+def test_more_restarts_only_break_more() -> None:
+    model = TinyNet()
+    data = labelled_by(model, 40)
+    one, five = (evaluate(model, data, Protocol(eps=0.1, steps=1, step_size=0, restarts=r, check_images=0)) for r in (1, 5))
+    assert all(a >= b for a, b in zip(one.images["pgd"], five.images["pgd"], strict=True))
+    assert five.robust is not None and one.robust is not None and five.robust < one.robust
+
+
+class Enlarged(TinyNet):
+    """Wants 16x16 images, normalised; pools them back to 8x8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pretrained_cfg = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(tuple(images.shape[1:]))
+        return self.layers(nn.functional.avg_pool2d(images, 2))
+
+
+def test_small_images_are_attacked_at_their_own_size_and_enlarged_inside() -> None:
+    model = Enlarged()
+    data = labelled_by(TinyNet(), 10)
+    found = evaluate(model, data, Protocol(eps=0.1, check_images=5))
+    assert set(model.seen) == {(3, 16, 16)}, "the model sees its own size"
+    assert found.record["model"]["attacked_at"] == (3, 8, 8) and found.record["model"]["enlarged_inside"]
+    assert next(c for c in found.record["checks"] if c["name"] == "perturbations within eps")["passed"]
+
+
+@pytest.mark.parametrize("sizes", [[(20, 20)], [(9, 30), (24, 20)], [(8, 8)]])
+def test_large_or_uneven_images_are_brought_to_the_models_size(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
+    for number, (height, width) in enumerate(sizes * 2):
+        for name in ("cat", "dog"):
+            write(tmp_path / "test" / name / f"{number}.png", encode(pixels(height, width)))
+    model = Enlarged()
+    model.num_classes, model.layers[3] = 2, nn.Linear(72, 2)
+    found = evaluate(model, f"folder:{tmp_path}", Protocol(check_images=0)).record["model"]
+    expected = (3, 8, 8) if sizes == [(8, 8)] else (3, 16, 16)
+    assert found["attacked_at"] == expected and found["enlarged_inside"] == (expected == (3, 8, 8))
+
+
+def test_labels_follow_the_names_that_the_model_gives_its_classes() -> None:
+    model = TinyNet(3)
+    data = labelled_by(model, 20)
+    model.pretrained_cfg = {"label_names": ["class2", "class0", "class1"]}  # type: ignore[assignment]
+    order = torch.tensor([1, 2, 0])  # class0 is the model's 1 ...
+    named = replace(data, labels=order.argsort()[data.labels])
+    assert evaluate(model, named, Protocol(steps=0)).standard == 1.0
+    assert evaluate(model, data, Protocol(steps=0)).standard < 1.0
+    model.pretrained_cfg = {"label_names": ["a", "b", "c"]}  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match=r"The model's classes are a, b, c \.\.\., those of random class0"):
+        assert evaluate(model, data, Protocol(steps=0)).standard == 1.0
+
+
+def test_models_and_data_that_do_not_fit_are_refused() -> None:
+    data = labelled_by(TinyNet(), 10)
+    with pytest.raises(ValueError, match="tells 5 classes apart, random has 10"):
+        evaluate(TinyNet(5), data)
+    grey = replace(data, images=torch.zeros(10, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="takes 3 channels, the images of random have 1"):
+        evaluate(Enlarged(), grey)
+    with pytest.raises(ValueError, match="images without a label"):
+        evaluate(TinyNet(), replace(data, labels=data.labels - 10))
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_halved() -> None:
+    model = TinyNet()
+    data = labelled_by(model, 40)
+    limit = 12
+
+    def full(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if len(inputs[0]) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(full)
+    found = evaluate(model, data, Protocol(steps=1, batch_size=100))
+    assert found.record["protocol"]["batch_size"] == 10
+    limit = 0
+    with pytest.raises(ValueError, match="Not even one image"):
+        evaluate(model, data, Protocol(steps=1))
+
+
+def test_the_balanced_subset_is_fixed_and_balanced() -> None:
+    data = labelled_by(TinyNet(3, seed=1), 60)
+    data = replace(data, labels=torch.tensor([0] * 40 + [1] * 15 + [2] * 5))
+    positions = data.balanced_positions(12)
+    assert positions.tolist() == data.balanced_positions(12).tolist() == sorted(positions.tolist())
+    assert data.labels[positions].bincount().tolist() == [4, 4, 4]
+    assert data.labels[data.balanced_positions(14)].bincount().tolist() == [5, 5, 4]
+    assert data.labels[data.balanced_positions(30)].bincount().tolist() == [13, 12, 5], "a class that is short is filled up"
+    assert set(positions.tolist()) <= set(data.balanced_positions(30).tolist()), "a larger subset holds the smaller ones"
+    assert data.balanced_positions(60).tolist() == list(range(60))
+    first = evaluate(TinyNet(3), data, Protocol(steps=0), n=7, first=True)
+    assert first.images["index"] == list(range(1000, 1007)) and first.record["data"]["selection"] == "the first"
+
+
+def test_corruptions_keep_the_selection_and_average_over_all(tmp_path: Path) -> None:
+    model = TinyNet()
+    data = labelled_by(model, 30)
+    found = evaluate(model, data, Protocol(steps=0), n=20, corruptions="generated").record["corruptions"]
+    assert set(found["by_severity"]) == set(CORRUPTIONS) and all(len(row) == 5 for row in found["by_severity"].values())
+    assert found["mean"] == pytest.approx(sum(map(sum, found["by_severity"].values())) / 40)
+    assert "not CIFAR-10-C" in found["set"]
+
+    # The published layout, with a corruption that does nothing and one that swaps all images for others.
+    plain = replace(data, indices=torch.arange(30))
+    assert isinstance(plain.images, Tensor)
+    stored = plain.images.permute(0, 2, 3, 1).numpy()
+    np.save(tmp_path / "labels.npy", np.tile(plain.labels.numpy(), 5))
+    np.save(tmp_path / "none.npy", np.concatenate([stored] * 5))
+    np.save(tmp_path / "other.npy", np.concatenate([stored[::-1]] * 5))
+    table = evaluate(model, plain, Protocol(steps=0), n=20, corruptions=tmp_path).record["corruptions"]["by_severity"]
+    swapped = (plain.labels == plain.labels.flip(0))[plain.balanced_positions(20)].double().mean().item()
+    assert table == {"none": [1.0] * 5, "other": [pytest.approx(swapped)] * 5}
+    other = replace(plain, labels=plain.labels.flip(0))
+    with pytest.raises(ValueError, match="does not hold corrupted copies of the images of random"):
+        evaluate(model, other, Protocol(steps=0), corruptions=tmp_path)
+
+
+def test_bfloat16_is_computed_in_bfloat16() -> None:
+    model = TinyNet()
+    data = labelled_by(model, 10)
+    types: set[torch.dtype] = set()
+    model.layers[0].register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
+    evaluate(model, data, Protocol(steps=1, precision="bfloat16", check_images=0))
+    assert types == {torch.bfloat16}
+    types.clear()
+    evaluate(model, data, Protocol(steps=1, check_images=0))
+    assert types == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"norm": "L1"}, "norm is 'L1', expected one of Linf, L2"),
+        ({"loss": "mse"}, "loss is 'mse', expected one of ce, margin, dlr"),
+        ({"eps": 8}, "did you mean 8/255"),
+        ({"eps": -0.1}, "expected a distance of pixels"),
+        ({"step_size": float("nan")}, "step_size is nan"),
+        ({"restarts": 0}, "restarts is 0, expected at least 1"),
+        ({"autoattack": "plus"}, "autoattack is 'plus', expected one of standard, rand"),
+    ],
+)
+def test_a_protocol_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Protocol(**settings)
+
+
+def test_quick_figures_are_those_of_evaluate() -> None:
+    model = TinyNet()
+    data = labelled_by(model, 30, wrong=3)
+    quick = robustness(model, data, eps=0.004, step_size=0.001, steps=3, seed=2)
+    whole = evaluate(model, data, Protocol(eps=0.004, step_size=0.001, steps=3, seed=2))
+    assert (quick.standard, quick.robust) == (whole.standard, whole.robust) and 0 < quick.robust < quick.standard == 0.9

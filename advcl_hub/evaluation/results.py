@@ -133,8 +133,8 @@ def per_class(
 
 def versions() -> dict[str, str]:
     """Versions of what computes."""
-    found = {"python": platform.python_version()}
-    for name in ("advcl-hub", "torch", "torchvision", "timm", "numpy", "pyautoattack"):
+    found = {"python": platform.python_version(), "torch": torch.__version__}  # names the build, too
+    for name in ("advcl-hub", "timm", "torchvision", "numpy", "pillow", "pyautoattack"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,0 +1,369 @@
+"""Models whose robustness is false are told from honest ones, each by the checks that are meant for it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advcl_hub.attacks import iterates, pgd
+from advcl_hub.data import ImageData
+from advcl_hub.evaluation import Evaluation, Protocol, autoattack, checks, evaluate, measure
+from tests.tiny_classifiers import TinyNet, labelled_by
+
+EPS = 0.008  # PGD breaks two thirds of the images that ClearNet gets right
+
+OF_THE_MODEL = ["inputs in [0, 1]", "deterministic", "evaluation mode", "logits"]
+OF_THE_ATTACK = [
+    "perturbations within eps",
+    "gradients",
+    "gradients lead uphill",
+    "eps 0 equals clean",
+    "robust is not above clean",
+    "very large eps leaves nothing",
+    "more steps are not weaker",
+    "enough steps",
+    "more restarts find little more",
+    "other losses find little more",
+    "random noise is weaker than PGD",
+]
+OF_AUTOATTACK = ["PGD is close to AutoAttack", "all of AutoAttack", "Square finds nothing new"]
+
+
+class ClearNet(TinyNet):
+    """A TinyNet whose logits have mean 0 and deviation 5, so that its classes are even and PGD finds all there is to find."""
+
+    def __init__(
+        self,
+        before: Callable[[Tensor], Tensor] = lambda images: images,
+        after: Callable[[Tensor], Tensor] = lambda logits: logits,
+        classes: int = 10,
+    ) -> None:
+        super().__init__(classes)
+        self.before, self.after = before, after
+        with torch.no_grad():
+            logits = self.layers(torch.rand(500, 3, 8, 8))
+            scale, last = 5 / logits.std(0), self.layers[-1]
+            last.bias.copy_((last.bias - logits.mean(0)) * scale)
+            last.weight.mul_(scale[:, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.after(self.layers(self.before(images)))
+
+
+class Downhill(torch.autograd.Function):
+    """The identity, with the sign of the gradient turned."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return -gradients[0]
+
+
+def rounded(images: Tensor) -> Tensor:
+    return (images * 32).round() / 32
+
+
+def saturated(logits: Tensor) -> Tensor:
+    return logits * 1e4
+
+
+def shattered(images: Tensor) -> Tensor:
+    return images + 0.003 * torch.sin(3000 * images)
+
+
+def noisy(images: Tensor) -> Tensor:
+    return images + 0.01 * torch.randn_like(images)
+
+
+def measured(model: nn.Module, data: ImageData | None = None, **settings: Any) -> Evaluation:
+    data = labelled_by(ClearNet(), 30, wrong=3) if data is None else data
+    return evaluate(model, data, Protocol(**{"eps": EPS, "steps": 10, **settings}), progress=False)
+
+
+def names(evaluation: Evaluation) -> list[str]:
+    return [check["name"] for check in evaluation.record["checks"]]
+
+
+def failed(evaluation: Evaluation) -> set[str]:
+    found = {check["name"] for check in evaluation.record["checks"] if not check["passed"]}
+    assert found == {warning.partition(":")[0] for warning in evaluation.warnings if ": no. " in warning}
+    return found
+
+
+def detail(evaluation: Evaluation, name: str) -> str:
+    return next(check["detail"] for check in evaluation.record["checks"] if check["name"] == name)
+
+
+@pytest.fixture
+def short_autoattack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attacks of AutoAttack, with fewer steps."""
+    build = autoattack.build
+
+    def shorter(*args: Any) -> Any:
+        attack = build(*args)
+        attack.apgd.n_iter = attack.apgd_targeted.n_iter = attack.fab.n_iter = 10
+        attack.square.n_queries = 300
+        return attack
+
+    monkeypatch.setattr(autoattack, "build", shorter)
+
+
+# ---- honest models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm": "L2", "eps": 0.07}, {"loss": "margin"}, {"batch_size": 7}])
+def test_an_honest_model_passes_every_check(changes: dict[str, Any]) -> None:
+    found = measured(ClearNet(), **changes)
+    assert found.robust is not None and 0 < found.robust < found.standard == 0.9
+    assert names(found) == OF_THE_MODEL + OF_THE_ATTACK and found.warnings == []
+
+
+@pytest.mark.usefixtures("short_autoattack")
+def test_an_honest_model_passes_every_check_of_autoattack() -> None:
+    found = measured(ClearNet(), autoattack="standard")
+    assert names(found) == OF_THE_MODEL + OF_THE_ATTACK + OF_AUTOATTACK
+    assert found.autoattack is not None and 0 < found.autoattack < 0.9 and found.warnings == []
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8)])
+def test_norms_that_treat_every_image_alone_are_in_evaluation_mode(norm: nn.Module) -> None:
+    model = TinyNet()
+    model.layers.insert(1, norm)
+    assert not failed(measured(model, labelled_by(model, 10), steps=1)) & {"evaluation mode", "deterministic"}
+
+
+# ---- masked gradients ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (ClearNet(after=saturated), {"gradients", "gradients lead uphill", "other losses find little more"}),
+        (ClearNet(rounded), {"gradients", "gradients lead uphill", "random noise is weaker than PGD"}),
+        (ClearNet(Downhill.apply), {"gradients lead uphill", "very large eps leaves nothing"}),
+        (ClearNet(shattered), {"gradients lead uphill", "random noise is weaker than PGD"}),
+    ],
+    ids=["saturated softmax", "rounded input", "turned gradient", "shattered input"],
+)
+def test_masked_gradients_look_robust_under_pgd_and_are_caught(model: nn.Module, expected: set[str]) -> None:
+    eps = 2 * EPS
+    honest, masked = measured(ClearNet(), eps=eps), measured(model, eps=eps)
+    assert honest.robust is not None and masked.robust is not None
+    assert masked.robust > honest.robust + 0.5
+    assert expected <= failed(masked)
+
+
+def test_zero_gradients_are_counted() -> None:
+    assert detail(measured(ClearNet(after=saturated)), "gradients") == "zero or not finite on 27 of 27 images"
+    assert detail(measured(ClearNet()), "gradients") == "zero or not finite on 0 of 27 images"
+    broken = measured(ClearNet(lambda images: images + 0 * (images - images.detach()).sqrt()))  # NaN backwards only
+    assert "gradients" in failed(broken) and broken.standard == 0.9
+
+
+@pytest.mark.usefixtures("short_autoattack")
+def test_where_gradients_are_zero_the_black_box_attack_finds_something_new() -> None:
+    found = measured(ClearNet(rounded), eps=2 * EPS, autoattack="standard")
+    columns = found.record["autoattack_columns"]
+    assert columns["square"]["value"] < columns["fab-t"]["value"] - 0.1
+    assert {"Square finds nothing new", "PGD is close to AutoAttack"} <= failed(found)
+
+
+def test_a_moderately_large_scale_of_the_logits_is_seen_by_the_other_losses() -> None:
+    found = measured(ClearNet(after=lambda logits: 100 * logits))
+    assert "other losses find little more" in failed(found)
+    losses = found.record["curves"]["losses"]
+    assert set(losses) == {"margin", "dlr"} and found.robust is not None and min(losses.values()) < found.robust - 0.2
+    assert "other losses find little more" not in failed(measured(ClearNet(after=lambda logits: 100 * logits), loss="margin"))
+
+
+# ---- attacks that are too weak ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"steps": 1, "step_size": EPS / 4}, {"steps": 10, "step_size": EPS / 100}])
+def test_too_few_or_too_short_steps_are_not_enough(changes: dict[str, Any]) -> None:
+    assert "enough steps" in failed(measured(ClearNet(), **changes))
+
+
+def test_steps_so_short_that_noise_does_better() -> None:
+    found = measured(ClearNet(), eps=4 * EPS, step_size=1e-6)
+    assert "random noise is weaker than PGD" in failed(found)
+
+
+def test_where_the_start_decides_more_restarts_find_more() -> None:
+    found = measured(ClearNet(rounded), eps=4 * EPS)  # no gradient: every restart is one more draw
+    curve = [accuracy for _, accuracy in found.record["curves"]["restarts"]]
+    assert len(curve) == 5 and curve == sorted(curve, reverse=True) and curve[0] == found.robust
+    assert "more restarts find little more" in failed(found)
+
+
+def test_an_attack_that_leaves_the_ball_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "pgd", lambda *args, **kwargs: pgd(*args, **{**kwargs, "eps": kwargs["eps"] + EPS / 50}))
+    found = measured(ClearNet())
+    assert "perturbations within eps" in failed(found)
+    assert detail(found, "perturbations within eps") == f"largest {1.02 * EPS * 255:.3g}/255"
+
+
+def test_an_attack_that_takes_no_heed_of_eps_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = {"eps": EPS, "step_size": EPS / 4, "steps": 10}
+    monkeypatch.setattr(measure, "pgd", lambda *args, **kwargs: pgd(*args, **{**kwargs, **fixed}))
+    found = measured(ClearNet())
+    assert {"eps 0 equals clean", "very large eps leaves nothing"} <= failed(found)
+    assert detail(found, "eps 0 equals clean") == f"{found.robust:.1%} at eps 0, 90.0% clean"
+
+
+def test_an_attack_that_loses_what_it_had_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "iterates", lambda *args, **kwargs: reversed(list(iterates(*args, **kwargs))))
+    assert "more steps are not weaker" in failed(measured(ClearNet()))
+
+
+@pytest.mark.parametrize(("norm", "far"), [("Linf", "128/255"), ("L2", "6.93")])  # 0.5 for each of 192 pixels
+def test_half_of_the_range_is_a_very_large_eps(norm: Any, far: str) -> None:
+    found = measured(ClearNet(Downhill.apply), norm=norm)
+    assert detail(found, "very large eps leaves nothing") == f"90.0% at eps {far}, one answer for all gives 16.7%"
+
+
+def test_images_of_one_class_make_no_large_eps_suspicious() -> None:
+    model = ClearNet(after=lambda logits: logits + 1000 * F.one_hot(torch.tensor(2), 10))  # always the same answer, rightly
+    found = measured(model, labelled_by(model, 10))
+    assert found.robust == 1 and "very large eps leaves nothing" not in failed(found)
+
+
+# ---- random models ---------------------------------------------------------------------------------------------------
+
+
+class StuckDropout(nn.Dropout):
+    """Does not leave training mode."""
+
+    def train(self, mode: bool = True) -> "StuckDropout":
+        return super().train(True)
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        (noisy, {"deterministic"}),
+        (lambda images: F.dropout(images, 0.1, training=True), {"deterministic"}),
+        (StuckDropout(0.1), {"deterministic", "evaluation mode"}),
+    ],
+    ids=["noise", "dropout function", "dropout module"],
+)
+def test_random_models_are_not_deterministic(before: Callable[[Tensor], Tensor], expected: set[str]) -> None:
+    assert failed(measured(ClearNet(before), steps=1)) & {"deterministic", "evaluation mode"} == expected
+
+
+@pytest.mark.usefixtures("short_autoattack")
+def test_a_random_model_gets_the_same_figures_twice() -> None:
+    model = ClearNet(noisy)
+    first, second = (measured(model, autoattack="rand") for _ in range(2))
+    assert list(first.record["autoattack_columns"]) == ["apgd-ce", "apgd-dlr"]
+    assert first.autoattack is not None and first.autoattack < first.standard and "deterministic" in failed(first)
+    assert first.images == second.images
+    for key in ("accuracy", "autoattack_columns", "per_class", "curves"):
+        assert first.record[key] == second.record[key], key
+
+
+# ---- modes and outputs -----------------------------------------------------------------------------------------------
+
+
+class Stuck(nn.BatchNorm2d):
+    """Does not leave training mode."""
+
+    def train(self, mode: bool = True) -> "Stuck":
+        return super().train(True)
+
+
+class StuckNet(TinyNet):
+    """All of it does not."""
+
+    def train(self, mode: bool = True) -> "StuckNet":
+        return super().train(True)
+
+
+@pytest.mark.parametrize(
+    ("model", "norm", "named"),
+    [
+        (TinyNet, nn.BatchNorm2d(8, track_running_stats=False), "model.layers.1"),
+        (TinyNet, Stuck(8), "model.layers.1"),
+        (StuckNet, nn.BatchNorm2d(8), "model, model.layers, model.layers.0"),
+    ],
+    ids=["no running statistics", "one stuck layer", "stuck model"],
+)
+def test_batch_statistics_are_no_evaluation_mode(model: type[TinyNet], norm: nn.Module, named: str) -> None:
+    network = model()
+    network.layers.insert(1, norm)
+    found = measured(network, labelled_by(network, 10), steps=1)
+    said = detail(found, "evaluation mode")
+    assert "evaluation mode" in failed(found) and "differ by 0.0" not in said
+    assert said.endswith(f"in training mode or without running statistics: {named}")
+
+
+def test_images_that_see_each_other_are_no_evaluation_mode() -> None:
+    assert "evaluation mode" in failed(measured(ClearNet(lambda images: images - images.mean(0)), steps=1))
+
+
+@pytest.mark.parametrize(
+    ("after", "caught"),
+    [
+        (lambda logits: logits.softmax(1), True),
+        (lambda logits: logits.log_softmax(1), False),
+        (lambda logits: logits.sigmoid(), False),
+    ],
+    ids=["softmax", "log-softmax", "sigmoid"],
+)
+def test_probabilities_are_no_logits(after: Callable[[Tensor], Tensor], caught: bool) -> None:
+    assert ("logits" in failed(measured(ClearNet(after=after), steps=1))) == caught
+
+
+# ---- what is measured and said ---------------------------------------------------------------------------------------
+
+
+def test_without_checks_the_report_says_so() -> None:
+    found = measured(ClearNet(Downhill.apply), check_images=0)
+    assert found.warnings == ["Not checked for false robustness (check_images=0)."]
+    assert found.record["checks"] == [] and "curves" not in found.record
+
+
+def test_lower_precision_is_for_screening_and_says_so_first() -> None:
+    found = measured(ClearNet(after=saturated), precision="bfloat16")
+    assert found.warnings[0].startswith("Screening only: measured in bfloat16.") and "gradients" in failed(found)
+
+
+@pytest.mark.parametrize("changes", [{"steps": 0}, {"eps": 0.0}])
+def test_without_an_attack_there_is_nothing_robust_to_show(changes: dict[str, Any]) -> None:
+    found = measured(ClearNet(), **changes)
+    assert found.robust is None and found.worst_case == found.standard
+    assert "curves" not in found.record and not {"pgd", "pgd_prediction"} & set(found.images)
+    assert names(found) == OF_THE_MODEL
+
+
+def test_an_image_that_is_wrong_when_clean_is_not_attacked_and_stays_wrong() -> None:
+    model = ClearNet(Downhill.apply)  # under attack it gets better, so that wrong images would become right
+    data = labelled_by(model, 20, wrong=4)
+    attacked: list[int] = []
+    model.register_forward_pre_hook(lambda module, inputs: attacked.append(len(inputs[0])) if inputs[0].requires_grad else None)
+    found = measured(model, data, eps=0.2, check_images=0)
+    assert attacked == [20] + [16] * 10  # first the pass that tries the memory
+    assert found.robust == found.standard == 0.8
+    assert found.images["pgd"] == found.images["standard"] == [False] * 4 + [True] * 16
+    assert found.images["pgd_prediction"][:4] == found.images["prediction"][:4]
+
+
+def test_the_curves_meet_the_figures_that_they_belong_to() -> None:
+    found = measured(ClearNet())
+    curves, eps = found.record["curves"], dict(found.record["curves"]["eps"])
+    assert curves["images"] == 30 and eps[0.0] == found.standard and eps[EPS] == found.robust
+    assert dict(curves["steps"])[10] == found.robust == curves["restarts"][0][1]
+    assert list(eps) == [0.0, *(factor * EPS for factor in checks.CURVE_EPS)]
+    assert list(eps.values()) == sorted(eps.values(), reverse=True) and eps[4 * EPS] < found.robust < eps[EPS / 2]
+
+
+def test_the_checks_take_as_many_images_as_the_protocol_says() -> None:
+    found = measured(ClearNet(after=saturated), labelled_by(ClearNet(), 30), check_images=10)
+    assert found.record["curves"]["images"] == 10 and "of 10 images" in detail(found, "gradients")
+    assert found.record["data"]["images"] == 30

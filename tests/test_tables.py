@@ -1,0 +1,360 @@
+"""Figures, tables, pages and pictures of evaluations: what stands in them, and what must not be left out."""
+
+import csv
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from advcl_hub.corruptions import CORRUPTIONS
+from advcl_hub.data import ImageData
+from advcl_hub.evaluation import Evaluation, Protocol, evaluate, report
+from advcl_hub.evaluation.literature import quoted
+from advcl_hub.evaluation.results import proportion
+from advcl_hub.evaluation.tables import FORMATS, page
+from tests.tiny_classifiers import TinyNet, labelled_by
+
+ATTACKS = {"apgd-ce": 0.5, "apgd-t": 0.45, "fab-t": 0.45, "square": 0.44}
+
+
+def record(name: str = "net", data: str = "random", **changes: Any) -> dict[str, Any]:
+    """The parts of a record that tables read: 1,000 images, 81.2 % clean, 51 % under PGD; settings and parts to change."""
+    protocol = Protocol(**{key: changes.pop(key) for key in list(changes) if key in Protocol.__dataclass_fields__})
+    accuracy = {"standard": proportion(812, 1000)}
+    if protocol.steps:
+        accuracy["pgd"] = proportion(510, 1000)
+    if protocol.autoattack:
+        accuracy["autoattack"] = proportion(440, 1000)
+    return {
+        "model": {"name": name, "attacked_at": (3, 32, 32), "enlarged_inside": False},
+        "data": {"name": data, "split": "test", "images": 1000, "of": 10000, "selection": "class-balanced"},
+        "protocol": protocol.to_dict(),
+        "accuracy": accuracy,
+        "checks": [],
+        "warnings": [],
+        "command": None,
+        "seconds": 12.3,
+        "hardware": {"name": "a processor"},
+    } | changes
+
+
+def attacked(name: str = "net", columns: dict[str, float] = ATTACKS, **changes: Any) -> dict[str, Any]:
+    """The same with the columns of AutoAttack."""
+    figures = {attack: proportion(round(1000 * value), 1000) for attack, value in columns.items()}
+    return record(name, autoattack=changes.pop("autoattack", "standard"), autoattack_columns=figures, **changes)
+
+
+def rows(table: str, style: str) -> list[list[str]]:
+    """The cells of a table in any of the formats, header first."""
+    if style == "text":
+        lines = table.split("\n\n")[0].splitlines()
+        assert set(lines.pop(1)) == {"-"} and len({len(line) for line in lines}) == 1, "the columns are not aligned"
+        return [re.split(r" {2,}", line.strip()) for line in lines]
+    if style == "markdown":
+        lines = [line for line in table.splitlines() if line.startswith("|")]
+        assert re.fullmatch(r"\|---(\|---:)+\|", lines[1]) and len({line.count("|") for line in lines}) == 1
+        return [line[2:-2].split(" | ") for line in (lines[0], *lines[2:])]
+    lines = table.splitlines()
+    first, last = lines.index(r"\toprule"), lines.index(r"\bottomrule")
+    body = [line for line in lines[first:last] if not line.endswith("rule")]
+    assert all(line.endswith(r" \\") for line in body)
+    cells = [re.split(r"(?<!\\) & ", line.removesuffix(r" \\")) for line in body]
+    assert lines[first - 1] == rf"\begin{{tabular}}{{l{'r' * (len(cells[0]) - 1)}}}" and lines[last + 1] == r"\end{tabular}"
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {len(cells[0]) - 1}
+    return [[cell.replace(r"$\pm$", "±") for cell in row] for row in cells]
+
+
+styles = pytest.mark.parametrize("style", FORMATS)
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [  # the score interval in textbooks
+        (0, 10, 0.0, 0.27753),
+        (5, 10, 0.23659, 0.76341),
+        (10, 10, 0.72247, 1.0),
+        (1, 1, 0.20655, 1.0),
+        (81, 263, 0.25529, 0.36621),  # Newcombe (1998), table I
+        (15, 148, 0.06239, 0.16053),
+    ],
+)
+def test_the_interval_is_that_of_wilson(correct: int, total: int, low: float, high: float) -> None:
+    found = proportion(correct, total)
+    assert found["value"] == correct / total and found["correct"] == correct
+    assert found["interval_95"] == pytest.approx([low, high], abs=1e-4)
+
+
+def test_the_ends_of_the_interval_are_just_not_rejected() -> None:
+    for correct in range(1, 400, 37):
+        found = proportion(correct, 400)
+        for end in found["interval_95"]:
+            assert abs(correct / 400 - end) / math.sqrt(end * (1 - end) / 400) == pytest.approx(1.959964, rel=1e-6)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+@styles
+def test_figures_have_two_decimals_and_half_the_interval(style: str) -> None:
+    assert rows(report([record()], style), style) == [["model", "SA", "PGD-20"], ["net", "81.20 ±2.4", "51.00 ±3.1"]]
+
+
+@styles
+def test_one_column_an_attack_and_a_dash_where_nothing_was_measured(style: str) -> None:
+    rand = attacked("rand", {"apgd-ce": 0.4, "apgd-dlr": 0.3}, autoattack="rand", steps=0)
+    header, *body = rows(report([attacked(), rand, record("pgd only")], style), style)
+    assert header == ["model", "SA", "PGD", "APGD-CE", "APGD-DLR", "APGD-T", "FAB-T", "Square", "AA"]
+    values = [[cell.split(" ±")[0] for cell in row[1:]] for row in body]
+    assert values[0] == ["81.20", "51.00", "50.00", "-", "45.00", "45.00", "44.00", "44.00"]
+    assert values[1] == ["81.20", "-", "40.00", "30.00", "-", "-", "-", "44.00"]
+    assert values[2] == ["81.20", "51.00", "-", "-", "-", "-", "-", "-"]
+
+
+def test_a_clean_evaluation_has_one_figure() -> None:
+    assert rows(report([record(steps=0)]), "text")[0] == ["model", "SA"]
+    assert rows(report([record(steps=7), record(steps=7)]), "text")[0] == ["model", "SA", "PGD-7"]
+
+
+@styles
+def test_protocols_that_differ_are_marked_and_told(style: str) -> None:
+    table = report([record("a"), record("b", eps=4 / 255), record("c")], style)
+    assert [row[0] for row in rows(table, style)[1:]] == ["a [1]", "b [2]", "c [1]"]
+    told = [line for line in table.splitlines() if "in pixels of [0, 1]" in line]
+    assert len(told) == 2 and "[1] random, " in told[0] and "eps 8/255" in told[0]
+    assert "[2] random, " in told[1] and "eps 4/255" in told[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm": "L2"},
+        {"eps": 0.01},
+        {"step_size": 0.01},
+        {"steps": 10},
+        {"restarts": 2},
+        {"loss": "dlr"},
+        {"autoattack": "rand"},
+        {"seed": 1},
+        {"precision": "bfloat16"},
+        {"batch_size": 10, "autoattack": "standard"},
+        {"data": "other"},
+        {"data": {"name": "random", "split": "train", "images": 1000, "of": 10000, "selection": "class-balanced"}},
+        {"data": {"name": "random", "split": "test", "images": 1000, "of": 10000, "selection": "the first"}},
+        {"data": {"name": "random", "split": "test", "images": 1000, "of": 1000, "selection": "all"}},
+        {"model": {"name": "net", "attacked_at": (3, 64, 64), "enlarged_inside": False}},
+        {"model": {"name": "net", "attacked_at": (3, 32, 32), "enlarged_inside": True}},
+    ],
+)
+def test_whatever_makes_figures_incomparable_is_marked(changes: dict[str, Any]) -> None:
+    plain = record(autoattack="standard") if "batch_size" in changes else record()
+    assert [row[0] for row in rows(report([plain, plain | record(**changes)]), "text")[1:]] == ["net [1]", "net [2]"]
+
+
+def test_the_same_protocol_is_told_once_and_not_marked() -> None:
+    table = report([record("a"), record("b", accuracy={"standard": proportion(1, 2)}, batch_size=10, check_images=5)])
+    assert [row[0] for row in rows(table, "text")[1:]] == ["a", "b"] and table.count("in pixels of [0, 1]") == 1
+    assert (
+        "random, class-balanced 1,000 test images of 10,000, attacked at 32x32. Linf, eps 8/255 in pixels of [0, 1]; "
+        "PGD-20 on ce, step 2/255, 1 random start; seed 0, float32." in table.splitlines()
+    )
+
+
+@styles
+def test_no_format_leaves_a_warning_out(style: str) -> None:
+    said = ["gradients: no. zero or not finite on 3 of 30 images.", "Not checked for false robustness."]
+    table = report([record("a"), record("b", warnings=said)], style)
+    assert [row[0] for row in rows(table, style)[1:]] == ["a", "b (!)"]
+    marks = {"text": "WARNING  ", "markdown": "> **Warning.** ", "latex": "% WARNING "}
+    assert [line for line in table.splitlines() if line.startswith(marks[style])] == [f"{marks[style]}b: {w}" for w in said]
+    assert marks[style] not in report([record("a")], style)
+
+
+def test_special_characters_of_latex_are_escaped() -> None:
+    table = report([attacked("a_b & 50% #1 $x {y} ~z", warnings=["w"]), record("plain")], "latex", literature=True)
+    first = rows(table, "latex")[1][0]
+    assert first == r"a\_b \& 50\% \#1 \$x \{y\} \textasciitilde{}z [1] (!)"
+    assert "±" not in table.replace("% ", "").split(r"\toprule")[1]
+
+
+@styles
+def test_published_figures_stand_below_and_are_marked_as_quoted(style: str) -> None:
+    header, *body = rows(report([record(data="parquet:cifar10")], style, literature=True), style)
+    assert header == ["model", "SA", "PGD-20", "AA"] and body[0] == ["net", "81.20 ±2.4", "51.00 ±3.1", "-"]
+    assert len(body) == 1 + 7 * 3 and all(row[0].endswith(" (quoted)") for row in body[1:])
+    assert ["ACL, SLF, cifar10 (quoted)", "78.2", "-", "39.2"] in body
+    assert ["DynACL-AIR++, AFF, cifar10 (quoted)", "82.4", "-", "50.8"] in body
+
+
+def test_published_figures_fill_the_columns_of_autoattack() -> None:
+    table = rows(report([attacked(data="stl10")], literature=True), "text")
+    assert table[0][-1] == "AA" and table[1][-1] == "44.00 ±3.1"
+    assert ["RoCL, SLF, stl10 (quoted)", "78.2", *["-"] * 5, "26.5"] in table and len(table) == 2 + 5
+
+
+@styles
+def test_only_what_was_published_on_these_data_is_quoted(style: str) -> None:
+    assert "quoted" not in report([record(data="cifar10")], style)
+    other = report([record(data="digits")], style, literature=True)
+    assert "quoted" not in other and "No published figures are known for these data." in other
+    both = report([record(data="cifar100"), record(data="stl10")], style, literature=True)
+    assert {row[0].split(", ")[2] for row in rows(both, style)[3:]} == {"cifar100 (quoted)", "stl10 (quoted)"}
+    assert "Not measured here." in both and len(rows(both, style)) == 3 + 6 + 5 + 5
+
+
+def test_quoted_figures_are_those_of_the_table() -> None:
+    known = {
+        (q.method, q.data, q.protocol): (q.autoattack, q.standard) for d in ("cifar10", "cifar100", "stl10") for q in quoted(d)
+    }
+    assert len(known) == 21 + 6 + 5 + 5
+    assert known["ACL", "cifar10", "SLF"] == pytest.approx((0.392, 0.782))
+    assert known["AdvCL (ImageNet pseudo-labels)", "cifar100", "AFF"] == pytest.approx((0.253, 0.583))
+    assert known["DeACL", "cifar10", "ALF"] == pytest.approx((0.456, 0.794))
+    assert known["DynACL++", "stl10", "SLF"] == pytest.approx((0.472, 0.709))
+    assert ("RoCL", "cifar100", "AFF") not in known and ("DeACL", "cifar100", "SLF") not in known
+    assert all(robust < standard for robust, standard in known.values())
+    assert quoted("cifar") == quoted("digits") == []
+
+
+def test_what_cannot_be_reported_is_refused() -> None:
+    with pytest.raises(ValueError, match="The format is 'html', expected one of text, markdown, latex"):
+        report([record()], "html")
+    with pytest.raises(ValueError, match="nothing to report"):
+        report([])
+
+
+def test_a_page_holds_checks_pictures_and_how_it_was_made() -> None:
+    checks = [
+        {"name": "gradients", "passed": True, "detail": "zero on 0 of 9 images"},
+        {"name": "logits", "passed": False, "detail": "the outputs are probabilities"},
+    ]
+    full = record(
+        checks=checks,
+        warnings=["logits: no."],
+        corruptions={"set": "CIFAR-10-C", "mean": 0.4321},
+        command="advcl-hub evaluate net",
+    )
+    text = page(full, ["per_class.png", "curves.png"])
+    assert text.startswith("# net on random\n\n| model | SA | PGD-20 |\n") and "> **Warning.** net: logits: no." in text
+    assert "| gradients | yes | zero on 0 of 9 images |\n| logits | **no** | the outputs are probabilities |" in text
+    assert "![per_class.png](per_class.png)\n\n![curves.png](curves.png)" in text
+    assert "corruptions (CIFAR-10-C): 43.2 %." in text
+    assert "Made by `advcl-hub evaluate net` in 12 s on a processor." in text
+    bare = page(record(), [])
+    assert not any(word in bare for word in ("false robustness", "corruptions", "![", "Made by"))
+
+
+# ---- real evaluations ------------------------------------------------------------------------------------------------
+
+
+class GreyNet(nn.Sequential):
+    """One layer on (1, 8, 8)."""
+
+    def __init__(self, classes: int) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Flatten(), nn.Linear(64, classes))
+
+
+def grey(model: nn.Module, n: int) -> ImageData:
+    images = torch.randint(0, 256, (n, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with torch.no_grad():
+        logits = model(images / 255)
+    return ImageData(images, logits.argmax(1), torch.arange(n), tuple(map(str, range(logits.shape[1]))), "grey")
+
+
+def measured(
+    output: Path | None, model: nn.Module, data: ImageData, corruptions: str | None = None, **settings: Any
+) -> Evaluation:
+    protocol = Protocol(**{"eps": 0.01, "steps": 3, "check_images": 12, **settings})
+    return evaluate(model, data, protocol, corruptions=corruptions, output=output, progress=False, command=["evaluate", "it"])
+
+
+def assert_drawn(path: Path) -> None:
+    """A PNG that opens and shows something in its left and right half."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("L"), float)
+    half = pixels.shape[1] // 2
+    assert pixels.shape[0] >= 200 and half >= 150
+    assert min(pixels[:, :half].std(), pixels[:, half:].std()) > 5 and (pixels[0] > 250).all()
+
+
+ALWAYS = {"results.json", "images.csv", "report.md", "per_class.png"}
+ATTACKED = ALWAYS | {"curves.png", "examples.png"}
+
+
+@pytest.mark.parametrize(
+    ("classes", "channels", "settings", "files"),
+    [
+        (2, 3, {}, ATTACKED),
+        (10, 3, {"norm": "L2", "eps": 0.1}, ATTACKED),
+        (5, 1, {}, ATTACKED),
+        (10, 3, {"steps": 0}, ALWAYS),
+        (10, 3, {"check_images": 0}, ALWAYS),
+        (10, 3, {"corruptions": "generated", "check_images": 0}, ALWAYS | {"corruptions.png"}),
+    ],
+    ids=["2 classes", "l2", "grey", "no attack", "no checks", "corruptions"],
+)
+def test_a_folder_holds_what_was_measured_and_every_picture_shows_something(
+    tmp_path: Path, classes: int, channels: int, settings: dict[str, Any], files: set[str]
+) -> None:
+    model = TinyNet(classes) if channels == 3 else GreyNet(classes)
+    found = measured(tmp_path, model, labelled_by(model, 30, wrong=2) if channels == 3 else grey(model, 30), **settings)
+    assert {path.name for path in tmp_path.iterdir()} == files, "nothing unfinished may be left"
+    text = (tmp_path / "report.md").read_text()
+    for name in sorted(files):
+        if name.endswith(".png"):
+            assert_drawn(tmp_path / name)
+            assert f"![{name}]({name})" in text
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(found.record))
+    with (tmp_path / "images.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 30 and list(table[0]) == list(found.images)
+    assert [row["index"] for row in table] == [str(index) for index in found.images["index"]]
+    assert text == page(found.record, re.findall(r"!\[(.*?)\]", text)) and "Made by `evaluate it`" in text
+
+
+def test_of_many_classes_thirty_are_drawn(tmp_path: Path) -> None:
+    model = TinyNet(40)
+    data = labelled_by(model, 80)
+    measured(tmp_path, model, replace(data, labels=torch.arange(80) % 40))
+    assert_drawn(tmp_path / "per_class.png")
+    with Image.open(tmp_path / "per_class.png") as image:
+        assert 1800 < image.width < 2500  # 30 of them take 2,200 pixels
+
+
+def test_corruptions_are_measured_at_every_severity(tmp_path: Path) -> None:
+    model = TinyNet()
+    found = measured(tmp_path, model, labelled_by(model, 10), corruptions="generated", steps=0, check_images=0)
+    table = found.record["corruptions"]["by_severity"]
+    assert list(table) == list(CORRUPTIONS) and {len(row) for row in table.values()} == {5}
+    assert found.record["corruptions"]["mean"] == pytest.approx(np.mean(list(table.values()))) != 1
+    assert f"{100 * found.record['corruptions']['mean']:.1f} %" in (tmp_path / "report.md").read_text()
+
+
+def test_where_everything_is_wrong_there_are_no_examples(tmp_path: Path) -> None:
+    model = TinyNet()
+    measured(tmp_path, model, labelled_by(model, 10, wrong=10))
+    assert {path.name for path in tmp_path.iterdir()} == ATTACKED - {"examples.png"}
+
+
+@styles
+def test_real_evaluations_stand_side_by_side(style: str) -> None:
+    model = TinyNet()
+    data = labelled_by(model, 30, wrong=3)
+    first, second = measured(None, model, data, check_images=0), measured(None, model, data, check_images=0, steps=1)
+    table = report([first.record, second.record], style)
+    header, *body = rows(table, style)
+    assert header == ["model", "SA", "PGD"] and [row[0] for row in body] == ["TinyNet [1] (!)", "TinyNet [2] (!)"]
+    assert body[0][1] == "90.00 ±11.1" and body[0][2].startswith(f"{100 * (first.robust or 0):.2f} ±")
+    assert table.count("Not checked for false robustness") == 2 and "random, all 30 images, attacked at 8x8" in table
