@@ -23,6 +23,7 @@ from advcl_hub.files import make_readable, replacing, write_errors
 
 WEIGHTS = "model.safetensors"
 GOLDEN = "golden.safetensors"
+RESULTS = "results.json"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -78,7 +79,7 @@ def export_folder(
         _save_golden(load_folder(draft), draft / GOLDEN)
         sha256 = {name: file_sha256(draft / name) for name in (WEIGHTS, "config.json", GOLDEN)}
         record = {**results, "dtype": dtype, "sha256": sha256}
-        (draft / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+        (draft / RESULTS).write_text(json.dumps(record, indent=2) + "\n")
         if max_shard_size:
             (draft / WEIGHTS).unlink()
             huggingface_hub.save_torch_state_dict(state, draft, max_shard_size=max_shard_size)
@@ -105,7 +106,7 @@ def verify_folder(folder: str | Path) -> float:
         ValueError: a file is not the one that was exported, or the output differs by more than 1e-3.
     """
     folder = Path(folder)
-    for name in ("config.json", "results.json", WEIGHTS, GOLDEN):
+    for name in ("config.json", RESULTS, WEIGHTS, GOLDEN):
         if not (folder / name).is_file():
             hint = " Join its shards first: advcl_hub.export.join_shards." if (folder / _INDEX).exists() else ""
             raise FileNotFoundError(f"{folder} has no {name}: not a complete export.{hint}")
@@ -149,7 +150,7 @@ def join_shards(folder: str | Path) -> Path:
 
 def _recorded_sha256(folder: Path) -> dict[str, str]:
     try:
-        recorded = json.loads((folder / "results.json").read_text())["sha256"]
+        recorded = json.loads((folder / RESULTS).read_text())["sha256"]
         return {name: recorded[name] for name in (WEIGHTS, "config.json", GOLDEN)}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'results.json'} is damaged ({error!r}): copy it again.") from None
@@ -166,9 +167,9 @@ def _is_export(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
-    ours = {"config.json", "results.json", "README.md", GOLDEN, WEIGHTS, _INDEX}
+    ours = {"config.json", RESULTS, "README.md", GOLDEN, WEIGHTS, _INDEX}
     foreign = {name for name in names - ours if not re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
-    return not names or ("results.json" in names and not foreign)
+    return not names or (RESULTS in names and not foreign)
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:

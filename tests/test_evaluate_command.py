@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from advcl_hub.cli import main
 from advcl_hub.data import load_data
 from advcl_hub.export import export_folder
 from advcl_hub.models import resnet_cifar  # noqa: F401
+from tests.hub_server import serve_hub
 from train.probe import linear_probe
 
 ROOT = Path(__file__).parents[1]
@@ -224,6 +226,21 @@ def test_bad_input_is_one_clear_line_before_work_starts(
     result = run("evaluate", *(a.format(tmp=tmp_path, made=made, model=model) for a in arguments))
     assert message in result.output and "Traceback" not in result.output, result.output
     assert result.exit_code in (1, 2) and set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("revision", ["", "@main"])
+def test_a_model_of_the_hub_brings_its_provenance(model: Path, tmp_path: Path, revision: str) -> None:
+    shutil.copytree(model, tmp_path / "hub" / "org" / "probe")
+    with serve_hub(tmp_path / "hub") as address:
+        environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        arguments = ["hf-hub:org/probe" + revision, *DATA, "--steps", "0", "--output", str(tmp_path / "e")]
+        command = [sys.executable, "-m", "advcl_hub.cli", "evaluate", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "e" / "results.json").read_text())
+    assert record["model"]["provenance"]["provenance"]["pseudo_labels"] == {"encoder": "some_encoder"}
+    local = run("evaluate", model, *DATA, "--steps", "0", "--json", "--output", tmp_path / "f")
+    assert json.loads(local.output)["accuracy"] == record["accuracy"]
 
 
 def test_no_network_is_said(tmp_path: Path) -> None:

@@ -238,6 +238,19 @@ def test_small_images_are_attacked_at_their_own_size_and_enlarged_inside() -> No
     assert next(c for c in found.record["checks"] if c["name"] == "perturbations within eps")["passed"]
 
 
+def test_a_part_of_imagenet_is_judged_among_all_of_its_classes(tmp_path: Path) -> None:
+    for name in ("n01443537", "n03000684"):  # the model's classes 1 and 491
+        for number in range(2):
+            write(tmp_path / "test" / name / f"{number}.png", encode(pixels(24, 24)))
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 24, 24)}).eval()
+    with torch.no_grad():
+        model.get_classifier().bias[491] = 100  # type: ignore[operator, union-attr, index]
+    found = evaluate(model, f"folder:{tmp_path}", Protocol(steps=0))
+    assert found.images["label"] == [1, 1, 491, 491] and found.images["prediction"] == [491] * 4
+    assert found.standard == 0.5 and list(found.record["per_class"]) == ["n01443537", "n03000684"]
+
+
 @pytest.mark.parametrize("sizes", [[(20, 20)], [(9, 30), (24, 20)], [(8, 8)]])
 def test_large_or_uneven_images_are_brought_to_the_models_size(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
     for number, (height, width) in enumerate(sizes * 2):
@@ -265,7 +278,7 @@ def test_labels_follow_the_names_that_the_model_gives_its_classes() -> None:
 
 def test_models_and_data_that_do_not_fit_are_refused() -> None:
     data = labelled_by(TinyNet(), 10)
-    with pytest.raises(ValueError, match="tells 5 classes apart, random has 10"):
+    with pytest.raises(ValueError, match="tells 5 classes apart, random has 10, and their names differ"):
         evaluate(TinyNet(5), data)
     grey = replace(data, images=torch.zeros(10, 1, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match="takes 3 channels, the images of random have 1"):

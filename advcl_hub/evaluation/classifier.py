@@ -12,9 +12,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
-from advcl_hub.export import file_sha256, verify_folder
+from advcl_hub.export import RESULTS, WEIGHTS, file_sha256, verify_folder
 
 
 class PixelSpace(nn.Module):
@@ -58,7 +60,7 @@ class LoadedModel:
     Attributes:
         name: as the user gave it, without the folders that lead to a local one.
         model: in evaluation mode.
-        provenance: results.json of an exported folder, else None.
+        provenance: results.json of an exported folder or Hub repository, else None.
         file_sha256: of a local folder's model.safetensors, else None.
     """
 
@@ -87,20 +89,31 @@ def load_model(name: str | Path) -> LoadedModel:
     if not text.startswith("hf-hub:"):
         _check_name(text)
     try:
-        return LoadedModel(text, timm.create_model(text, pretrained=True).eval())
+        return LoadedModel(text, timm.create_model(text, pretrained=True).eval(), _hub_results(text))
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{text} cannot be opened: {_first_line(error)}") from error
     except Exception as error:  # the Hub client has its own errors for no network, no such repository and no permission
         raise OSError(f"{text} cannot be fetched from the Hub: {_first_line(error)}") from error
 
 
+def _hub_results(name: str) -> dict[str, Any] | None:
+    """results.json beside the weights of an `hf-hub:ORG/NAME[@REVISION]`."""
+    if not name.startswith("hf-hub:"):
+        return None
+    repository, _, revision = name.removeprefix("hf-hub:").partition("@")
+    try:
+        return json.loads(Path(hf_hub_download(repository, RESULTS, revision=revision or None)).read_text())
+    except (EntryNotFoundError, ValueError):
+        return None  # not an export of ours
+
+
 def _load_folder(folder: Path) -> LoadedModel:
     if not (folder / "config.json").is_file():
         what = "has no config.json: not a model folder" if folder.is_dir() else "is no folder"
-        raise FileNotFoundError(f"{folder} {what}; a folder that timm opens holds config.json and model.safetensors.")
-    weights, results = folder / "model.safetensors", folder / "results.json"
+        raise FileNotFoundError(f"{folder} {what}; a folder that timm opens holds config.json and {WEIGHTS}.")
+    weights, results = folder / WEIGHTS, folder / RESULTS
     if not weights.is_file():
-        raise FileNotFoundError(f"{folder} has no model.safetensors; pickled weights are not read.")
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS}; pickled weights are not read.")
     provenance = None
     if results.is_file():
         verify_folder(folder)

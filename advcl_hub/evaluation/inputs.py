@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from advcl_hub.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corruption_names, read_corrupted
@@ -49,13 +50,24 @@ def check_fits(model: nn.Module, data: ImageData) -> None:
             "The model is an encoder without a classifier. Fit a head first; for a run of ours: "
             "python -m train.export RUN --linear-head --output FOLDER."
         )
-    if classes is not None and classes != len(data.classes):
-        raise ValueError(f"The model tells {classes} classes apart, {data.name} has {len(data.classes)}.")
+    if classes not in (None, len(data.classes)) and not set(data.classes) <= set(class_names(model)):
+        raise ValueError(
+            f"The model tells {classes} classes apart, {data.name} has {len(data.classes)}, and their names differ."
+        )
     shape = input_size(model)
     if shape is not None and shape[0] != data.shape[0]:
         raise ValueError(f"The model takes {shape[0]} channels, the images of {data.name} have {data.shape[0]}.")
     if (data.labels < 0).any():
         raise ValueError(f"{data.name} has images without a label.")
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """The model's classes by name: those of its config, or the synsets (n01440764 ...) of an ImageNet; () if unknown."""
+    cfg = cast(dict[str, Any], getattr(model, "pretrained_cfg", None) or {})
+    if cfg.get("label_names"):
+        return tuple(cfg["label_names"])
+    subset = infer_imagenet_subset(model)
+    return tuple(ImageNetInfo(subset).label_names()) if subset else ()
 
 
 def enlarges(model: nn.Module, data: ImageData) -> bool:
@@ -65,24 +77,23 @@ def enlarges(model: nn.Module, data: ImageData) -> bool:
 
 
 def in_model_order(model: nn.Module, data: ImageData) -> ImageData:
-    """The data with labels and class names in the order in which the model names them, if it does.
+    """The data with labels and class names as the model has them, if its names are known; they may be more than the data's.
 
     Warns:
         UserWarning: the model names other classes than the data.
     """
-    cfg = cast(dict[str, Any], getattr(model, "pretrained_cfg", None) or {})
-    names = cfg.get("label_names")
-    if not names or list(names) == list(data.classes):
+    names = class_names(model)
+    if not names or names == data.classes:
         return data
-    if sorted(names) != sorted(data.classes):
+    if not set(data.classes) <= set(names):
         warnings.warn(
             f"The model's classes are {', '.join(names[:3])} ..., those of {data.name} {', '.join(data.classes[:3])} ...: "
             "their order is taken to be the same.",
             stacklevel=3,
         )
         return data
-    order = torch.tensor([list(names).index(name) for name in data.classes], device=data.labels.device)
-    return replace(data, labels=order[data.labels], classes=tuple(names))
+    order = torch.tensor([names.index(name) for name in data.classes], device=data.labels.device)
+    return replace(data, labels=order[data.labels], classes=names)
 
 
 class Corrupted:

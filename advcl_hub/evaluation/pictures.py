@@ -61,7 +61,7 @@ def save_curves(path: Path, record: Mapping[str, Any]) -> Path:
 def save_per_class(path: Path, record: Mapping[str, Any]) -> Path:
     """Clean and robust accuracy of every class; of many classes, the 30 with the lowest robust accuracy."""
     table, last = record["per_class"], "autoattack" if "autoattack" in record["accuracy"] else "worst_case"
-    names = [name for name, row in table.items() if row["images"]]
+    names = list(table)
     if len(names) > 30:
         names = sorted(names, key=lambda name: table[name][last] / table[name]["images"])[:30]
     columns = [key for key in _COLUMNS if key in record["accuracy"]]

@@ -58,6 +58,8 @@ class Protocol:
             raise ValueError(f"eps is {self.radius:g}, expected a distance of pixels in [0, 1]{hint}")
         if not 0 <= self.step < float("inf"):
             raise ValueError(f"step_size is {self.step:g}, expected 0 or more")
+        if self.autoattack and not self.radius:
+            raise ValueError("eps is 0: AutoAttack needs room to move")
         for name, least in (("steps", 0), ("restarts", 1), ("seed", 0), ("batch_size", 1), ("check_images", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")

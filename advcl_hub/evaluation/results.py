@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from advcl_hub.export import RESULTS
 from advcl_hub.files import replacing
 
 FORMAT = 1
-RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,12 @@ def proportion(correct: int, total: int) -> dict[str, Any]:
 def per_class(
     survives: Mapping[str, Sequence[bool]], labels: Sequence[int], classes: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """By class name: how many images, and by column how many of them are right."""
+    """By name of every class that has images: how many, and by column how many of them are right."""
     table: dict[str, dict[str, Any]] = {}
     for label, name in enumerate(classes):
         members = [i for i, given in enumerate(labels) if given == label]
-        table[name] = {"images": len(members)} | {key: sum(flags[i] for i in members) for key, flags in survives.items()}
+        if members:
+            table[name] = {"images": len(members)} | {key: sum(flags[i] for i in members) for key, flags in survives.items()}
     return table
 
 

@@ -78,15 +78,16 @@ def protocol_text(record: Mapping[str, Any]) -> str:
     images = f"{data['selection']} {data['images']:,} " + (f"{data['split']} images" if data["split"] else "images")
     if data["selection"] != "all":
         images += f" of {data['of']:,}"
-    attack = f"{p['norm']}, eps {pixels(p['eps'], p['norm'])} in pixels of [0, 1]"
-    if p["steps"]:
-        attack += f"; PGD-{p['steps']} on {p['loss']}, step {pixels(p['step_size'], p['norm'])}, {p['restarts']} random start"
-        attack += "s" if p["restarts"] > 1 else ""
+    attacks = []
+    if p["steps"] and p["eps"]:
+        starts = f"{p['restarts']} random start" + ("s" if p["restarts"] > 1 else "")
+        attacks.append(f"PGD-{p['steps']} on {p['loss']}, step {pixels(p['step_size'], p['norm'])}, {starts}")
     if p["autoattack"]:
-        attack += f"; AutoAttack {p['autoattack']}, batch {p['batch_size']}"
+        attacks.append(f"AutoAttack {p['autoattack']}, batch {p['batch_size']}")
+    budget = f"{p['norm']}, eps {pixels(p['eps'], p['norm'])} in pixels of [0, 1]; " if attacks else "not attacked"
     size = "x".join(map(str, model["attacked_at"][1:]))
     enlarged = " (the model enlarges them inside)" if model["enlarged_inside"] else ""
-    return f"{data['name']}, {images}, attacked at {size}{enlarged}. {attack}; seed {p['seed']}, {p['precision']}."
+    return f"{data['name']}, {images}, at {size}{enlarged}: {budget}{'; '.join(attacks)}; seed {p['seed']}, {p['precision']}."
 
 
 def _figure(found: Mapping[str, Any] | None) -> str:
