@@ -3,6 +3,7 @@
 Everything here is a pure function of a loss and images, so that training, probing and evaluation attack with the same code.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
@@ -51,10 +52,18 @@ def _noise(shape: torch.Size, eps: float, norm: Norm, key: Sequence[int]) -> Ten
 
 
 def ascend(adversarial: Tensor, gradient: Tensor, step_size: float, norm: Norm = "Linf") -> Tensor:
-    """The steepest ascent step of length `step_size`: along the sign of the gradient in l_inf, along the gradient in l2."""
+    """The steepest ascent step of length `step_size`: along the sign of the gradient in l_inf, along the gradient in l2.
+
+    Where the gradient is not a number there is no step: an attack that fails is not a model that breaks.
+    """
     if norm == "Linf":
         return adversarial + step_size * gradient.sign()
-    return adversarial + step_size * gradient / _lengths(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+    tiny = torch.finfo(gradient.dtype).tiny
+    gradient = gradient.nan_to_num(0.0)
+    gradient = gradient / gradient.abs().amax((-3, -2, -1), keepdim=True).clamp_min(
+        tiny
+    )  # else its square may be 0 or infinite
+    return adversarial + step_size * gradient / _lengths(gradient).clamp_min(tiny)
 
 
 def project(adversarial: Tensor, images: Tensor, eps: float, norm: Norm = "Linf") -> Tensor:
@@ -70,6 +79,11 @@ def distance(adversarial: Tensor, images: Tensor, norm: Norm = "Linf") -> Tensor
     """The norm (N,) of each perturbation; images are (N, C, H, W)."""
     delta = (adversarial - images).flatten(1)
     return delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
+
+
+def excess(adversarial: Tensor) -> Tensor:
+    """How far (N,) each image leaves [0, 1], 0 if it does not."""
+    return torch.maximum(-adversarial, adversarial - 1).clamp_min(0).flatten(1).amax(1)
 
 
 def _lengths(tensor: Tensor) -> Tensor:
@@ -95,15 +109,14 @@ def pgd(
         step_size: length of one step, in the same unit.
         steps: number of steps; 0 returns the start.
         norm: in which eps and step_size are measured.
-        start: where to start; by default uniform in the l_inf ball, clamped to [0, 1].
+        start: where to start; by default uniform in the l_inf ball, projected (`seeded_start` draws from the l2 ball).
 
     Returns:
         Perturbed images of the shape of `images`, detached. The mode of the model is the caller's: evaluation mode to measure
         robustness, training mode inside the AdvCL step.
     """
-    for iterate in iterates(loss, images, eps=eps, step_size=step_size, steps=steps, norm=norm, start=start):
-        adversarial = iterate
-    return adversarial.detach()
+    run = iterates(loss, images, eps=eps, step_size=step_size, steps=steps, norm=norm, start=start)
+    return deque(run, maxlen=1).pop()
 
 
 def iterates(
@@ -117,13 +130,14 @@ def iterates(
     start: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """The start of `pgd` and each of its `steps` iterates, detached."""
-    adversarial = project(uniform_start(images, eps), images, eps, norm) if start is None else start
+    images = images.detach()
+    adversarial = (project(uniform_start(images, eps), images, eps, norm) if start is None else start).detach()
     yield adversarial
     for _ in range(steps):
         with torch.enable_grad():
-            adversarial = adversarial.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(loss(adversarial), adversarial)
-        adversarial = project(ascend(adversarial.detach(), gradient, step_size, norm), images, eps, norm)
+            leaf = adversarial.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+        adversarial = project(ascend(adversarial, gradient, step_size, norm), images, eps, norm)
         yield adversarial
 
 

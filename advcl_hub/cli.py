@@ -1,17 +1,26 @@
-"""The command `advcl-hub`: reads the command line, calls the library, prints. What takes long to import is imported inside."""
+"""The command `advcl-hub`: reads the command line, calls the library, prints."""
 
 import functools
+import hashlib
 import json
 import logging
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import click
+
+import advcl_hub
+from advcl_hub.attacks import LOSSES, NORMS
+from advcl_hub.evaluation import Protocol, load_record, pixels, report
+from advcl_hub.evaluation.processes import Processes
+from advcl_hub.evaluation.protocol import AUTOATTACKS
 
 
 class _Length(click.ParamType):  # type: ignore[type-arg]  # generic in stubs only
@@ -35,13 +44,14 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def wrapped(*args: Any, **options: Any) -> None:
         logging.getLogger("timm").setLevel(logging.WARNING)
-        warnings.showwarning = lambda message, *rest: click.echo(f"warning: {message}", err=True)
         try:
-            function(*args, **options)
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *rest: click.echo(f"warning: {message}", err=True)
+                function(*args, **options)
         except (ValueError, OSError, ImportError) as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
-            click.echo("\nStopped. Nothing is lost: the same command goes on from here.", err=True)
+            click.echo("\nStopped. The same command goes on from the last finished batch.", err=True)
             sys.exit(130)
 
     return wrapped
@@ -60,18 +70,22 @@ def main() -> None:
 @click.option("--split", default="test", show_default=True, help="Split of the data set.")
 @click.option("--n", "--images", "n", type=int, help="So many images, class-balanced, everywhere the same.  [default: all]")
 @click.option("--first", is_flag=True, help="With --n: the first ones instead, as RobustBench does.")
-@click.option("--norm", type=click.Choice(["Linf", "L2"], case_sensitive=False), default="Linf", show_default=True)
+@click.option("--norm", type=click.Choice(NORMS, case_sensitive=False), default=Protocol.norm, show_default=True)
 @click.option("--eps", type=LENGTH, help="Radius in pixels of [0, 1], such as 8/255.  [default: 8/255, L2: 0.5]")
-@click.option("--steps", type=int, default=20, show_default=True, help="PGD steps.")
+@click.option("--steps", type=int, default=Protocol.steps, show_default=True, help="PGD steps; 0 leaves PGD out.")
 @click.option("--step-size", type=LENGTH, help="Length of a PGD step.  [default: eps / 4]")
-@click.option("--restarts", type=int, default=1, show_default=True, help="PGD runs that an image has to survive.")
-@click.option("--loss", type=click.Choice(["ce", "margin", "dlr"]), default="ce", show_default=True, help="What PGD raises.")
-@click.option("--autoattack", type=click.Choice(["standard", "rand"]), help="Run AutoAttack too (rand: for random models).")
+@click.option(
+    "--restarts", type=int, default=Protocol.restarts, show_default=True, help="PGD runs that an image has to survive."
+)
+@click.option("--loss", type=click.Choice(list(LOSSES)), default=Protocol.loss, show_default=True, help="What PGD raises.")
+@click.option("--autoattack", type=click.Choice(AUTOATTACKS), help="Run AutoAttack too (rand: for random models).")
 @click.option("--corruptions", help="A folder in the layout of CIFAR-10-C, or 'generated' for a small set of our own.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--batch-size", type=int, default=250, show_default=True, help="Halved until it fits the GPU.")
+@click.option("--seed", type=int, default=Protocol.seed, show_default=True)
+@click.option("--batch-size", type=int, default=Protocol.batch_size, show_default=True, help="Halved until it fits the GPU.")
 @click.option("--bf16", is_flag=True, help="Compute in bfloat16, for screening only: the result says so.")
-@click.option("--check-images", type=int, default=100, show_default=True, help="Images for checks and curves; 0: none.")
+@click.option(
+    "--check-images", type=int, default=Protocol.check_images, show_default=True, help="For checks and curves; 0: none."
+)
 @click.option("--device", help="Such as cpu or cuda:1.  [default: a GPU if there is one]")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the results.  [default: evaluations/MODEL/...]")
 @click.option("--json", "as_json", is_flag=True, help="Print results.json instead of a table.")
@@ -88,27 +102,22 @@ def evaluate(model: str, data: str, bf16: bool, as_json: bool, output: Path | No
       advcl-hub evaluate runs/resnet18/classifier --data cifar10 --root DATA
       advcl-hub evaluate resnet18.a1_in1k --data folder:imagenette --n 1000 --autoattack standard
     """
-    from advcl_hub.evaluation import Protocol, report
-    from advcl_hub.evaluation import evaluate as run
-    from advcl_hub.evaluation.processes import Processes, join
-
-    fields = ("norm", "eps", "steps", "step_size", "restarts", "loss", "autoattack", "seed", "batch_size", "check_images")
-    settings = {name: options.pop(name) for name in fields}
+    settings = {field.name: options.pop(field.name) for field in fields(Protocol) if field.name in options}
     protocol = Protocol(precision="bfloat16" if bf16 else "float32", **settings)
-    device = join(options.pop("device"))
-    output = output or Path("evaluations") / _slug(model) / _slug(_describe(data, protocol, options["n"], options["first"]))
-    result = run(model, data, protocol, output=output, device=device, command=["advcl-hub", *sys.argv[1:]], **options)
+    output = output or Path("evaluations", _slug(model), _describe(data, protocol, options))
+    command = shlex.join(["advcl-hub", *sys.argv[1:]])
+    result = advcl_hub.evaluate(model, data, protocol, output=output, command=command, **options)
     if Processes.current().rank == 0:
         click.echo(json.dumps(result.record, indent=2) if as_json else f"\n{report([result.record])}\n\nResults: {output}")
 
 
-def _describe(data: str, protocol: Any, n: int | None, first: bool) -> str:
-    from advcl_hub.evaluation import pixels
-
-    parts = [data, *([f"{'first' if first else 'n'}{n}"] if n else []), protocol.norm, pixels(protocol.radius, protocol.norm)]
-    parts += [f"pgd{protocol.steps}", *([f"aa-{protocol.autoattack}"] if protocol.autoattack else [])]
-    parts += ["bf16"] if protocol.precision != "float32" else []
-    return "-".join(parts)
+def _describe(data: str, protocol: Protocol, options: dict[str, Any]) -> str:
+    """A folder's name: what people ask first, and a few digits that differ with everything else."""
+    count = [f"first{options['n']}" if options["first"] else f"n{options['n']}"] if options["n"] else []
+    budget = f"{protocol.norm}-{pixels(protocol.radius, protocol.norm).replace('/', '-')}"
+    attacks = [f"pgd{protocol.steps}", *(["aa"] if protocol.autoattack else [])]
+    everything = repr((protocol, data, {key: str(value) for key, value in options.items() if key != "device"}))
+    return "-".join([_slug(data), *count, budget, *attacks, hashlib.sha256(everything.encode()).hexdigest()[:6]])
 
 
 def _slug(text: str) -> str:
@@ -129,8 +138,6 @@ def report_command(results: tuple[Path, ...], style: str, literature: bool, as_j
     Example:
       advcl-hub report evaluations/*/* --format latex --literature
     """
-    from advcl_hub.evaluation import load_record, report
-
     records = [load_record(path) for path in results]
     click.echo(json.dumps(records, indent=2) if as_json else report(records, style, literature=literature))
 

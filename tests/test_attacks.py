@@ -230,6 +230,7 @@ def test_an_image_without_gradient_stays_and_the_others_move(norm: Norm, dtype: 
     adversarial = pgd(lambda z: (used * z.square()).sum(), x, eps=EPS, step_size=STEP, steps=6, norm=norm, start=x)
     assert torch.equal(adversarial[1], x[1])
     assert distance(adversarial, x, norm)[[0, 2]].min() > 0.9 * EPS
+    assert torch.equal(pgd(lambda z: 0 * z.sum(), x, eps=EPS, step_size=STEP, steps=3, norm=norm, start=x), x)
 
 
 @both_norms

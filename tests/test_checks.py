@@ -8,20 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advcl_hub.attacks import iterates, pgd
+from advcl_hub.attacks import iterates
 from advcl_hub.data import ImageData
 from advcl_hub.evaluation import Evaluation, Protocol, autoattack, checks, evaluate, measure
 from tests.tiny_classifiers import TinyNet, labelled_by
 
 EPS = 0.008  # PGD breaks two thirds of the images that ClearNet gets right
 
-OF_THE_MODEL = ["inputs in [0, 1]", "deterministic", "evaluation mode", "logits"]
-OF_THE_ATTACK = [
-    "perturbations within eps",
+OF_THE_MODEL = ["deterministic", "evaluation mode", "logits"]
+OF_THE_BUDGET = ["perturbations within eps", "inputs in [0, 1]"]
+OF_PGD = [
     "gradients",
     "gradients lead uphill",
     "eps 0 equals clean",
     "robust is not above clean",
+    "a larger eps is not weaker",
     "very large eps leaves nothing",
     "more steps are not weaker",
     "enough steps",
@@ -53,16 +54,19 @@ class ClearNet(TinyNet):
         return self.after(self.layers(self.before(images)))
 
 
-class Downhill(torch.autograd.Function):
-    """The identity, with the sign of the gradient turned."""
+def with_gradient(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The identity, with another gradient."""
 
-    @staticmethod
-    def forward(ctx: Any, images: Tensor) -> Tensor:
-        return images.clone()
+    def before(images: Tensor) -> Tensor:
+        images = images.clone()
+        if images.requires_grad:
+            images.register_hook(change)
+        return images
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return -gradients[0]
+    return before
+
+
+downhill = with_gradient(torch.neg)
 
 
 def rounded(images: Tensor) -> Tensor:
@@ -121,13 +125,13 @@ def short_autoattack(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_honest_model_passes_every_check(changes: dict[str, Any]) -> None:
     found = measured(ClearNet(), **changes)
     assert found.robust is not None and 0 < found.robust < found.standard == 0.9
-    assert names(found) == OF_THE_MODEL + OF_THE_ATTACK and found.warnings == []
+    assert names(found) == OF_THE_MODEL + OF_THE_BUDGET + OF_PGD and found.warnings == []
 
 
 @pytest.mark.usefixtures("short_autoattack")
 def test_an_honest_model_passes_every_check_of_autoattack() -> None:
     found = measured(ClearNet(), autoattack="standard")
-    assert names(found) == OF_THE_MODEL + OF_THE_ATTACK + OF_AUTOATTACK
+    assert names(found) == OF_THE_MODEL + OF_THE_BUDGET + OF_PGD + OF_AUTOATTACK
     assert found.autoattack is not None and 0 < found.autoattack < 0.9 and found.warnings == []
 
 
@@ -146,7 +150,7 @@ def test_norms_that_treat_every_image_alone_are_in_evaluation_mode(norm: nn.Modu
     [
         (ClearNet(after=saturated), {"gradients", "gradients lead uphill", "other losses find little more"}),
         (ClearNet(rounded), {"gradients", "gradients lead uphill", "random noise is weaker than PGD"}),
-        (ClearNet(Downhill.apply), {"gradients lead uphill", "very large eps leaves nothing"}),
+        (ClearNet(downhill), {"gradients lead uphill", "robust is not above clean", "very large eps leaves nothing"}),
         (ClearNet(shattered), {"gradients lead uphill", "random noise is weaker than PGD"}),
     ],
     ids=["saturated softmax", "rounded input", "turned gradient", "shattered input"],
@@ -162,8 +166,12 @@ def test_masked_gradients_look_robust_under_pgd_and_are_caught(model: nn.Module,
 def test_zero_gradients_are_counted() -> None:
     assert detail(measured(ClearNet(after=saturated)), "gradients") == "zero or not finite on 27 of 27 images"
     assert detail(measured(ClearNet()), "gradients") == "zero or not finite on 0 of 27 images"
-    broken = measured(ClearNet(lambda images: images + 0 * (images - images.detach()).sqrt()))  # NaN backwards only
-    assert "gradients" in failed(broken) and broken.standard == 0.9
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0])
+def test_gradients_that_are_not_usable_are_seen(value: float) -> None:
+    found = measured(ClearNet(with_gradient(lambda gradient: torch.full_like(gradient, value))))
+    assert "gradients" in failed(found) and found.standard == 0.9
 
 
 @pytest.mark.usefixtures("short_autoattack")
@@ -175,11 +183,14 @@ def test_where_gradients_are_zero_the_black_box_attack_finds_something_new() -> 
 
 
 def test_a_moderately_large_scale_of_the_logits_is_seen_by_the_other_losses() -> None:
-    found = measured(ClearNet(after=lambda logits: 100 * logits))
-    assert "other losses find little more" in failed(found)
+    model = ClearNet(after=lambda logits: 100 * logits)
+    found = measured(model, eps=2 * EPS)
     losses = found.record["curves"]["losses"]
-    assert set(losses) == {"margin", "dlr"} and found.robust is not None and min(losses.values()) < found.robust - 0.2
-    assert "other losses find little more" not in failed(measured(ClearNet(after=lambda logits: 100 * logits), loss="margin"))
+    assert found.robust is not None and set(losses) == {"margin", "dlr"} and losses["margin"] != losses["dlr"]
+    best = min(losses, key=lambda name: losses[name])
+    said = f"{found.robust:.1%} under ce, {losses[best]:.1%} under {best} too"
+    assert "other losses find little more" in failed(found) and detail(found, "other losses find little more") == said
+    assert "other losses find little more" not in failed(measured(model, loss="margin"))
 
 
 # ---- attacks that are too weak ---------------------------------------------------------------------------------------
@@ -196,36 +207,54 @@ def test_steps_so_short_that_noise_does_better() -> None:
 
 
 def test_where_the_start_decides_more_restarts_find_more() -> None:
-    found = measured(ClearNet(rounded), eps=4 * EPS)  # no gradient: every restart is one more draw
-    curve = [accuracy for _, accuracy in found.record["curves"]["restarts"]]
-    assert len(curve) == 5 and curve == sorted(curve, reverse=True) and curve[0] == found.robust
-    assert "more restarts find little more" in failed(found)
+    one, three, five = (measured(ClearNet(rounded), eps=4 * EPS, restarts=r) for r in (1, 3, 5))  # each is one more draw
+    curve = one.record["curves"]["restarts"]
+    assert [restarts for restarts, _ in curve] == [1, 2, 3, 4, 5]
+    assert [curve[0][1], curve[2][1], curve[4][1]] == [one.robust, three.robust, five.robust]
+    assert curve[0][1] > curve[2][1] > curve[4][1] and "more restarts find little more" in failed(one)
+    assert [restarts for restarts, _ in three.record["curves"]["restarts"]] == [3, 4, 5, 6, 7]
+    assert three.record["curves"]["restarts"][2] == curve[4]
+    assert three.record["curves"]["eps"] == one.record["curves"]["eps"], "the other curves have one start each"
+
+
+def attack_with(monkeypatch: pytest.MonkeyPatch, changes: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    monkeypatch.setattr(measure, "iterates", lambda *args, **settings: iterates(*args, **{**settings, **changes(settings)}))
 
 
 def test_an_attack_that_leaves_the_ball_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "pgd", lambda *args, **kwargs: pgd(*args, **{**kwargs, "eps": kwargs["eps"] + EPS / 50}))
+    attack_with(monkeypatch, lambda settings: {"eps": settings["eps"] + EPS / 50})
     found = measured(ClearNet())
     assert "perturbations within eps" in failed(found)
     assert detail(found, "perturbations within eps") == f"largest {1.02 * EPS * 255:.3g}/255"
 
 
+def test_an_attack_that_makes_no_images_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "iterates", lambda *args, **settings: (x - 0.004 for x in iterates(*args, **settings)))
+    found = measured(ClearNet())
+    assert "inputs in [0, 1]" in failed(found)
+    assert detail(found, "inputs in [0, 1]") == "adversarial pixels leave [0, 1] by 0.004 at most"
+
+
 def test_an_attack_that_takes_no_heed_of_eps_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    fixed = {"eps": EPS, "step_size": EPS / 4, "steps": 10}
-    monkeypatch.setattr(measure, "pgd", lambda *args, **kwargs: pgd(*args, **{**kwargs, **fixed}))
+    attack_with(monkeypatch, lambda settings: {"eps": EPS, "step_size": EPS / 4, "start": None})
     found = measured(ClearNet())
     assert {"eps 0 equals clean", "very large eps leaves nothing"} <= failed(found)
-    assert detail(found, "eps 0 equals clean") == f"{found.robust:.1%} at eps 0, 90.0% clean"
+
+
+def test_an_attack_that_is_weaker_in_a_larger_ball_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    attack_with(monkeypatch, lambda settings: {"eps": EPS / 4} if settings["eps"] > EPS else {})
+    assert {"a larger eps is not weaker"} <= failed(measured(ClearNet()))
 
 
 def test_an_attack_that_loses_what_it_had_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "iterates", lambda *args, **kwargs: reversed(list(iterates(*args, **kwargs))))
+    monkeypatch.setattr(measure, "iterates", lambda *args, **settings: reversed(list(iterates(*args, **settings))))
     assert "more steps are not weaker" in failed(measured(ClearNet()))
 
 
 @pytest.mark.parametrize(("norm", "far"), [("Linf", "128/255"), ("L2", "6.93")])  # 0.5 for each of 192 pixels
 def test_half_of_the_range_is_a_very_large_eps(norm: Any, far: str) -> None:
-    found = measured(ClearNet(Downhill.apply), norm=norm)
-    assert detail(found, "very large eps leaves nothing") == f"90.0% at eps {far}, one answer for all gives 16.7%"
+    found = measured(ClearNet(downhill), norm=norm)
+    assert detail(found, "very large eps leaves nothing") == f"100.0% at eps {far}, one answer for all gives 16.7%"
 
 
 def test_images_of_one_class_make_no_large_eps_suspicious() -> None:
@@ -313,8 +342,9 @@ def test_images_that_see_each_other_are_no_evaluation_mode() -> None:
         (lambda logits: logits.softmax(1), True),
         (lambda logits: logits.log_softmax(1), False),
         (lambda logits: logits.sigmoid(), False),
+        (lambda logits: 0.1 + 0.05 * (logits - logits.mean(1, keepdim=True)), False),
     ],
-    ids=["softmax", "log-softmax", "sigmoid"],
+    ids=["softmax", "log-softmax", "sigmoid", "a sum of 1"],
 )
 def test_probabilities_are_no_logits(after: Callable[[Tensor], Tensor], caught: bool) -> None:
     assert ("logits" in failed(measured(ClearNet(after=after), steps=1))) == caught
@@ -324,7 +354,7 @@ def test_probabilities_are_no_logits(after: Callable[[Tensor], Tensor], caught: 
 
 
 def test_without_checks_the_report_says_so() -> None:
-    found = measured(ClearNet(Downhill.apply), check_images=0)
+    found = measured(ClearNet(downhill), check_images=0)
     assert found.warnings == ["Not checked for false robustness (check_images=0)."]
     assert found.record["checks"] == [] and "curves" not in found.record
 
@@ -343,7 +373,7 @@ def test_without_an_attack_there_is_nothing_robust_to_show(changes: dict[str, An
 
 
 def test_an_image_that_is_wrong_when_clean_is_not_attacked_and_stays_wrong() -> None:
-    model = ClearNet(Downhill.apply)  # under attack it gets better, so that wrong images would become right
+    model = ClearNet(downhill)  # under attack it gets better, so that wrong images would become right
     data = labelled_by(model, 20, wrong=4)
     attacked: list[int] = []
     model.register_forward_pre_hook(lambda module, inputs: attacked.append(len(inputs[0])) if inputs[0].requires_grad else None)
@@ -359,8 +389,15 @@ def test_the_curves_meet_the_figures_that_they_belong_to() -> None:
     curves, eps = found.record["curves"], dict(found.record["curves"]["eps"])
     assert curves["images"] == 30 and eps[0.0] == found.standard and eps[EPS] == found.robust
     assert dict(curves["steps"])[10] == found.robust == curves["restarts"][0][1]
-    assert list(eps) == [0.0, *(factor * EPS for factor in checks.CURVE_EPS)]
-    assert list(eps.values()) == sorted(eps.values(), reverse=True) and eps[4 * EPS] < found.robust < eps[EPS / 2]
+    assert list(eps) == [0.0, *(factor * EPS for factor in checks.CURVE_EPS), 0.5]
+    assert list(eps.values()) == sorted(eps.values(), reverse=True) and eps[2 * EPS] < found.robust < eps[EPS / 2]
+    assert eps[2 * EPS] == measured(ClearNet(), eps=2 * EPS, check_images=0).robust, "steps grow with eps"
+    assert dict(curves["steps"])[2] == measured(ClearNet(), steps=2, step_size=EPS / 4, check_images=0).robust
+
+
+def test_the_steps_go_far_beyond_those_of_the_protocol() -> None:
+    found = measured(ClearNet(), labelled_by(ClearNet(), 5), steps=30, eps=0.4)  # and four times eps is beyond 1
+    assert [count for count, _ in found.record["curves"]["steps"]] == [1, 2, 5, 10, 20, 30, 50, 100, 150]
 
 
 def test_the_checks_take_as_many_images_as_the_protocol_says() -> None:

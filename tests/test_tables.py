@@ -34,10 +34,11 @@ def record(name: str = "net", data: str = "random", **changes: Any) -> dict[str,
     if protocol.autoattack:
         accuracy["autoattack"] = proportion(440, 1000)
     return {
-        "model": {"name": name, "attacked_at": (3, 32, 32), "enlarged_inside": False},
+        "model": {"name": name, "attacked_at": (3, 32, 32), "fitted_inside": None},
         "data": {"name": data, "split": "test", "images": 1000, "of": 10000, "selection": "class-balanced"},
         "protocol": protocol.to_dict(),
         "accuracy": accuracy,
+        "batch_size": protocol.batch_size,
         "checks": [],
         "warnings": [],
         "command": None,
@@ -69,7 +70,7 @@ def rows(table: str, style: str) -> list[list[str]]:
     cells = [re.split(r"(?<!\\) & ", line.removesuffix(r" \\")) for line in body]
     assert lines[first - 1] == rf"\begin{{tabular}}{{l{'r' * (len(cells[0]) - 1)}}}" and lines[last + 1] == r"\end{tabular}"
     assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {len(cells[0]) - 1}
-    return [[cell.replace(r"$\pm$", "±") for cell in row] for row in cells]
+    return cells
 
 
 styles = pytest.mark.parametrize("style", FORMATS)
@@ -106,8 +107,11 @@ def test_the_ends_of_the_interval_are_just_not_rejected() -> None:
 
 
 @styles
-def test_figures_have_two_decimals_and_half_the_interval(style: str) -> None:
-    assert rows(report([record()], style), style) == [["model", "SA", "PGD-20"], ["net", "81.20 ±2.4", "51.00 ±3.1"]]
+def test_figures_have_two_decimals_and_their_interval(style: str) -> None:
+    assert rows(report([record()], style), style) == [
+        ["model", "SA", "PGD-20"],
+        ["net", "81.20 [78.7, 83.5]", "51.00 [47.9, 54.1]"],
+    ]
 
 
 @styles
@@ -115,14 +119,15 @@ def test_one_column_an_attack_and_a_dash_where_nothing_was_measured(style: str) 
     rand = attacked("rand", {"apgd-ce": 0.4, "apgd-dlr": 0.3}, autoattack="rand", steps=0)
     header, *body = rows(report([attacked(), rand, record("pgd only")], style), style)
     assert header == ["model", "SA", "PGD", "APGD-CE", "APGD-DLR", "APGD-T", "FAB-T", "Square", "AA"]
-    values = [[cell.split(" ±")[0] for cell in row[1:]] for row in body]
+    values = [[cell.split(" [")[0] for cell in row[1:]] for row in body]
     assert values[0] == ["81.20", "51.00", "50.00", "-", "45.00", "45.00", "44.00", "44.00"]
     assert values[1] == ["81.20", "-", "40.00", "30.00", "-", "-", "-", "44.00"]
     assert values[2] == ["81.20", "51.00", "-", "-", "-", "-", "-", "-"]
 
 
 def test_a_clean_evaluation_has_one_figure() -> None:
-    assert rows(report([record(steps=0)]), "text")[0] == ["model", "SA"]
+    clean = report([record(steps=0)])
+    assert rows(clean, "text")[0] == ["model", "SA"] and "at 32x32: not attacked; seed 0" in clean
     assert rows(report([record(steps=7), record(steps=7)]), "text")[0] == ["model", "SA", "PGD-7"]
 
 
@@ -147,25 +152,25 @@ def test_protocols_that_differ_are_marked_and_told(style: str) -> None:
         {"autoattack": "rand"},
         {"seed": 1},
         {"precision": "bfloat16"},
-        {"batch_size": 10, "autoattack": "standard"},
+        {"batch_size": 10},
         {"data": "other"},
         {"data": {"name": "random", "split": "train", "images": 1000, "of": 10000, "selection": "class-balanced"}},
         {"data": {"name": "random", "split": "test", "images": 1000, "of": 10000, "selection": "the first"}},
         {"data": {"name": "random", "split": "test", "images": 1000, "of": 1000, "selection": "all"}},
-        {"model": {"name": "net", "attacked_at": (3, 64, 64), "enlarged_inside": False}},
-        {"model": {"name": "net", "attacked_at": (3, 32, 32), "enlarged_inside": True}},
+        {"model": {"name": "net", "attacked_at": (3, 64, 64), "fitted_inside": None}},
+        {"model": {"name": "net", "attacked_at": (3, 32, 32), "fitted_inside": "enlarged"}},
     ],
 )
 def test_whatever_makes_figures_incomparable_is_marked(changes: dict[str, Any]) -> None:
-    plain = record(autoattack="standard") if "batch_size" in changes else record()
-    assert [row[0] for row in rows(report([plain, plain | record(**changes)]), "text")[1:]] == ["net [1]", "net [2]"]
+    two = [attacked(**given) for given in ({}, changes)]
+    assert [row[0] for row in rows(report(two), "text")[1:]] == ["net [1]", "net [2]"]
 
 
 def test_the_same_protocol_is_told_once_and_not_marked() -> None:
     table = report([record("a"), record("b", accuracy={"standard": proportion(1, 2)}, batch_size=10, check_images=5)])
     assert [row[0] for row in rows(table, "text")[1:]] == ["a", "b"] and table.count("in pixels of [0, 1]") == 1
     assert (
-        "random, class-balanced 1,000 test images of 10,000, attacked at 32x32. Linf, eps 8/255 in pixels of [0, 1]; "
+        "random, class-balanced 1,000 test images of 10,000, at 32x32: Linf, eps 8/255 in pixels of [0, 1]; "
         "PGD-20 on ce, step 2/255, 1 random start; seed 0, float32." in table.splitlines()
     )
 
@@ -184,13 +189,12 @@ def test_special_characters_of_latex_are_escaped() -> None:
     table = report([attacked("a_b & 50% #1 $x {y} ~z", warnings=["w"]), record("plain")], "latex", literature=True)
     first = rows(table, "latex")[1][0]
     assert first == r"a\_b \& 50\% \#1 \$x \{y\} \textasciitilde{}z [1] (!)"
-    assert "±" not in table.replace("% ", "").split(r"\toprule")[1]
 
 
 @styles
 def test_published_figures_stand_below_and_are_marked_as_quoted(style: str) -> None:
     header, *body = rows(report([record(data="parquet:cifar10")], style, literature=True), style)
-    assert header == ["model", "SA", "PGD-20", "AA"] and body[0] == ["net", "81.20 ±2.4", "51.00 ±3.1", "-"]
+    assert header == ["model", "SA", "PGD-20", "AA"] and body[0] == ["net", "81.20 [78.7, 83.5]", "51.00 [47.9, 54.1]", "-"]
     assert len(body) == 1 + 7 * 3 and all(row[0].endswith(" (quoted)") for row in body[1:])
     assert ["ACL, SLF, cifar10 (quoted)", "78.2", "-", "39.2"] in body
     assert ["DynACL-AIR++, AFF, cifar10 (quoted)", "82.4", "-", "50.8"] in body
@@ -198,7 +202,7 @@ def test_published_figures_stand_below_and_are_marked_as_quoted(style: str) -> N
 
 def test_published_figures_fill_the_columns_of_autoattack() -> None:
     table = rows(report([attacked(data="stl10")], literature=True), "text")
-    assert table[0][-1] == "AA" and table[1][-1] == "44.00 ±3.1"
+    assert table[0][-1] == "AA" and table[1][-1] == "44.00 [40.9, 47.1]"
     assert ["RoCL, SLF, stl10 (quoted)", "78.2", *["-"] * 5, "26.5"] in table and len(table) == 2 + 5
 
 
@@ -206,10 +210,24 @@ def test_published_figures_fill_the_columns_of_autoattack() -> None:
 def test_only_what_was_published_on_these_data_is_quoted(style: str) -> None:
     assert "quoted" not in report([record(data="cifar10")], style)
     other = report([record(data="digits")], style, literature=True)
-    assert "quoted" not in other and "No published figures are known for these data." in other
+    assert "quoted" not in other and "No published figures are known for this setting." in other
     both = report([record(data="cifar100"), record(data="stl10")], style, literature=True)
     assert {row[0].split(", ")[2] for row in rows(both, style)[3:]} == {"cifar100 (quoted)", "stl10 (quoted)"}
     assert "Not measured here." in both and len(rows(both, style)) == 3 + 6 + 5 + 5
+
+
+@pytest.mark.parametrize("changes", [{"norm": "L2"}, {"norm": "L2", "eps": 8 / 255}, {"eps": 4 / 255}])
+def test_figures_at_another_budget_are_not_quoted(changes: dict[str, Any]) -> None:
+    other = record(data="cifar10", **changes)
+    assert "(quoted)" not in report([other], literature=True)
+    assert report([other, record()], literature=True).count("(quoted)") == 0
+    assert report([other, record(data="cifar10")], literature=True).count("(quoted)") == 21
+
+
+def test_recompressed_images_are_told_where_figures_are_quoted() -> None:
+    assert "recompressed" in report([record(data="parquet:cifar10")], literature=True)
+    assert "recompressed" not in report([record(data="cifar10")], literature=True)
+    assert "recompressed" not in report([record(data="parquet:cifar10")])
 
 
 def test_quoted_figures_are_those_of_the_table() -> None:
@@ -241,7 +259,8 @@ def test_a_page_holds_checks_pictures_and_how_it_was_made() -> None:
     full = record(
         checks=checks,
         warnings=["logits: no."],
-        corruptions={"set": "CIFAR-10-C", "mean": 0.4321},
+        corrupted={"set": "CIFAR-10-C"},
+        corruptions={"mean": 0.4321},
         command="advcl-hub evaluate net",
     )
     text = page(full, ["per_class.png", "curves.png"])
@@ -276,7 +295,7 @@ def measured(
     output: Path | None, model: nn.Module, data: ImageData, corruptions: str | None = None, **settings: Any
 ) -> Evaluation:
     protocol = Protocol(**{"eps": 0.01, "steps": 3, "check_images": 12, **settings})
-    return evaluate(model, data, protocol, corruptions=corruptions, output=output, progress=False, command=["evaluate", "it"])
+    return evaluate(model, data, protocol, corruptions=corruptions, output=output, progress=False, command="evaluate it")
 
 
 def assert_drawn(path: Path) -> None:
@@ -300,8 +319,8 @@ ATTACKED = ALWAYS | {"curves.png", "examples.png"}
         (10, 3, {"norm": "L2", "eps": 0.1}, ATTACKED),
         (5, 1, {}, ATTACKED),
         (10, 3, {"steps": 0}, ALWAYS),
-        (10, 3, {"check_images": 0}, ALWAYS),
-        (10, 3, {"corruptions": "generated", "check_images": 0}, ALWAYS | {"corruptions.png"}),
+        (10, 3, {"check_images": 0}, ATTACKED - {"curves.png"}),
+        (10, 3, {"corruptions": "generated", "steps": 0}, ALWAYS | {"corruptions.png"}),
     ],
     ids=["2 classes", "l2", "grey", "no attack", "no checks", "corruptions"],
 )
@@ -356,5 +375,5 @@ def test_real_evaluations_stand_side_by_side(style: str) -> None:
     table = report([first.record, second.record], style)
     header, *body = rows(table, style)
     assert header == ["model", "SA", "PGD"] and [row[0] for row in body] == ["TinyNet [1] (!)", "TinyNet [2] (!)"]
-    assert body[0][1] == "90.00 ±11.1" and body[0][2].startswith(f"{100 * (first.robust or 0):.2f} ±")
-    assert table.count("Not checked for false robustness") == 2 and "random, all 30 images, attacked at 8x8" in table
+    assert body[0][1] == "90.00 [74.4, 96.5]" and body[0][2].startswith(f"{100 * (first.robust or 0):.2f} [")
+    assert table.count("Not checked for false robustness") == 2 and "random, all 30 images, at 8x8: " in table

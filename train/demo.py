@@ -8,7 +8,6 @@ import argparse
 import json
 import logging
 import sys
-from functools import partial
 from pathlib import Path
 
 import timm
@@ -51,12 +50,11 @@ def run_demo(output: Path, overrides: list[str], stop: StopRequest) -> dict[str,
     assert isinstance(shown.images, torch.Tensor)
     picture = save_adversarial_examples(
         output / "adversarial_examples.png",
-        {method: PixelSpace(model).eval() for method, model in models.items()},
+        {method: _attacked(model, shown, eps) for method, model in models.items()},
         shown.images / 255,
         shown.labels,
         shown.classes,
-        Protocol(eps=eps, steps=20),
-        partial(pgd_cross_entropy, eps=eps, step_size=eps / 4, steps=20),
+        Protocol(eps=eps),
     )
     folder = export_classifier(output / "classifier", models["AdvCL"], results["AdvCL"], recipe, test)
     log.info(
@@ -68,6 +66,12 @@ def run_demo(output: Path, overrides: list[str], stop: StopRequest) -> dict[str,
         folder,
     )
     return results
+
+
+def _attacked(model: nn.Module, data: ImageData, eps: float) -> tuple[nn.Module, torch.Tensor]:
+    assert isinstance(data.images, torch.Tensor)
+    classifier = PixelSpace(model).eval()
+    return classifier, pgd_cross_entropy(classifier, data.images / 255, data.labels, eps=eps, step_size=eps / 4, steps=20)
 
 
 def table(results: dict[str, Robustness]) -> str:

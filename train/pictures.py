@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from advcl_hub.evaluation.pictures import save_figure, show, side
@@ -18,7 +18,8 @@ def save_views(path: Path, rows: Mapping[str, Tensor], columns: int = 10) -> Pat
         columns: images shown.
     """
     count = min(columns, len(next(iter(rows.values()))))
-    figure, axes = plt.subplots(len(rows), count, figsize=(count + 2, len(rows)), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(count + 2, len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), count, squeeze=False)
     for row, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(row, images, strict=False):
             show(axis, image)

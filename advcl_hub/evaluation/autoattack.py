@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from advcl_hub.attacks import distance
+from advcl_hub.attacks import distance, excess
 from advcl_hub.evaluation.journal import Payload
 from advcl_hub.evaluation.measure import Measurement
 
@@ -49,13 +49,13 @@ def _least_classes(name: str) -> int:
     return {"apgd-t": 4, "apgd-dlr": 3}.get(name, 2)
 
 
-def run(measurement: Measurement, positions: list[int], classes: int) -> dict[str, Payload]:
+def run(measurement: Measurement, positions: list[int]) -> dict[str, Payload]:
     """Attacks the images at these positions (those that are right when clean); each attack takes those that survived before it.
 
     Returns:
-        By attack: `position`, `survives`, `prediction` on the adversarial image and its `distance` from the clean one.
+        By attack: `position`, `survives`, `prediction` on the adversarial image, and its `distance` and `excess` as in PGD.
     """
-    attack = build(measurement, classes)
+    attack = build(measurement, measurement.classes)
     results: dict[str, Payload] = {}
     for name in attack.attacks_to_run:
         cost = _COST[name] * (_EOT if measurement.protocol.autoattack == "rand" else 1)
@@ -85,6 +85,7 @@ def _attack(attack: "AutoAttack", name: str, images: Tensor, labels: Tensor) -> 
         "survives": (prediction == labels).tolist(),
         "prediction": prediction.tolist(),
         "distance": distance(adversarial, images, attack.norm).tolist(),
+        "excess": excess(adversarial).tolist(),
     }
 
 

@@ -13,8 +13,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor, nn
+from torchvision.transforms.functional import center_crop
 
 from advcl_hub.export import RESULTS, WEIGHTS, file_sha256, verify_folder
 
@@ -26,31 +27,38 @@ class PixelSpace(nn.Module):
 
     Args:
         model: a timm model.
-        resize: scale the images to the input size of the model's cfg, in its interpolation.
+        fit: bring the images to the input size of the model's cfg: smaller ones are enlarged (bilinear if the cfg says so, else
+            bicubic), of larger ones the centre is taken.
         precision: `float32`, or `bfloat16` to compute under autocast.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, *, resize: bool = False, precision: str = "float32") -> None:
+    def __init__(self, model: nn.Module, *, fit: bool = False, precision: str = "float32") -> None:
         super().__init__()
         cfg = getattr(model, "pretrained_cfg", None) or {}
         self.model = model
         for name, default in (("mean", 0.0), ("std", 1.0)):
             self.register_buffer(name, torch.tensor(cfg.get(name, default)).reshape(-1, 1, 1))
-        self.size = tuple(cfg["input_size"][-2:]) if resize else None
+        self.size = tuple(cfg["input_size"][-2:]) if fit and cfg.get("input_size") else None
         self.interpolation = "bilinear" if cfg.get("interpolation") == "bilinear" else "bicubic"
         self.precision = precision
 
     def forward(self, images: Tensor) -> Tensor:
         if self.size is not None and images.shape[-2:] != self.size:
-            images = F.interpolate(images, self.size, mode=self.interpolation, align_corners=False)
+            images = self.fit(images, self.size)
         images = (images - self.mean) / self.std
         if self.precision == "float32":
             return self.model(images)
         with torch.autocast(images.device.type, torch.bfloat16):
             return self.model(images).float()
+
+    def fit(self, images: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Images of the model's size (H, W)."""
+        if images.shape[-2] < size[0] or images.shape[-1] < size[1]:
+            return F.interpolate(images, size, mode=self.interpolation, align_corners=False)
+        return center_crop(images, list(size))
 
 
 @dataclass(frozen=True)
@@ -82,18 +90,18 @@ def load_model(name: str | Path) -> LoadedModel:
     """
     text = str(name)
     local = text.removeprefix("local-dir:")
-    if local != text or Path(text).is_dir() or isinstance(name, Path):
+    if local != text or isinstance(name, Path) or (Path(text) / "config.json").is_file():
         return _load_folder(Path(local))
-    if text.startswith(("./", "../", "/", "~")):
-        raise FileNotFoundError(f"{text} is no folder.")
+    if text.startswith(("./", "../", "/", "~")) or (Path(text).is_dir() and not timm.is_model(text)):
+        return _load_folder(Path(text).expanduser())
     if not text.startswith("hf-hub:"):
         _check_name(text)
     try:
         return LoadedModel(text, timm.create_model(text, pretrained=True).eval(), _hub_results(text))
+    except (OSError, EntryNotFoundError, HfHubHTTPError) as error:
+        raise OSError(f"{text} cannot be fetched from the Hub: {_first_line(error)}") from error
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{text} cannot be opened: {_first_line(error)}") from error
-    except Exception as error:  # the Hub client has its own errors for no network, no such repository and no permission
-        raise OSError(f"{text} cannot be fetched from the Hub: {_first_line(error)}") from error
 
 
 def _hub_results(name: str) -> dict[str, Any] | None:
@@ -157,21 +165,51 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter gradients, convolutions in true float32 by one fixed algorithm; all restored afterwards.
+def borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model on `device` in evaluation mode, without parameter gradients, computing in true float32 by fixed algorithms.
 
-    FAB calls backward(), which would otherwise compute and keep the gradient of every weight.
+    Afterwards the model is where and as it was, and so are the global random state and the backends' settings. (FAB calls
+    backward(), which would otherwise compute and keep the gradient of every weight.)
     """
+    tensors = [*model.parameters(), *model.buffers()]
+    home = tensors[0].device if tensors else device
     modes = {module: module.training for module in model.modules()}
     wanted = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []), _exact_backends(cuda):
+        try:
+            model.to(device).eval()
+            for parameter in wanted:
+                parameter.requires_grad_(False)
             yield
+        finally:
+            model.to(home)
+            for parameter in wanted:
+                parameter.requires_grad_(True)
+            for module, training in modes.items():
+                module.training = training
+
+
+@contextmanager
+def _exact_backends(cuda: bool) -> Iterator[None]:
+    """No TensorFloat-32, and on a GPU deterministic kernels wherever there are any (torch warns where there are none)."""
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    settings: list[tuple[Any, str, Any]]
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9; it refuses to mix these with the older allow_tf32
+        settings = [(cudnn.conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
+    else:
+        settings = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+    settings += [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
+    earlier = [(module, name, getattr(module, name)) for module, name, _ in settings]
+    strict, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        for module, name, value in settings:
+            setattr(module, name, value)
+        if cuda and not strict:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
     finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        for module, training in modes.items():
-            module.training = training
+        for module, name, value in earlier:
+            setattr(module, name, value)
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)

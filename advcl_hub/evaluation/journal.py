@@ -2,12 +2,18 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from advcl_hub.evaluation.processes import Processes
 from advcl_hub.files import check_writable, write_errors
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 Payload = dict[str, list[Any]]
 
@@ -24,7 +30,7 @@ class Journal:
         processes: who shares the work.
 
     Raises:
-        ValueError: the folder holds an unfinished evaluation of something else.
+        ValueError: the folder holds an unfinished evaluation of something else, or another process is at work in it.
         OSError: the folder cannot be written.
     """
 
@@ -44,6 +50,7 @@ class Journal:
         with write_errors(path):
             self._cut_torn_line(path)
             self.file = path.open("a")
+            _lock(self.file)
             if not self.file.tell():
                 self._append({"header": header})
 
@@ -91,12 +98,26 @@ class Journal:
         """Time spent on all units by all processes, in this run and before it was cut off."""
         return self.earlier_seconds + sum(self.processes.gather(self.seconds))
 
+    def close(self) -> None:
+        """Closes this process's file; what it holds stays."""
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
     def remove(self) -> None:
         """Deletes the files: the results are stored elsewhere now."""
-        if self.file is not None and self.folder is not None:
-            self.file.close()
-            self.processes.wait()  # an open file cannot be removed everywhere
-            if self.processes.rank == 0:
-                for path in self.folder.glob("*.jsonl"):
-                    path.unlink()
-                self.folder.rmdir()
+        self.close()
+        self.processes.wait()  # an open file cannot be removed everywhere
+        if self.folder is not None and self.processes.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _lock(file: TextIO) -> None:
+    """Keeps a second process that was started by mistake from writing the same file; the lock goes with the process."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        folder = Path(file.name).parent.parent
+        raise ValueError(f"Another process is evaluating into {folder}: wait for it, or choose another --output.") from None

@@ -2,13 +2,15 @@
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from advcl_hub.attacks import LOSSES, Norm, distance, iterates, pgd, seeded_start
+from advcl_hub.attacks import LOSSES, Norm, distance, excess, iterates, pgd, seeded_start
 from advcl_hub.data import ImageData, batches
 from advcl_hub.evaluation.journal import Journal, Payload
 from advcl_hub.evaluation.protocol import Protocol
@@ -57,13 +59,15 @@ class Measurement:
         missing = [unit for unit in chunks if unit not in self.journal.units]
         mine = missing[self.journal.processes.rank :: self.journal.processes.count]
         self.meter.begin(stage, sum(len(chunks[unit]) for unit in mine) * cost)
+        done = 0
         for unit in mine:
             torch.manual_seed(self.protocol.seed)  # a unit's numbers depend on nothing that was done before it
             started = time.monotonic()
             images, labels = self.load(chunks[unit])
             payload = work(images, labels, [self.indices[p] for p in chunks[unit]])
             self.journal.write(unit, payload, time.monotonic() - started)
-            self.meter.reach(sum(len(chunks[u]) for u in mine[: mine.index(unit) + 1]) * cost)
+            done += len(chunks[unit]) * cost
+            self.meter.reach(done)
         self.journal.exchange(missing)
         results: Payload = {}
         for unit in chunks:
@@ -71,11 +75,21 @@ class Measurement:
                 results.setdefault(key, []).extend(values)
         return results
 
+    def knows(self, stage: str) -> bool:
+        """Whether the whole stage is in the journal, so that nothing has to be loaded for it."""
+        count = -(-len(self.data) // self.protocol.batch_size)
+        return all(f"{stage}/{i}" in self.journal.units for i in range(count))
+
     def load(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) in [0, 1] and labels (B,), on the device."""
         order = torch.tensor(positions)
         ((images, rows),) = batches(self.data, len(positions), device=self.device, order=order)
         return images / 255, self.labels[rows]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes that the model tells apart."""
+        return len(self.data.classes)
 
     def on(self, data: ImageData) -> "Measurement":
         """The same with other images, one for each of these and of the same label."""
@@ -93,37 +107,70 @@ class Measurement:
 
         return self.measure(stage, list(range(len(self.data))), work, cost=1)
 
-    def pgd(self, stage: str, positions: list[int], protocol: Protocol) -> Payload:
-        """PGD on the images at these positions: the `restart` (from 0) that first broke each, or -1 if none did; the
-        `prediction` then, or of the last restart; and the `distance` of that image from the clean one."""
+    def pgd(self, stage: str, positions: list[int], protocol: Protocol, first: int = 0) -> Payload:
+        """PGD from the random starts `first` to `protocol.restarts` - 1, on the images at these positions.
+
+        Returns:
+            `restart`: the start that first broke an image, -1 if none did; the `prediction` then, or of the last start; and of
+            that adversarial image the `distance` from the clean one and the `excess` over [0, 1].
+        """
 
         def work(images: Tensor, labels: Tensor, indices: list[int]) -> Payload:
-            return _pgd(self.classifier, images, labels, indices, protocol)
+            return self._pgd(images, labels, indices, protocol, first)
 
-        return self.measure(stage, positions, work, cost=protocol.restarts * (3 * protocol.steps + 1))
+        return self.measure(stage, positions, work, cost=(protocol.restarts - first) * (3 * protocol.steps + 1))
+
+    def _pgd(self, images: Tensor, labels: Tensor, indices: list[int], protocol: Protocol, first: int) -> Payload:
+        broken_by, prediction = torch.full_like(labels, -1), torch.empty_like(labels)
+        far, beyond = images.new_zeros(len(images)), images.new_zeros(len(images))
+        for restart in range(first, protocol.restarts):
+            left = (broken_by < 0).nonzero()[:, 0]
+            if not len(left):
+                break
+            x, y = images[left], labels[left]
+            adversarial = self.adversarial(x, y, [indices[i] for i in left.tolist()], protocol, restart)
+            with torch.no_grad():
+                found = self.classifier(adversarial).argmax(1)
+            prediction[left], broken_by[left[found != y]] = found, restart
+            far[left], beyond[left] = distance(adversarial, x, protocol.norm), excess(adversarial)
+        return {
+            "restart": broken_by.tolist(),
+            "prediction": prediction.tolist(),
+            "distance": far.tolist(),
+            "excess": beyond.tolist(),
+        }
 
     def pgd_by_steps(self, stage: str, positions: list[int], protocol: Protocol, counts: Sequence[int]) -> Payload:
-        """One PGD run of max(counts) steps: for each count c, `c` says whether the image survives that many steps."""
+        """One PGD run of max(counts) steps: for each count c, `c` says whether the image is right after so many steps."""
 
         def work(images: Tensor, labels: Tensor, indices: list[int]) -> Payload:
             found: Payload = {}
-            for step, adversarial in enumerate(
-                iterates(
-                    loss_of(self.classifier, labels, protocol.loss),
-                    images,
-                    eps=protocol.radius,
-                    step_size=protocol.step,
-                    steps=max(counts),
-                    norm=protocol.norm,
-                    start=start_of(images, indices, protocol, restart=0),
-                )
-            ):
+            for step, adversarial in enumerate(self.iterates(images, labels, indices, replace(protocol, steps=max(counts)), 0)):
                 if step in counts:
                     with torch.no_grad():
                         found[str(step)] = (self.classifier(adversarial).argmax(1) == labels).tolist()
             return found
 
         return self.measure(stage, positions, work, cost=3 * max(counts) + len(counts))
+
+    def adversarial(self, images: Tensor, labels: Tensor, indices: Sequence[int], protocol: Protocol, restart: int) -> Tensor:
+        """The last of `iterates`."""
+        return deque(self.iterates(images, labels, indices, protocol, restart), maxlen=1).pop()
+
+    def iterates(
+        self, images: Tensor, labels: Tensor, indices: Sequence[int], protocol: Protocol, restart: int
+    ) -> Iterator[Tensor]:
+        """The protocol's PGD on images (B, C, H, W) with these labels and indices: its random start, then every iterate."""
+        keys = [(protocol.seed, restart, index) for index in indices]
+        return iterates(
+            loss_of(self.classifier, labels, protocol.loss),
+            images,
+            eps=protocol.radius,
+            step_size=protocol.step,
+            steps=protocol.steps,
+            norm=protocol.norm,
+            start=seeded_start(images, protocol.radius, protocol.norm, keys),
+        )
 
 
 def pgd_cross_entropy(
@@ -142,39 +189,9 @@ def pgd_cross_entropy(
     return pgd(loss, images, eps=eps, step_size=step_size, steps=steps, norm=norm, start=start)
 
 
-def _pgd(classifier: nn.Module, images: Tensor, labels: Tensor, indices: list[int], protocol: Protocol) -> Payload:
-    broken_by = torch.full_like(labels, -1)
-    prediction, far = torch.empty_like(labels), images.new_zeros(len(images))
-    for restart in range(protocol.restarts):
-        left = (broken_by < 0).nonzero()[:, 0]
-        if not len(left):
-            break
-        x, y = images[left], labels[left]
-        adversarial = pgd(
-            loss_of(classifier, y, protocol.loss),
-            x,
-            eps=protocol.radius,
-            step_size=protocol.step,
-            steps=protocol.steps,
-            norm=protocol.norm,
-            start=start_of(x, [indices[i] for i in left.tolist()], protocol, restart),
-        )
-        with torch.no_grad():
-            found = classifier(adversarial).argmax(1)
-        prediction[left], far[left] = found, distance(adversarial, x, protocol.norm)
-        broken_by[left[found != y]] = restart
-    return {"restart": broken_by.tolist(), "prediction": prediction.tolist(), "distance": far.tolist()}
-
-
 def loss_of(classifier: nn.Module, labels: Tensor, name: str) -> Callable[[Tensor], Tensor]:
     """A loss of `attacks.LOSSES` as `pgd` wants it: a function of images alone, summed over them."""
     return lambda x: LOSSES[name](classifier(x), labels).sum()
-
-
-def start_of(images: Tensor, indices: list[int], protocol: Protocol, restart: int) -> Tensor:
-    """The random starts that the protocol's seed gives to images with these indices."""
-    keys = [(protocol.seed, restart, index) for index in indices]
-    return seeded_start(images, protocol.radius, protocol.norm, keys)
 
 
 class _Meter:

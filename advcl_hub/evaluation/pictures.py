@@ -1,21 +1,17 @@
 """Pictures of an evaluation: accuracy over eps and steps, per class and corruption; adversarial examples with predictions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from advcl_hub.attacks import pgd
-from advcl_hub.evaluation.measure import Measurement, loss_of, start_of
+from advcl_hub.evaluation.measure import Measurement
 from advcl_hub.evaluation.protocol import Protocol, pixels
 from advcl_hub.evaluation.results import Evaluation
 from advcl_hub.files import replacing
@@ -26,24 +22,26 @@ _EXAMPLES = 8
 _CANDIDATES = 64
 
 
-def save_all(folder: Path, evaluation: Evaluation, measurement: Measurement) -> list[Path]:
-    """All pictures that the evaluation has figures for."""
+def save_all(folder: Path, evaluation: Evaluation, measurement: Measurement, drawn: list[Path]) -> None:
+    """All pictures that the evaluation has figures for; their paths are added to `drawn` one by one."""
     record = evaluation.record
-    saved = [save_per_class(folder / "per_class.png", record)]
+    drawn.append(save_per_class(folder / "per_class.png", record))
     if "curves" in record:
-        saved.append(save_curves(folder / "curves.png", record))
-        saved += save_examples(folder / "examples.png", evaluation, measurement)
+        drawn.append(save_curves(folder / "curves.png", record))
+    if "pgd" in record["accuracy"]:
+        drawn += save_examples(folder / "examples.png", evaluation, measurement)
     if "corruptions" in record:
-        saved.append(save_corruptions(folder / "corruptions.png", record))
-    return saved
+        drawn.append(save_corruptions(folder / "corruptions.png", record))
 
 
 def save_curves(path: Path, record: Mapping[str, Any]) -> Path:
     """Accuracy on the images of the checks over eps and over the number of steps."""
     curves, protocol, n = record["curves"], record["protocol"], record["curves"]["images"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
     scale, unit = (255, "eps (of 255)") if protocol["norm"] == "Linf" else (1, "eps")
-    left.plot([eps * scale for eps, _ in curves["eps"]], [100 * a for _, a in curves["eps"]], "o-", color=_COLOURS["pgd"])
+    shown = curves["eps"][:-1]  # the last one is the very large eps of the checks
+    left.plot([eps * scale for eps, _ in shown], [100 * a for _, a in shown], "o-", color=_COLOURS["pgd"])
     left.axvline(protocol["eps"] * scale, color="grey", linewidth=1, linestyle="--")
     left.set(xlabel=f"{unit}, {protocol['norm']}", ylabel="accuracy (%)", title=f"PGD-{protocol['steps']}", ylim=(-2, 102))
     clean = curves["eps"][0][1]
@@ -65,7 +63,8 @@ def save_per_class(path: Path, record: Mapping[str, Any]) -> Path:
     if len(names) > 30:
         names = sorted(names, key=lambda name: table[name][last] / table[name]["images"])[:30]
     columns = [key for key in _COLUMNS if key in record["accuracy"]]
-    figure, axis = plt.subplots(figsize=(max(6, 0.6 * len(names) + 2), 3.4), layout="constrained")
+    figure = Figure(figsize=(max(6, 0.6 * len(names) + 2), 3.4), layout="constrained")
+    axis = figure.subplots()
     width = 0.8 / len(columns)
     for i, key in enumerate(columns):
         heights = [100 * table[name][key] / table[name]["images"] for name in names]
@@ -85,106 +84,86 @@ def save_corruptions(path: Path, record: Mapping[str, Any]) -> Path:
     """Accuracy by corruption and severity, as a table of colours."""
     found = record["corruptions"]
     names, values = list(found["by_severity"]), 100 * np.array(list(found["by_severity"].values()))
-    figure, axis = plt.subplots(figsize=(5.5, 0.4 * len(names) + 1.4), layout="constrained")
+    figure = Figure(figsize=(5.5, 0.4 * len(names) + 1.4), layout="constrained")
+    axis = figure.subplots()
     axis.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9)
     axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axis.set_xticks(range(values.shape[1]), [str(severity + 1) for severity in range(values.shape[1])])
     axis.set(xlabel="severity")
-    axis.set_title(f"accuracy (%), mean {100 * found['mean']:.1f}\n{found['set']}", fontsize=10)
+    axis.set_title(f"accuracy (%), mean {100 * found['mean']:.1f}\n{record['corrupted']['set']}", fontsize=10)
     return save_figure(figure, path)
 
 
 def save_examples(path: Path, evaluation: Evaluation, measurement: Measurement) -> list[Path]:
-    """The images that PGD turned into something else with the most confidence, one of every class while there are such."""
+    """Of up to 64 images that PGD broke, those that are taken for something else with the most confidence, of different classes
+    while there are such. Images that it could not break stand in where there are none."""
     protocol = measurement.protocol
+    labels = evaluation.images["label"]
     right = [p for p, correct in enumerate(evaluation.images["standard"]) if correct]
     broken = [p for p in right if not evaluation.images["pgd"][p]]
-    candidates = (broken or right)[:_CANDIDATES]
+    candidates = _one_a_class(broken or right, labels)[: min(_CANDIDATES, protocol.batch_size)]
     if not candidates:
         return []
-    images, labels = measurement.load(candidates)
+    images, truth = measurement.load(candidates)
     indices = [measurement.indices[p] for p in candidates]
-
-    def attack(classifier: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return pgd(
-            loss_of(classifier, y, protocol.loss),
-            x,
-            eps=protocol.radius,
-            step_size=protocol.step,
-            steps=protocol.steps,
-            norm=protocol.norm,
-            start=start_of(x, indices, protocol, restart=0),
-        )
-
-    adversarial = attack(measurement.classifier, images, labels)
+    adversarial = measurement.adversarial(images, truth, indices, protocol, restart=0)
     with torch.no_grad():
         probability, wrong = measurement.classifier(adversarial).softmax(1).max(1)
-    order = (probability + (wrong != labels).float()).argsort(descending=True).tolist()
-    chosen = _one_a_class(order, labels.tolist())[:_EXAMPLES]
-    save_adversarial_examples(
-        path,
-        {"": measurement.classifier},
-        images[chosen],
-        labels[chosen],
-        measurement.data.classes,
-        protocol,
-        lambda classifier, x, y: adversarial[chosen],
-    )
+    order = (probability + (wrong != truth).float()).argsort(descending=True).tolist()
+    chosen = _one_a_class(order, truth.tolist())[:_EXAMPLES]
+    classifiers = {"": (measurement.classifier, adversarial[chosen])}
+    save_adversarial_examples(path, classifiers, images[chosen], truth[chosen], measurement.data.classes, protocol)
     return [path]
 
 
 def _one_a_class(order: Sequence[int], labels: Sequence[int]) -> list[int]:
-    """`order` with the first of every class in front."""
-    first: dict[int, int] = {}
+    """`order` with the first of every class in front, then the second of every class, and so on."""
+    queues: dict[int, list[int]] = {}
     for position in order:
-        first.setdefault(labels[position], position)
-    return [*first.values(), *(p for p in order if p not in first.values())]
+        queues.setdefault(labels[position], []).append(position)
+    return [position for turn in zip_longest(*queues.values()) for position in turn if position is not None]
 
 
 def save_adversarial_examples(
     path: Path,
-    classifiers: Mapping[str, nn.Module],
+    classifiers: Mapping[str, tuple[nn.Module, Tensor]],
     images: Tensor,
     labels: Tensor,
     classes: Sequence[str],
     protocol: Protocol,
-    attack: Callable[[nn.Module, Tensor, Tensor], Tensor],
 ) -> Path:
     """For each classifier: the perturbations (magnified to full range) and the perturbed images, with predictions.
 
     Args:
         path: PNG file.
-        classifiers: name -> function from images in [0, 1] to logits.
+        classifiers: by name a function from images in [0, 1] to logits, and the adversarial images (N, C, H, W) for it.
         images: float (N, C, H, W) in [0, 1]; labels: int64 (N,); classes: names.
         protocol: for the title.
-        attack: takes a classifier, images and labels, and returns adversarial images.
     """
-    truth = labels.tolist()
-    count, height = len(images), 1 + 2 * len(classifiers)
-    figure, axes = plt.subplots(height, count, figsize=(1.25 * count + 2, 1.5 * height), squeeze=False, layout="constrained")
-    for j, classifier in enumerate(classifiers.values()):
-        clean_probability, clean = _predict(classifier, images)
-        for i in range(count if j == 0 else 0):
-            told = "" if len(classifiers) > 1 else f"\n{classes[clean[i]]} {clean_probability[i]:.0%}"
-            show(axes[0, i], images[i], classes[truth[i]] + told)
-    side(axes[0, 0], "image" if len(classifiers) > 1 else "image,\nclass and\nprediction")
-    factor = 1.0
-    for j, (name, classifier) in enumerate(classifiers.items()):
-        adversarial = attack(classifier, images, labels)
+    several, truth, count = len(classifiers) > 1, labels.tolist(), len(images)
+    height = 1 + 2 * len(classifiers)
+    figure = Figure(figsize=(1.25 * count + 2, 1.5 * height), layout="constrained")
+    axes = figure.subplots(height, count, squeeze=False)
+    for j, (name, (classifier, adversarial)) in enumerate(classifiers.items()):
+        if j == 0:
+            probability, predicted = _predict(classifier, images)
+            for i in range(count):
+                told = "" if several else f"\n{classes[predicted[i]]} {probability[i]:.0%}"
+                show(axes[0, i], images[i], classes[truth[i]] + told)
         probability, predicted = _predict(classifier, adversarial)
         noise_row, image_row = axes[1 + 2 * j], axes[2 + 2 * j]
         delta = adversarial - images
         factor = 0.5 / max(delta.abs().max().item(), 1e-9)
         for i in range(count):
             show(noise_row[i], 0.5 + factor * delta[i])
-            right = predicted[i] == truth[i]
-            show(image_row[i], adversarial[i], f"{classes[predicted[i]]} {probability[i]:.0%}", "green" if right else "red")
+            colour = "green" if predicted[i] == truth[i] else "red"
+            show(image_row[i], adversarial[i], f"{classes[predicted[i]]} {probability[i]:.0%}", colour)
         side(noise_row[0], f"{name}\nperturbation,\nx {factor:.0f}".strip())
         side(image_row[0], "perturbed,\nprediction")
-    attacked = f"PGD-{protocol.steps}, {protocol.norm}, eps {pixels(protocol.radius, protocol.norm)}"
-    figure.suptitle(attacked, fontsize=10)
+    side(axes[0, 0], "image" if several else "image,\nclass and\nprediction")
+    figure.suptitle(f"PGD-{protocol.steps}, {protocol.norm}, eps {pixels(protocol.radius, protocol.norm)}", fontsize=10)
     return save_figure(figure, path)
 
 
@@ -210,9 +189,8 @@ def show(axis: Axes, image: Tensor, title: str = "", colour: str = "black") -> N
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes a PNG whole or not at all, and closes the figure."""
+    """Writes a PNG whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as draft:
         figure.savefig(draft, dpi=110)
-    plt.close(figure)
     return path

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,22 +11,25 @@ import torch.distributed
 from advcl_hub.evaluation.extras import need
 
 
-def join(device: str | None) -> torch.device:
+def join(device: str | torch.device | None) -> torch.device:
     """Joins the other processes that a launcher has started, if any, and says which device this one computes on.
 
     Args:
-        device: as the user asked; None takes a GPU if there is one.
+        device: as the user asked; None takes a GPU if there is one. Of several processes each takes a GPU of its own.
 
     Raises:
-        ValueError: no such device.
+        ValueError: no such device, or one device for several processes.
         ImportError: a launcher was used and accelerate is not installed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        need("accelerate", "Sharing work among processes")
-        from accelerate import PartialState
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return choose(device)
+    need("accelerate", "Sharing work among processes")
+    from accelerate import PartialState
 
-        return PartialState(cpu=device == "cpu" or not torch.cuda.is_available()).device
-    return choose(device)
+    if str(device) not in ("None", "cpu", "cuda"):
+        raise ValueError(f"The device {device} cannot be shared by several processes: leave it out, or say cpu.")
+    # One batch of Square may take hours while the others wait; what waits for ever is killed by hand.
+    return PartialState(cpu=str(device) == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=30)).device
 
 
 def choose(device: str | torch.device | None) -> torch.device:

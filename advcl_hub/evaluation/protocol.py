@@ -23,7 +23,7 @@ class Protocol:
         loss: that PGD raises: `ce` (cross-entropy), `margin` or `dlr`.
         autoattack: `standard`, `rand` (for models that are random), or None to leave AutoAttack out.
         seed: of every random start; AutoAttack sets it before each batch, as pyautoattack does.
-        batch_size: images a batch. It decides AutoAttack's random numbers, and nothing else.
+        batch_size: images a batch. It decides the random numbers of AutoAttack and of the checks.
         precision: `float32`, or `bfloat16` to screen models faster; figures from it are for nobody else's eyes.
         check_images: how many of the images the checks and the curves take; 0 leaves them out.
 
@@ -75,6 +75,11 @@ class Protocol:
         """`step_size` as a number."""
         assert self.step_size is not None
         return self.step_size
+
+    @property
+    def attacks_with_pgd(self) -> bool:
+        """Whether there is anything for PGD to do."""
+        return self.steps > 0 and self.radius > 0
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from advcl_hub.data import ImageData
-from advcl_hub.evaluation.classifier import PixelSpace, frozen
+from advcl_hub.evaluation.classifier import PixelSpace, borrowed
 from advcl_hub.evaluation.journal import Journal
 from advcl_hub.evaluation.measure import Measurement
 from advcl_hub.evaluation.processes import ALONE
@@ -46,7 +46,7 @@ def robustness(
     """The figures that `evaluate` gives for clean images and PGD on the cross-entropy in l_inf, and nothing else.
 
     Args:
-        model: a timm classifier; its mean and std are applied inside the attacked function. Its mode is restored.
+        model: a timm classifier; its mean and std are applied inside the attacked function. It comes back as and where it was.
         data: labelled images, all of which are used.
         eps, step_size, steps, seed: see `Protocol`.
         batch_size: images at a time; it does not change the result.
@@ -58,9 +58,9 @@ def robustness(
     if not len(data):
         raise ValueError("No images to evaluate on.")
     protocol = Protocol(eps=eps, step_size=step_size, steps=steps, batch_size=batch_size, seed=seed)
-    classifier = PixelSpace(model).to(device)
-    with frozen(classifier):
-        measurement = Measurement(classifier, data, protocol, Journal(None, {}, ALONE), torch.device(device), progress=False)
+    classifier, device = PixelSpace(model), torch.device(device)
+    with borrowed(classifier, device):
+        measurement = Measurement(classifier, data, protocol, Journal(None, {}, ALONE), device, progress=False)
         right = [p for p, correct in enumerate(measurement.clean()["correct"]) if correct]
         survive = sum(r < 0 for r in measurement.pgd("pgd", right, protocol).get("restart", []))
     n = len(data)

@@ -83,6 +83,8 @@ def finished(folder: Path, facts: Mapping[str, Any]) -> Evaluation | None:
         raise ValueError(
             f"{folder} holds an evaluation with another {', '.join(differing)}: choose another --output, or remove that folder."
         )
+    if not (folder / "images.csv").is_file():
+        raise ValueError(f"{folder} lacks its images.csv: remove that folder to measure again.")
     with (folder / "images.csv").open(newline="") as file:
         names, *rows = csv.reader(file)
     values = {"True": True, "False": False}
@@ -103,8 +105,10 @@ def load_record(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} has no {RESULTS}: run advcl-hub evaluate with --output {path} first.")
     try:
         record = json.loads(file.read_text())
-        if record["kind"] != "evaluation" or record["format"] > FORMAT:
-            raise KeyError("kind" if record["kind"] != "evaluation" else "format")
+        if record["kind"] != "evaluation":
+            raise KeyError("kind")
+        if record["format"] > FORMAT:
+            raise ValueError("it was written by a newer advcl-hub")
         record["model"]["name"], record["accuracy"]["standard"], record["protocol"]["norm"], record["warnings"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not the result of an evaluation ({error!r}).") from None

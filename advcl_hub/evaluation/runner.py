@@ -1,9 +1,10 @@
 """From a model and a data set to figures that can stand in a paper: `advcl_hub.evaluate`."""
 
 import datetime
-import shlex
-from collections.abc import Sequence
+import json
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -11,17 +12,20 @@ from warnings import warn
 import torch
 from torch import nn
 
+from advcl_hub.corruptions import SEVERITIES
 from advcl_hub.data import ImageData
 from advcl_hub.evaluation import autoattack, checks, inputs, tables
-from advcl_hub.evaluation.checks import Check, Curves
-from advcl_hub.evaluation.classifier import LoadedModel, PixelSpace, frozen, load_model, weights_sha256
+from advcl_hub.evaluation.checks import Check
+from advcl_hub.evaluation.classifier import LoadedModel, PixelSpace, borrowed, load_model, weights_sha256
 from advcl_hub.evaluation.extras import need
-from advcl_hub.evaluation.journal import Journal
+from advcl_hub.evaluation.journal import Journal, Payload
 from advcl_hub.evaluation.measure import Measurement
-from advcl_hub.evaluation.processes import Processes, choose
+from advcl_hub.evaluation.processes import Processes, join
 from advcl_hub.evaluation.protocol import Protocol
 from advcl_hub.evaluation.results import FORMAT, Evaluation, finished, hardware, per_class, proportion, versions
 from advcl_hub.files import check_writable, replacing
+
+UNFINISHED = "unfinished"  # folder of the journal, within the output
 
 
 def evaluate(
@@ -37,19 +41,19 @@ def evaluate(
     output: str | Path | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
-    command: Sequence[str] = (),
+    command: str | None = None,
 ) -> Evaluation:
     """Measures accuracy on clean, adversarial and corrupted images, and looks for signs of false robustness.
 
     The model's own preprocessing (size, mean, standard deviation of its pretrained cfg) is inside the attacked function: eps
-    counts in pixels of [0, 1] at the size of the images. Images larger than the model's input, or of different sizes, are
-    brought to the model's size when they are loaded; smaller ones are attacked as they are and enlarged inside.
+    counts in pixels of [0, 1] at the size of the images. Smaller images than the model's are attacked as they are and enlarged
+    inside; data sets of larger ones, or of different sizes, are scaled as timm evaluates, and cropped inside.
 
     Under torchrun or accelerate launch, call it in every process: they share the images, and each returns the whole result.
 
     Args:
-        model: a timm model, or a name or folder that `load_model` opens. It comes back in the mode it had.
-        data: labelled images, or a source that `load_data` knows.
+        model: a timm model, or a name or folder that `load_model` opens. It comes back as and where it was.
+        data: labelled images, or a source that `load_data` knows. Classes are matched by name where the model names its own.
         protocol: attack, seed, batch size; by default PGD-20 at 8/255 in l_inf.
         split, root: for `load_data`, where data is a name.
         n: so many images, class-balanced and the same everywhere (`ImageData.balanced_positions`); None takes all.
@@ -65,8 +69,8 @@ def evaluate(
         The figures with everything needed to repeat them.
 
     Raises:
-        ValueError: a model without classifier, class counts that differ, a value out of range, an unfinished evaluation of
-            something else in `output`, or what `load_model` and `load_data` raise.
+        ValueError: a model without classifier, class counts that differ, a value out of range, a folder `output` that holds
+            something else or is in use, or what `load_model` and `load_data` raise.
         OSError: a file that cannot be read or written, or no way to the Hub.
         ImportError: AutoAttack was asked for and pyautoattack is not installed.
     """
@@ -77,75 +81,113 @@ def evaluate(
     if folder is not None:
         need("matplotlib", "A folder with pictures")
         check_writable(folder)
-    device = choose(device)
-    loaded = LoadedModel(type(model).__name__, model) if isinstance(model, nn.Module) else load_model(model)
+    device = join(device)
+    loaded = LoadedModel(_name(model), model) if isinstance(model, nn.Module) else load_model(model)
     network = loaded.model
     images = data if isinstance(data, ImageData) else inputs.load_images(data, split, root, network)
-    if not len(images):
-        raise ValueError("No images to evaluate on.")
     inputs.check_fits(network, images)
-    whole = len(images)
-    if n is not None:
-        images = images.subset(torch.arange(min(n, whole))) if first else images.subset(images.balanced_positions(n))
-    corrupted = None if corruptions is None else inputs.Corrupted(corruptions, images)
-    images = inputs.in_model_order(network, images)
+    chosen = _select(images, n, first)
+    corrupted = None if corruptions is None else inputs.Corrupted(corruptions, chosen)
+    facts = {
+        "model": _model_facts(loaded, images),
+        "data": _data_facts(images, chosen, split if isinstance(data, str) else None, first),
+        "protocol": protocol.to_dict(),
+        "corrupted": corrupted and corrupted.facts,
+        "versions": versions(),
+    }
+    if folder is not None and (standing := finished(folder, facts)) is not None:
+        warn(
+            f"{folder} holds this evaluation already, from {standing.record['date']}: nothing was measured again.", stacklevel=2
+        )
+        return standing
 
-    tensors = [*network.parameters(), *network.buffers()]
-    home = tensors[0].device if tensors else device
-    classifier = PixelSpace(network, resize=inputs.enlarges(network, images), precision=protocol.precision).to(device)
-    with frozen(classifier):
-        protocol = replace(protocol, batch_size=inputs.fitting_batch_size(classifier, images, protocol.batch_size, device))
-        facts = {
-            "model": _model_facts(loaded, images),
-            "data": {
-                "name": images.name,
-                "split": split if isinstance(data, str) else None,
-                "images": len(images),
-                "of": images.source_length or whole,
-                "selection": "all" if len(images) == whole else "the first" if first else "class-balanced",
-                "sha256": images.fingerprint(),
-            },
-            "protocol": protocol.to_dict(),
-            "corrupted": corrupted and {"set": corrupted.title, "generated": corrupted.generated},
-            "versions": versions(),
-        }
-        if folder is not None and (standing := finished(folder, facts)) is not None:
-            warn(
-                f"{folder} holds this evaluation already, from {standing.record['date']}: nothing was measured again.",
-                stacklevel=2,
-            )
-            return standing
-        processes = Processes.current()
-        journal = Journal(folder and folder / "unfinished", {**facts, "device": device.type}, processes)
-        measurement = Measurement(classifier, images, protocol, journal, device, progress)
-        found = _measure(measurement, corrupted)
-        measurement.meter.close()
+    chosen = inputs.in_model_order(network, chosen)
+    processes = Processes.current()
+    journal = Journal(folder and folder / UNFINISHED, {**facts, "device": device.type}, processes)
+    classifier = PixelSpace(network, fit=True, precision=protocol.precision)
+    with closing(journal), borrowed(classifier, device):
+        measurement = Measurement(
+            classifier, chosen, _fitted(protocol, journal, classifier, chosen, device), journal, device, progress
+        )
+        with closing(measurement.meter):
+            found = _measure(measurement, corrupted)
         record = {
             "kind": "evaluation",
             "format": FORMAT,
             **facts,
-            "classes": list(images.classes),
+            "classes": list(chosen.classes),
             **found.figures,
             "checks": checks.as_records(found.checks),
             "warnings": found.warnings,
-            "command": shlex.join(command) if command else None,
+            "batch_size": measurement.protocol.batch_size,
+            "command": command,
             "hardware": hardware(device, processes.count),
             "seconds": round(journal.total_seconds(), 1),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        evaluation = Evaluation(record, found.columns)
+        evaluation = Evaluation(json.loads(json.dumps(record)), found.columns)
         if folder is not None:
             if processes.rank == 0:
-                from advcl_hub.evaluation import pictures  # takes a second to import
-
-                drawn = pictures.save_all(folder, evaluation, measurement)
-                evaluation.save(folder)
-                with replacing(folder / "report.md") as draft:
-                    draft.write_text(tables.page(record, [path.name for path in drawn]))
+                _write(folder, evaluation, measurement)
             processes.wait()  # the journal goes when the results stand
             journal.remove()
-    network.to(home)
     return evaluation
+
+
+def _name(model: nn.Module) -> str:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return cfg.get("architecture") or type(model).__name__
+
+
+def _select(images: ImageData, n: int | None, first: bool) -> ImageData:
+    whole = len(images)
+    if not whole:
+        raise ValueError("No images to evaluate on.")
+    if n is None:
+        if first:
+            raise ValueError("The first images were asked for without saying how many: give n.")
+        return images
+    if not 1 <= n <= whole:
+        raise ValueError(f"{n} images were asked for, {images.name} has {whole}")
+    return images.subset(torch.arange(n)) if first else images.subset(images.balanced_positions(n))
+
+
+def _data_facts(images: ImageData, chosen: ImageData, split: str | None, first: bool) -> dict[str, Any]:
+    of = images.source_length or len(images)
+    selection = "the first" if first else "class-balanced"
+    if len(chosen) == len(images):
+        selection = "all" if len(images) == of else "the given"
+    return {
+        "name": images.name,
+        "split": split,
+        "images": len(chosen),
+        "of": of,
+        "selection": selection,
+        "sha256": chosen.fingerprint(),
+    }
+
+
+def _fitted(protocol: Protocol, journal: Journal, classifier: nn.Module, images: ImageData, device: torch.device) -> Protocol:
+    """The protocol with the batch size that fits all processes' memory, or the one that an unfinished evaluation began with."""
+    unit = "batch size"
+    fits = inputs.try_classifier(classifier, images, protocol, device)
+    if unit not in journal.units:
+        journal.write(unit, {"value": [min(journal.processes.gather(fits))]}, 0.0)
+    return replace(protocol, batch_size=journal.units[unit]["value"][0])
+
+
+def _write(folder: Path, evaluation: Evaluation, measurement: Measurement) -> None:
+    """Pictures, the report, images.csv, and last, when everything else stands, results.json."""
+    from advcl_hub.evaluation import pictures  # matplotlib takes a second to import
+
+    drawn: list[Path] = []
+    try:
+        pictures.save_all(folder, evaluation, measurement, drawn)
+    except Exception as error:  # hours of measuring are not lost for a picture
+        warn(f"A picture could not be drawn ({error!r}); the figures are complete.", stacklevel=3)
+    with replacing(folder / "report.md") as draft:
+        draft.write_text(tables.page(evaluation.record, [path.name for path in drawn]))
+    evaluation.save(folder)
 
 
 def _model_facts(loaded: LoadedModel, images: ImageData) -> dict[str, Any]:
@@ -154,7 +196,7 @@ def _model_facts(loaded: LoadedModel, images: ImageData) -> dict[str, Any]:
     shape = inputs.input_size(model)
     return {
         "name": loaded.name,
-        "architecture": cfg.get("architecture") or type(model).__name__,
+        "architecture": _name(model),
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights_sha256": weights_sha256(model),
         "file_sha256": loaded.file_sha256,
@@ -162,7 +204,7 @@ def _model_facts(loaded: LoadedModel, images: ImageData) -> dict[str, Any]:
         "mean": cfg.get("mean", (0.0,)),
         "std": cfg.get("std", (1.0,)),
         "attacked_at": images.shape,
-        "enlarged_inside": inputs.enlarges(model, images),
+        "fitted_inside": inputs.fitted(model, images),
         "provenance": loaded.provenance,
     }
 
@@ -191,85 +233,84 @@ class _Found:
 def _measure(measurement: Measurement, corrupted: inputs.Corrupted | None) -> _Found:
     """All measurements of the protocol, in their order."""
     protocol, data, labels = measurement.protocol, measurement.data, measurement.data.labels.tolist()
-    found, n, classes = _Found(protocol), len(data), len(data.classes)
-    attacked = protocol.steps > 0 and protocol.radius > 0
-
+    found, n = _Found(protocol), len(data)
     clean = measurement.clean()
     right = [p for p, correct in enumerate(clean["correct"]) if correct]
     survives: dict[str, list[bool]] = {"standard": clean["correct"]}
     found.columns = {"index": measurement.indices, "label": labels, "prediction": clean["prediction"]}
-    distances: list[float] = []
+    attacked: list[Payload] = []
 
-    if attacked:
-        pgd = measurement.pgd("pgd", right, protocol)
-        survives["pgd"], predictions = [False] * n, list(clean["prediction"])
-        for position, restart, prediction in zip(right, pgd.get("restart", []), pgd.get("prediction", []), strict=True):
-            survives["pgd"][position], predictions[position] = restart < 0, prediction
-        found.columns["pgd_prediction"] = predictions
-        distances += pgd.get("distance", [])
-
+    if protocol.attacks_with_pgd:
+        pgd = {"position": right, **measurement.pgd("pgd", right, protocol)}
+        pgd["survives"] = [restart < 0 for restart in pgd.get("restart", [])]
+        survives["pgd"], found.columns["pgd_prediction"] = _after(pgd, clean["correct"], clean["prediction"])
+        attacked.append(pgd)
     columns: dict[str, Any] = {}
     if protocol.autoattack:
-        left, predictions = list(clean["correct"]), list(clean["prediction"])
-        for name, payload in autoattack.run(measurement, right, classes).items():
-            for position, survived, prediction in zip(
-                payload["position"], payload.get("survives", []), payload.get("prediction", []), strict=True
-            ):
-                left[position], predictions[position] = survived, prediction
-            distances += payload.get("distance", [])
-            survives[name] = list(left)
-            columns[name] = proportion(sum(left), n)
-        survives["autoattack"] = left
-        found.columns["autoattack_prediction"] = predictions
+        left, predictions = clean["correct"], clean["prediction"]
+        for name, payload in autoattack.run(measurement, right).items():
+            left, predictions = _after(payload, left, predictions)
+            survives[name], columns[name] = left, proportion(sum(left), n)
+            attacked.append(payload)
+        survives["autoattack"], found.columns["autoattack_prediction"] = left, predictions
 
     worst = [all(flags) for flags in zip(*survives.values(), strict=True)]
     found.columns |= survives | {"worst_case": worst}
-    named: dict[str, list[bool]] = {key: survives[key] for key in ("standard", "pgd", "autoattack") if key in survives} | {
-        "worst_case": worst
-    }
+    named: dict[str, list[bool]] = {key: survives[key] for key in ("standard", "pgd", "autoattack") if key in survives}
+    named["worst_case"] = worst
     found.figures["accuracy"] = {key: proportion(sum(flags), n) for key, flags in named.items()}
     if columns:
         found.figures["autoattack_columns"] = columns
     found.figures["per_class"] = per_class(named, labels, data.classes)
-
     if protocol.check_images:
-        found.checks, curves = _check(measurement, right, survives, distances, attacked)
-        if curves is not None:
-            found.figures["curves"] = vars(curves)
-        if columns:
-            after = {name: column["value"] for name, column in columns.items()}
-            robust = sum(survives.get("pgd", clean["correct"])) / n
-            found.checks += checks.autoattack_checks(after, robust, classes, protocol.autoattack or "")
+        _check(measurement, found, survives, attacked)
     if corrupted is not None:
         found.figures["corruptions"] = _corruptions(measurement, corrupted)
     return found
 
 
-def _check(
-    measurement: Measurement, right: list[int], survives: dict[str, list[bool]], distances: list[float], attacked: bool
-) -> tuple[list[Check], Curves | None]:
+def _after(payload: Payload, survives: list[bool], predictions: list[int]) -> tuple[list[bool], list[int]]:
+    """Which images still survive after an attack on some of them, and the predictions on what it made of them."""
+    survives, predictions = list(survives), list(predictions)
+    columns = (payload.get(key, []) for key in ("position", "survives", "prediction"))
+    for position, survived, prediction in zip(*columns, strict=True):
+        survives[position], predictions[position] = survived, prediction
+    return survives, predictions
+
+
+def _check(measurement: Measurement, found: _Found, survives: dict[str, list[bool]], attacked: list[Payload]) -> None:
     protocol, data = measurement.protocol, measurement.data
-    count = min(protocol.check_images, len(data))
-    sample = data.balanced_positions(count).tolist()
-    chosen = set(sample)
+    sample = data.balanced_positions(min(protocol.check_images, len(data))).tolist()
     images, labels = measurement.load(sample[: protocol.batch_size])
-    found = checks.model_checks(measurement.classifier, images, labels, protocol)
-    if not attacked:
-        return found, None
-    right = [p for p in right if p in chosen]
-    found.append(checks.distance_check(distances, protocol))
-    found += checks.gradient_checks(measurement, right, protocol)
-    curves, more = checks.attack_checks(measurement, sample, right, protocol, len(data.classes))
-    survivors = [p for p in right if survives["pgd"][p]]
-    return [*found, *more, checks.noise_check(measurement, survivors, protocol, count)], curves
+    found.checks = checks.model_checks(measurement.classifier, images, labels, protocol)
+    if attacked:
+        distances, excess = (list(chain.from_iterable(p.get(key, []) for p in attacked)) for key in ("distance", "excess"))
+        found.checks += checks.budget_checks(distances, excess, protocol)
+    if protocol.attacks_with_pgd:
+        right = [p for p in sample if survives["standard"][p]]
+        survivors = [p for p in sample if survives["pgd"][p]]
+        classes = measurement.classes
+        curves = checks.draw_curves(measurement, sample, survivors, classes)
+        found.figures["curves"] = vars(curves)
+        found.checks += checks.gradient_checks(measurement, right)
+        found.checks += checks.curve_checks(
+            curves, measurement.labels[sample].cpu(), len(right) / len(sample), protocol, classes
+        )
+        found.checks.append(checks.noise_check(measurement, survivors, len(sample)))
+    if columns := found.figures.get("autoattack_columns"):
+        after = {name: column["value"] for name, column in columns.items()}
+        robust = sum(survives["pgd"]) / len(data) if "pgd" in survives else None
+        found.checks += checks.autoattack_checks(after, robust, measurement.classes, protocol.autoattack or "")
 
 
 def _corruptions(measurement: Measurement, corrupted: inputs.Corrupted) -> dict[str, Any]:
-    """Accuracy by corruption and severity, and the mean of all of them."""
+    """Accuracy by corruption and severity, and the mean over the corruptions that the field averages."""
     table: dict[str, list[float]] = {name: [] for name in corrupted.names}
-    for name, severity in corrupted.sets():
-        images = replace(measurement.data, images=corrupted.load(name, severity))
-        correct = measurement.on(images).clean(f"{name} {severity}")["correct"]
+    for name, severity in product(corrupted.names, SEVERITIES):
+        stage = f"{name} {severity}"
+        known = measurement.knows(stage)
+        images = measurement.data if known else replace(measurement.data, images=corrupted.load(name, severity))
+        correct = measurement.on(images).clean(stage)["correct"]
         table[name].append(sum(correct) / len(correct))
-    mean = sum(map(sum, table.values())) / sum(map(len, table.values()))
-    return {"set": corrupted.title, "mean": mean, "by_severity": table}
+    averaged = [accuracy for name in corrupted.averaged for accuracy in table[name]]
+    return {"mean": sum(averaged) / len(averaged), "by_severity": table}

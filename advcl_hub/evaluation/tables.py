@@ -44,15 +44,22 @@ def report(records: Sequence[Mapping[str, Any]], style: str = "text", *, literat
     notes = [(f"[{i + 1}] " if marks else "") + text for i, text in enumerate(protocols)]
     if attacks:
         notes.append("Each attack of AutoAttack takes what survived those to its left; AA is what is left of them all.")
-    notes.append("Accuracies in percent, with half the width of the 95 % interval (Wilson) for images drawn at random.")
+    notes.append("Accuracies in percent, with the 95 % interval (Wilson) for images drawn at random.")
     if literature:
-        published = [q for data in dict.fromkeys(r["data"]["name"] for r in records) for q in quoted(data)]
+        comparable = [r for r in records if r["protocol"]["norm"] == "Linf" and abs(r["protocol"]["eps"] - 8 / 255) < 1e-6]
+        published = [q for data in dict.fromkeys(r["data"]["name"] for r in comparable) for q in quoted(data)]
         if published and "AA" not in header:
             header, rows = [*header, "AA"], [[*row, "-"] for row in rows]
         for q in published:
             known = {"SA": f"{100 * q.standard:.1f}", "AA": f"{100 * q.autoattack:.1f}"}
             rows.append([f"{q.method}, {q.protocol}, {q.data} (quoted)", *(known.get(column, "-") for column in header[1:])])
-        notes.append(f"Quoted: {SOURCE}. Not measured here." if published else "No published figures are known for these data.")
+        notes.append(
+            f"Quoted: {SOURCE}. Not measured here." if published else "No published figures are known for this setting."
+        )
+        if any(r["data"]["name"].startswith("parquet:") for r in comparable):
+            notes.append(
+                "The images come from Parquet files, which may be recompressed: then the quoted figures are of other images."
+            )
     warnings = [f"{r['model']['name']}: {warning}" for r in records for warning in r["warnings"]]
     return {"text": _text, "markdown": _markdown, "latex": _latex}[style](header, rows, notes, warnings)
 
@@ -63,7 +70,7 @@ def page(record: Mapping[str, Any], pictures: Sequence[str]) -> str:
     parts = [f"# {record['model']['name']} on {record['data']['name']}", report([record], "markdown")]
     if "corruptions" in record:
         found = record["corruptions"]
-        parts.append(f"Mean accuracy under corruptions ({found['set']}): {100 * found['mean']:.1f} %.")
+        parts.append(f"Mean accuracy under corruptions ({record['corrupted']['set']}): {100 * found['mean']:.1f} %.")
     parts += [f"![{name}]({name})" for name in pictures]
     if checks:
         parts.append("\n".join(["## Signs of false robustness", "", "| check | passed | seen |", "|---|---|---|", *checks]))
@@ -76,25 +83,25 @@ def protocol_text(record: Mapping[str, Any]) -> str:
     """Data, budget and attacks of a record in one sentence."""
     data, p, model = record["data"], record["protocol"], record["model"]
     images = f"{data['selection']} {data['images']:,} " + (f"{data['split']} images" if data["split"] else "images")
-    if data["selection"] != "all":
+    if data["images"] != data["of"]:
         images += f" of {data['of']:,}"
     attacks = []
     if p["steps"] and p["eps"]:
         starts = f"{p['restarts']} random start" + ("s" if p["restarts"] > 1 else "")
         attacks.append(f"PGD-{p['steps']} on {p['loss']}, step {pixels(p['step_size'], p['norm'])}, {starts}")
     if p["autoattack"]:
-        attacks.append(f"AutoAttack {p['autoattack']}, batch {p['batch_size']}")
+        attacks.append(f"AutoAttack {p['autoattack']}, batch {record['batch_size']}")
     budget = f"{p['norm']}, eps {pixels(p['eps'], p['norm'])} in pixels of [0, 1]; " if attacks else "not attacked"
     size = "x".join(map(str, model["attacked_at"][1:]))
-    enlarged = " (the model enlarges them inside)" if model["enlarged_inside"] else ""
-    return f"{data['name']}, {images}, at {size}{enlarged}: {budget}{'; '.join(attacks)}; seed {p['seed']}, {p['precision']}."
+    fitted = f" ({model['fitted_inside']} inside)" if model["fitted_inside"] else ""
+    return f"{data['name']}, {images}, at {size}{fitted}: {budget}{'; '.join(attacks)}; seed {p['seed']}, {p['precision']}."
 
 
 def _figure(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "-"
     low, high = found["interval_95"]
-    return f"{100 * found['value']:.2f} ±{50 * (high - low):.1f}"
+    return f"{100 * found['value']:.2f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _text(header: list[str], rows: list[list[str]], notes: list[str], warnings: list[str]) -> str:
