@@ -221,7 +221,13 @@ class Enlarged(TinyNet):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pretrained_cfg = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
+        self.pretrained_cfg = {
+            "input_size": (3, 16, 16),
+            "mean": (0.5,) * 3,
+            "std": (0.5,) * 3,
+            "interpolation": "bilinear",
+            "crop_pct": 0.875,
+        }
         self.seen: list[tuple[int, ...]] = []
 
     def forward(self, images: Tensor) -> Tensor:
@@ -234,7 +240,7 @@ def test_small_images_are_attacked_at_their_own_size_and_enlarged_inside() -> No
     data = labelled_by(TinyNet(), 10)
     found = evaluate(model, data, Protocol(eps=0.1, check_images=5))
     assert set(model.seen) == {(3, 16, 16)}, "the model sees its own size"
-    assert found.record["model"]["attacked_at"] == (3, 8, 8) and found.record["model"]["enlarged_inside"]
+    assert found.record["model"]["attacked_at"] == [3, 8, 8] and found.record["model"]["fitted_inside"] == "enlarged"
     assert next(c for c in found.record["checks"] if c["name"] == "perturbations within eps")["passed"]
 
 
@@ -259,8 +265,8 @@ def test_large_or_uneven_images_are_brought_to_the_models_size(tmp_path: Path, s
     model = Enlarged()
     model.num_classes, model.layers[3] = 2, nn.Linear(72, 2)
     found = evaluate(model, f"folder:{tmp_path}", Protocol(check_images=0)).record["model"]
-    expected = (3, 8, 8) if sizes == [(8, 8)] else (3, 16, 16)
-    assert found["attacked_at"] == expected and found["enlarged_inside"] == (expected == (3, 8, 8))
+    expected = ([3, 8, 8], "enlarged") if sizes == [(8, 8)] else ([3, 18, 18], "cropped")  # 16 / 0.875, as timm scales
+    assert (found["attacked_at"], found["fitted_inside"]) == expected and set(model.seen) == {(3, 16, 16)}
 
 
 def test_labels_follow_the_names_that_the_model_gives_its_classes() -> None:
@@ -298,7 +304,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved() -> None:
 
     model.register_forward_pre_hook(full)
     found = evaluate(model, data, Protocol(steps=1, batch_size=100))
-    assert found.record["protocol"]["batch_size"] == 10
+    assert found.record["batch_size"] == 10 and found.record["protocol"]["batch_size"] == 100
     limit = 0
     with pytest.raises(ValueError, match="Not even one image"):
         evaluate(model, data, Protocol(steps=1))
@@ -321,10 +327,11 @@ def test_the_balanced_subset_is_fixed_and_balanced() -> None:
 def test_corruptions_keep_the_selection_and_average_over_all(tmp_path: Path) -> None:
     model = TinyNet()
     data = labelled_by(model, 30)
-    found = evaluate(model, data, Protocol(steps=0), n=20, corruptions="generated").record["corruptions"]
+    record = evaluate(model, data, Protocol(steps=0), n=20, corruptions="generated").record
+    found = record["corruptions"]
     assert set(found["by_severity"]) == set(CORRUPTIONS) and all(len(row) == 5 for row in found["by_severity"].values())
     assert found["mean"] == pytest.approx(sum(map(sum, found["by_severity"].values())) / 40)
-    assert "not CIFAR-10-C" in found["set"]
+    assert "not CIFAR-10-C" in record["corrupted"]["set"]
 
     # The published layout, with a corruption that does nothing and one that swaps all images for others.
     plain = replace(data, indices=torch.arange(30))

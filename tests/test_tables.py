@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from advcl_hub.corruptions import CORRUPTIONS
+from advcl_hub.corruptions import CORRUPTIONS, corrupt
 from advcl_hub.data import ImageData
-from advcl_hub.evaluation import Evaluation, Protocol, evaluate, report
+from advcl_hub.evaluation import Evaluation, Protocol, evaluate, pictures, report
 from advcl_hub.evaluation.literature import quoted
 from advcl_hub.evaluation.results import proportion
 from advcl_hub.evaluation.tables import FORMATS, page
@@ -73,6 +74,7 @@ def rows(table: str, style: str) -> list[list[str]]:
     return cells
 
 
+pytestmark = pytest.mark.filterwarnings("error:A picture could not be drawn")
 styles = pytest.mark.parametrize("style", FORMATS)
 
 
@@ -166,6 +168,10 @@ def test_whatever_makes_figures_incomparable_is_marked(changes: dict[str, Any]) 
     assert [row[0] for row in rows(report(two), "text")[1:]] == ["net [1]", "net [2]"]
 
 
+def test_more_random_starts_are_told() -> None:
+    assert "step 2/255, 3 random starts; seed 0" in report([record(restarts=3)])
+
+
 def test_the_same_protocol_is_told_once_and_not_marked() -> None:
     table = report([record("a"), record("b", accuracy={"standard": proportion(1, 2)}, batch_size=10, check_images=5)])
     assert [row[0] for row in rows(table, "text")[1:]] == ["a", "b"] and table.count("in pixels of [0, 1]") == 1
@@ -202,7 +208,7 @@ def test_published_figures_stand_below_and_are_marked_as_quoted(style: str) -> N
 
 def test_published_figures_fill_the_columns_of_autoattack() -> None:
     table = rows(report([attacked(data="stl10")], literature=True), "text")
-    assert table[0][-1] == "AA" and table[1][-1] == "44.00 [40.9, 47.1]"
+    assert table[0][-1] == "AA" and table[1][-1] == "44.00 [41.0, 47.1]"
     assert ["RoCL, SLF, stl10 (quoted)", "78.2", *["-"] * 5, "26.5"] in table and len(table) == 2 + 5
 
 
@@ -343,6 +349,28 @@ def test_a_folder_holds_what_was_measured_and_every_picture_shows_something(
     assert text == page(found.record, re.findall(r"!\[(.*?)\]", text)) and "Made by `evaluate it`" in text
 
 
+def test_grey_images_are_drawn_grey(tmp_path: Path) -> None:
+    model = GreyNet(5)
+    measured(tmp_path, model, grey(model, 10), eps=0.1, check_images=0)
+    with Image.open(tmp_path / "examples.png") as image:
+        pixels = np.asarray(image.convert("RGB"), int)
+    coloured = (pixels.max(2) - pixels.min(2)) > 30
+    assert 0 < coloured.mean() < 0.02, "only the predictions are in red"
+
+
+def test_curves_stop_before_the_very_large_eps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: drawn.append(figure))
+    curves = {"images": 9, "eps": [(0, 0.8), (4 / 255, 0.7), (8 / 255, 0.5), (0.5, 0.1)], "steps": [(1, 0.6), (20, 0.5)]}
+    pictures.save_curves(tmp_path / "curves.png", record(curves=curves))
+    pictures.save_curves(tmp_path / "curves.png", record(norm="L2", curves=curves))
+    for figure, unit in zip(drawn, (255, 1), strict=True):
+        left, right = (axis.lines[0].get_xydata() for axis in figure.axes)
+        assert np.allclose(left, [[0, 80], [4 / 255 * unit, 70], [8 / 255 * unit, 50]])
+        assert np.allclose(right, [[0, 80], [1, 60], [2, 50]])
+        assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["clean", "1", "20"]
+
+
 def test_of_many_classes_thirty_are_drawn(tmp_path: Path) -> None:
     model = TinyNet(40)
     data = labelled_by(model, 80)
@@ -354,11 +382,17 @@ def test_of_many_classes_thirty_are_drawn(tmp_path: Path) -> None:
 
 def test_corruptions_are_measured_at_every_severity(tmp_path: Path) -> None:
     model = TinyNet()
-    found = measured(tmp_path, model, labelled_by(model, 10), corruptions="generated", steps=0, check_images=0)
-    table = found.record["corruptions"]["by_severity"]
+    data = labelled_by(model, 10)
+    found = measured(tmp_path, model, data, corruptions="generated", steps=0, check_images=0).record["corruptions"]
+    table = found["by_severity"]
     assert list(table) == list(CORRUPTIONS) and {len(row) for row in table.values()} == {5}
-    assert found.record["corruptions"]["mean"] == pytest.approx(np.mean(list(table.values()))) != 1
-    assert f"{100 * found.record['corruptions']['mean']:.1f} %" in (tmp_path / "report.md").read_text()
+    assert isinstance(data.images, Tensor)
+    for severity in (1, 5):
+        with torch.no_grad():
+            predictions = model(corrupt(data.images, "contrast", severity, data.indices) / 255).argmax(1)
+        assert table["contrast"][severity - 1] == (predictions == data.labels).double().mean().item()
+    assert found["mean"] == pytest.approx(np.mean(list(table.values()))) and found["mean"] < 1
+    assert f"{100 * found['mean']:.1f} %" in (tmp_path / "report.md").read_text()
 
 
 def test_where_everything_is_wrong_there_are_no_examples(tmp_path: Path) -> None:

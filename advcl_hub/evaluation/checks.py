@@ -151,7 +151,9 @@ def draw_curves(measurement: Measurement, sample: list[int], survivors: list[int
     protocol, n = measurement.protocol, len(sample)
 
     def standing(stage: str, positions: list[int], **changes: Any) -> float:
-        payload = measurement.pgd(f"check {stage}", positions, replace(protocol, **{"restarts": 1, **changes}))
+        payload = measurement.pgd(
+            f"check {stage}", positions, replace(protocol, **{"restarts": 1, "autoattack": None, **changes})
+        )
         return sum(broken_by < 0 for broken_by in payload.get("restart", [])) / n
 
     counts = sorted({*CURVE_STEPS, protocol.steps, 5 * protocol.steps})
