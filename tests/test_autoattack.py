@@ -23,28 +23,28 @@ def measured(model: TinyNet, data: ImageData, **settings: Any) -> Evaluation:
 @pytest.mark.parametrize("version", ["standard", "rand"])
 def test_every_image_ends_as_in_the_bare_package(norm: Any, version: Any) -> None:
     model = TinyNet()
-    data = labelled_by(model, 20, wrong=3)
+    data = labelled_by(model, 13, wrong=2)
     assert isinstance(data.images, Tensor)
     ours = measured(model, data, norm=norm, eps=EPS[norm], autoattack=version)
 
     bare = AutoAttack(model, norm=norm, eps=EPS[norm], seed=3, version=version, device="cpu")
     _, predictions = bare.run_standard_evaluation(data.images / 255, data.labels, batch_size=7)
     survives = (predictions == data.labels).tolist()
-    assert ours.images["autoattack"] == survives and 0 < sum(survives) < 17
+    assert ours.images["autoattack"] == survives and 0 < sum(survives) < 11
     assert ours.images["autoattack_prediction"] == predictions.tolist()
-    assert ours.autoattack == sum(survives) / 20
+    assert ours.autoattack == sum(survives) / 13
 
 
 def test_columns_fall_and_broken_images_are_not_attacked_again() -> None:
     model = TinyNet()
-    data = labelled_by(model, 20, wrong=3)
+    data = labelled_by(model, 13, wrong=2)
     seen: list[int] = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     ours = measured(model, data, eps=EPS["Linf"])
     columns = ours.record["autoattack_columns"]
     assert list(columns) == ["apgd-ce", "apgd-t", "fab-t", "square"]
-    counts = [17, *(c["correct"] for c in columns.values())]
-    assert counts == sorted(counts, reverse=True) and counts[1] < 17
+    counts = [11, *(c["correct"] for c in columns.values())]
+    assert counts == sorted(counts, reverse=True) and counts[1] < 11
     assert max(seen[-200:]) <= counts[3], "Square saw more images than FAB-T left"
     for earlier, later in zip(columns, list(columns)[1:], strict=False):
         assert all(a >= b for a, b in zip(ours.images[earlier], ours.images[later], strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from advcl_hub.attacks import seeded_start
 from advcl_hub.corruptions import CORRUPTIONS
 from advcl_hub.data import ImageData, load_data
-from advcl_hub.evaluation import PixelSpace, Protocol, evaluate, robustness
+from advcl_hub.evaluation import PixelSpace, Protocol, evaluate, load_record, robustness
 from tests.image_files import encode, pixels, write
 from tests.tiny_classifiers import TinyNet, labelled_by
 from train.probe import extract_features, fit_linear, linear_probe
@@ -383,3 +383,107 @@ def test_quick_figures_are_those_of_evaluate() -> None:
     quick = robustness(model, data, eps=0.004, step_size=0.001, steps=3, seed=2)
     whole = evaluate(model, data, Protocol(eps=0.004, step_size=0.001, steps=3, seed=2))
     assert (quick.standard, quick.robust) == (whole.standard, whole.robust) and 0 < quick.robust < quick.standard == 0.9
+
+
+class Stubborn(TinyNet):
+    """Its batch norm stays in training mode, whatever it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def train(self, mode: bool = True) -> "Stubborn":
+        super().train(mode)
+        self.norm.train()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(self.norm(images))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_the_random_state_and_the_backends_come_back_as_they_were(fails: bool) -> None:
+    model = Stubborn().train()
+    model.layers[0].eval()
+    model.layers[3].weight.requires_grad_(False)
+    data = labelled_by(TinyNet(), 10)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    calls = 0
+
+    def fail_late(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal calls
+        calls += 1
+        if fails and calls > 8:
+            raise RuntimeError("late")
+
+    model.register_forward_pre_hook(fail_late)
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(3)
+    try:
+        if fails:
+            with pytest.raises(RuntimeError, match="late"):
+                evaluate(model, data, Protocol(steps=5, check_images=5))
+        else:
+            evaluate(model, data, Protocol(steps=5, check_images=5))
+        assert torch.backends.cudnn.benchmark
+    finally:
+        torch.backends.cudnn.benchmark = False
+    after = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(after, torch.rand(3))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert [p.requires_grad for p in model.layers[3].parameters()] == [False, True]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_cannot_be_measured_is_refused_before_work_starts(tmp_path: Path) -> None:
+    data = labelled_by(TinyNet(), 10)
+    assert isinstance(data.images, Tensor)
+    for model, protocol, message in (
+        (TinyNet(2), Protocol(loss="dlr"), "DLR loss needs at least 3 classes"),
+        (TinyNet().half(), Protocol(), "The model fails on images"),
+        (nn.Flatten(), Protocol(norm="L2"), None),
+        (nn.Conv2d(3, 10, 3), Protocol(), r"expected float logits \(10, classes\)"),
+    ):
+        few = replace(data, labels=data.labels.clamp(max=1), classes=("a", "b")) if message and "DLR" in message else data
+        if message is None:
+            assert evaluate(model, few, protocol).standard >= 0  # any function of images to logits will do
+            continue
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, few, protocol, output=tmp_path / "e")
+        assert not (tmp_path / "e").exists()
+    for n, first in ((0, False), (-3, True), (11, True), (11, False)):
+        with pytest.raises(ValueError, match=f"{n} images were asked for, random has 10"):
+            evaluate(TinyNet(), data, n=n, first=first)
+    with pytest.raises(ValueError, match="without saying how many"):
+        evaluate(TinyNet(), data, first=True)
+    with pytest.raises(ValueError, match="No images"):
+        evaluate(TinyNet(), data.subset(torch.arange(0)))
+    large = replace(data, images=torch.zeros(10, 3, 40, 40, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"are 40x40, the model takes 16x16: load_data\(size=18\)"):
+        evaluate(Enlarged(), large)
+
+
+def test_a_picture_that_fails_loses_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("advcl_hub.evaluation.pictures.save_curves", lambda *_: 1 / 0)
+    data = labelled_by(TinyNet(), 10)
+    with pytest.warns(UserWarning, match="A picture could not be drawn"):
+        found = evaluate(TinyNet(), data, Protocol(steps=2), output=tmp_path)
+    assert load_record(tmp_path) == found.record
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "images.csv", "report.md", "per_class.png"}
+
+
+def test_published_sets_are_averaged_over_their_fifteen_corruptions(tmp_path: Path) -> None:
+    model = TinyNet()
+    data = replace(labelled_by(model, 10), indices=torch.arange(10))
+    assert isinstance(data.images, Tensor)
+    stored = np.concatenate([data.images.permute(0, 2, 3, 1).numpy()] * 5)
+    np.save(tmp_path / "labels.npy", np.tile(data.labels.numpy(), 5))
+    for name in ("fog", "snow", "spatter"):
+        np.save(tmp_path / f"{name}.npy", stored if name == "spatter" else 255 - stored)
+    record = evaluate(model, data, Protocol(steps=0), corruptions=tmp_path).record
+    table = record["corruptions"]["by_severity"]
+    assert table["spatter"] == [1.0] * 5 and record["corrupted"]["averaged"] == ["fog", "snow"]
+    assert record["corruptions"]["mean"] == pytest.approx((table["fog"][0] + table["snow"][0]) / 2)

@@ -175,6 +175,9 @@ def borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
     home = tensors[0].device if tensors else device
     modes = {module: module.training for module in model.modules()}
     wanted = [p for p in model.parameters() if p.requires_grad]
+    buffers = {
+        name: buffer.clone() for name, buffer in model.named_buffers()
+    }  # a batch norm that stays in training mode moves its own
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []), _exact_backends(cuda):
         try:
@@ -184,6 +187,9 @@ def borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
             yield
         finally:
             model.to(home)
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(buffers[name])
             for parameter in wanted:
                 parameter.requires_grad_(True)
             for module, training in modes.items():

@@ -36,7 +36,7 @@ def quoted(data: str) -> list[Quoted]:
     rows = []
     for column, title in enumerate(header[1:], start=1):
         name, protocol = title.split()
-        if name == data.rpartition(":")[2]:
+        if data in (name, f"parquet:{name}"):
             for line in lines:
                 if line[column] != "-":
                     robust, standard = line[column].split("/")

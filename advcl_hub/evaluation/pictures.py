@@ -72,11 +72,14 @@ def save_per_class(path: Path, record: Mapping[str, Any]) -> Path:
         axis.bar_label(bars, fmt="%.0f", fontsize=7)
         total = 100 * record["accuracy"][key]["value"]
         bars.set_label(f"{_COLUMNS[key]} ({total:.1f} %)")
-    axis.set_xticks(range(len(names)), names, rotation=35 if len(names) > 5 else 0, ha="right" if len(names) > 5 else "center")
+    short = [name if len(name) <= 16 else f"{name[:15]}." for name in names]
+    axis.set_xticks(range(len(names)), short, rotation=35 if len(names) > 5 else 0, ha="right" if len(names) > 5 else "center")
     axis.set(ylabel="accuracy (%)", ylim=(0, 105))
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(ncols=len(columns), loc="outside upper right", frameon=False, fontsize=9)
-    figure.suptitle(f"{record['model']['name']}, {record['data']['images']} images", fontsize=10, x=0.02, ha="left")
+    worst = f", the {len(names)} worst of {len(table)} classes" if len(names) < len(table) else ""
+    title = f"{record['model']['name']}, {record['data']['images']:,} images of {record['data']['name']}{worst}"
+    axis.set_title(title, fontsize=10, loc="left")
     return save_figure(figure, path)
 
 
@@ -183,7 +186,8 @@ def show(axis: Axes, image: Tensor, title: str = "", colour: str = "black") -> N
     array = image.detach().float().clamp(0, 1).cpu().permute(1, 2, 0).numpy()
     axis.imshow(np.broadcast_to(array, (*array.shape[:2], 3)), interpolation="nearest")
     axis.set(xticks=[], yticks=[])
-    axis.set_title(title, color=colour, fontsize=9)
+    lines = [line if len(line) <= 20 else f"{line[:10]}..{line[-8:]}" for line in title.splitlines()]
+    axis.set_title("\n".join(lines), color=colour, fontsize=9 if max(map(len, lines), default=0) < 17 else 7)
     for spine in axis.spines.values():
         spine.set_visible(False)
 

@@ -2,7 +2,7 @@
 
 import datetime
 import json
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import chain, product
 from pathlib import Path
@@ -103,12 +103,13 @@ def evaluate(
 
     chosen = inputs.in_model_order(network, chosen)
     processes = Processes.current()
-    journal = Journal(folder and folder / UNFINISHED, {**facts, "device": device.type}, processes)
     classifier = PixelSpace(network, fit=True, precision=protocol.precision)
-    with closing(journal), borrowed(classifier, device):
-        measurement = Measurement(
-            classifier, chosen, _fitted(protocol, journal, classifier, chosen, device), journal, device, progress
-        )
+    with borrowed(classifier, device), ExitStack() as stack:
+        fits = inputs.try_classifier(classifier, chosen, protocol, device)
+        journal = Journal(folder and folder / UNFINISHED, {**facts, "device": device.type}, processes)
+        stack.callback(journal.close)
+        protocol = replace(protocol, batch_size=_agree(journal, fits))
+        measurement = Measurement(classifier, chosen, protocol, journal, device, progress)
         with closing(measurement.meter):
             found = _measure(measurement, corrupted)
         record = {
@@ -167,13 +168,13 @@ def _data_facts(images: ImageData, chosen: ImageData, split: str | None, first: 
     }
 
 
-def _fitted(protocol: Protocol, journal: Journal, classifier: nn.Module, images: ImageData, device: torch.device) -> Protocol:
-    """The protocol with the batch size that fits all processes' memory, or the one that an unfinished evaluation began with."""
+def _agree(journal: Journal, fits: int) -> int:
+    """The batch size that fits all processes' memory, or the one that an unfinished evaluation began with."""
     unit = "batch size"
-    fits = inputs.try_classifier(classifier, images, protocol, device)
+    smallest = min(journal.processes.gather(fits))
     if unit not in journal.units:
-        journal.write(unit, {"value": [min(journal.processes.gather(fits))]}, 0.0)
-    return replace(protocol, batch_size=journal.units[unit]["value"][0])
+        journal.write(unit, {"value": [smallest]}, 0.0)
+    return journal.units[unit]["value"][0]
 
 
 def _write(folder: Path, evaluation: Evaluation, measurement: Measurement) -> None:
@@ -227,6 +228,10 @@ class _Found:
             )
         if not self.protocol.check_images:
             said.append("Not checked for false robustness (check_images=0).")
+        elif self.protocol.autoattack and not self.protocol.attacks_with_pgd:
+            said.append(
+                "Not checked with PGD (steps=0): of the checks for false robustness only those of the model and AutoAttack."
+            )
         return said
 
 

@@ -116,7 +116,7 @@ def _text(header: list[str], rows: list[list[str]], notes: list[str], warnings: 
 
 
 def _markdown(header: list[str], rows: list[list[str]], notes: list[str], warnings: list[str]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in (header, *rows)]
     lines.insert(1, "|---" + "|---:" * (len(header) - 1) + "|")
     parts = ["\n".join(lines), *(f"> **Warning.** {w}" for w in warnings), "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(parts)
@@ -142,6 +142,7 @@ def _latex(header: list[str], rows: list[list[str]], notes: list[str], warnings:
 
 
 def _escape(text: str) -> str:
+    text = text.replace("\\", "/").replace("^", "-")
     for character in "&%$#_{}":
         text = text.replace(character, "\\" + character)
     return text.replace("±", r"$\pm$").replace("~", r"\textasciitilde{}")
