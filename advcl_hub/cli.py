@@ -21,6 +21,8 @@ from advcl_hub.attacks import LOSSES, NORMS
 from advcl_hub.evaluation import Protocol, load_record, pixels, report
 from advcl_hub.evaluation.processes import Processes
 from advcl_hub.evaluation.protocol import AUTOATTACKS
+from advcl_hub.evaluation.runner import UNFINISHED
+from advcl_hub.export import RESULTS
 
 
 class _Length(click.ParamType):  # type: ignore[type-arg]  # generic in stubs only
@@ -138,7 +140,10 @@ def report_command(results: tuple[Path, ...], style: str, literature: bool, as_j
     Example:
       advcl-hub report evaluations/*/* --format latex --literature
     """
-    records = [load_record(path) for path in results]
+    unfinished = [path for path in results if (path / UNFINISHED).is_dir() and not (path / RESULTS).exists()]
+    for path in unfinished:
+        click.echo(f"warning: {path} is left out: its evaluation is not finished.", err=True)
+    records = [load_record(path) for path in results if path not in unfinished]
     click.echo(json.dumps(records, indent=2) if as_json else report(records, style, literature=literature))
 
 

@@ -17,10 +17,11 @@ from tests.tiny_classifiers import TinyNet, labelled_by
 EPS = 0.008  # PGD breaks two thirds of the images that ClearNet gets right
 
 OF_THE_MODEL = ["deterministic", "evaluation mode", "logits"]
-OF_THE_BUDGET = ["perturbations within eps", "inputs in [0, 1]"]
+OF_THE_BUDGET = ["perturbations within eps", "finite outputs", "inputs in [0, 1]"]
 OF_PGD = [
     "gradients",
     "gradients lead uphill",
+    "steps reach eps",
     "eps 0 equals clean",
     "robust is not above clean",
     "a larger eps is not weaker",
@@ -274,8 +275,12 @@ def test_any_point_above_the_clean_accuracy_is_suspicious(curve: str) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_adversarial_images_that_are_no_numbers_are_beyond_every_budget(value: float) -> None:
-    assert [check.passed for check in checks.budget_checks([0.001, value], [0.0, value], Protocol())] == [False, False]
-    assert [check.passed for check in checks.budget_checks([0.001], [0.0], Protocol())] == [True, True]
+    assert [check.passed for check in checks.budget_checks([0.001, value], [0.0, value], [True], Protocol())] == [
+        False,
+        True,
+        False,
+    ]
+    assert [check.passed for check in checks.budget_checks([0.001], [0.0], [True, False], Protocol())] == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -463,3 +468,45 @@ def test_the_checks_take_as_many_images_as_the_protocol_says() -> None:
     found = measured(ClearNet(after=saturated), labelled_by(ClearNet(), 30), check_images=10)
     assert found.record["curves"]["images"] == 10 and "of 10 images" in detail(found, "gradients")
     assert found.record["data"]["images"] == 30
+
+
+def test_steps_too_short_to_cross_the_ball_are_told() -> None:
+    with pytest.raises(ValueError, match="step_size is 0: PGD would stand still"):
+        Protocol(step_size=0)
+    net = ClearNet()
+    found = evaluate(net, labelled_by(net, 30), Protocol(eps=EPS, step_size=EPS / 100, steps=5), progress=False)
+    assert "steps reach eps: no. 5 steps of 0.0204/255 for eps 2.04/255." in found.warnings
+
+
+def test_outputs_that_are_not_finite_are_told() -> None:
+    net = ClearNet()
+    data = labelled_by(net, 30)
+    whole = 255 * torch.ones(1)
+    off_grid = ClearNet(
+        before=lambda x: torch.where(((x * whole).round() - x * whole).abs().amax((1, 2, 3), True) > 1e-3, torch.nan, x)
+    )
+    found = evaluate(off_grid, data, Protocol(eps=EPS), progress=False)
+    assert any(warning.startswith("finite outputs: no. not finite on") for warning in found.warnings)
+    with pytest.raises(ValueError, match="outputs that are not finite"):
+        evaluate(ClearNet(after=lambda logits: logits * torch.nan), data, progress=False)
+
+
+def test_few_images_and_what_was_said_about_the_data_are_warnings_of_the_result() -> None:
+    net = ClearNet()
+    data = labelled_by(net, 30)
+    few = evaluate(net, data, Protocol(eps=EPS, check_images=5), progress=False)
+    assert "Only 5 images were checked for false robustness, which shows little." in few.warnings
+    net.pretrained_cfg = {"label_names": [f"other{i}" for i in range(10)]}  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match="their order is taken to be the same"):
+        named = evaluate(net, data, Protocol(eps=EPS), progress=False)
+    assert any("their order is taken to be the same" in warning for warning in named.warnings)
+
+
+def test_a_caller_without_gradients_is_no_hindrance_but_a_model_without_is() -> None:
+    net = ClearNet()
+    data = labelled_by(net, 30)
+    expected = evaluate(net, data, Protocol(eps=EPS, check_images=0), progress=False).images
+    with torch.no_grad():
+        assert evaluate(net, data, Protocol(eps=EPS, check_images=0), progress=False).images == expected
+    with pytest.raises(ValueError, match="carry no gradient"):
+        evaluate(ClearNet(before=lambda images: images.detach()), data, progress=False)

@@ -53,7 +53,7 @@ def run(measurement: Measurement, positions: list[int]) -> dict[str, Payload]:
     """Attacks the images at these positions (those that are right when clean); each attack takes those that survived before it.
 
     Returns:
-        By attack: `position`, `survives`, `prediction` on the adversarial image, and its `distance` and `excess` as in PGD.
+        By attack: `position`, `survives`, `prediction` on the adversarial image; its `distance`, `excess`, `finite` as in PGD.
     """
     attack = build(measurement, measurement.classes)
     results: dict[str, Payload] = {}
@@ -80,12 +80,14 @@ def _attack(attack: "AutoAttack", name: str, images: Tensor, labels: Tensor) -> 
             method = attack.square
         method.seed = attack.get_seed()
         adversarial = method.perturb(images.clone(), labels.clone())
-        prediction = attack.get_logits(adversarial).argmax(1)
+        logits = attack.get_logits(adversarial)
+        prediction = logits.argmax(1)
     return {
         "survives": (prediction == labels).tolist(),
         "prediction": prediction.tolist(),
         "distance": distance(adversarial, images, attack.norm).tolist(),
         "excess": excess(adversarial).tolist(),
+        "finite": logits.isfinite().all(1).tolist(),
     }
 
 

@@ -190,6 +190,7 @@ def everything(measurement: Measurement) -> float:
 def curve_checks(curves: Curves, labels: Tensor, clean: float, protocol: Protocol, classes: int) -> list[Check]:
     """What is wrong with the curves of images with these labels (N,), of which a share of `clean` is right as it is."""
     chance = max(1 / classes, labels.bincount().max().item() / len(labels))  # what always answering one class reaches
+    norm = protocol.norm
     image = 1 / curves.images + 1e-9  # batches of another size may tip one image
     slack, gain = max(_SLACK, image), max(_GAIN, image)
     steps, eps, restarts = dict(curves.steps), curves.eps[:-1], curves.restarts
@@ -197,6 +198,11 @@ def curve_checks(curves: Curves, labels: Tensor, clean: float, protocol: Protoco
     own, (most, at_most), (large, left) = steps[protocol.steps], curves.steps[-1], curves.eps[-1]
     best = min(curves.losses, key=lambda name: curves.losses[name])
     return [
+        Check(
+            "steps reach eps",
+            protocol.steps * protocol.step >= protocol.radius * (1 - 1e-9),
+            f"{protocol.steps} steps of {pixels(protocol.step, norm)} for eps {pixels(protocol.radius, norm)}",
+        ),
         Check("eps 0 equals clean", abs(eps[0][1] - clean) <= image, f"{eps[0][1]:.1%} at eps 0, {clean:.1%} clean"),
         Check("robust is not above clean", highest <= clean + image, f"at most {highest:.1%} under attack, {clean:.1%} clean"),
         Check(
@@ -207,7 +213,7 @@ def curve_checks(curves: Curves, labels: Tensor, clean: float, protocol: Protoco
         Check(
             "very large eps leaves nothing",
             left <= chance + slack,
-            f"{left:.1%} at eps {pixels(large, protocol.norm)}, one answer for all gives {chance:.1%}",
+            f"{left:.1%} at eps {pixels(large, norm)}, one answer for all gives {chance:.1%}",
         ),
         Check(
             "more steps are not weaker",
@@ -232,11 +238,14 @@ def _rise(curve: Sequence[tuple[float, float]]) -> float:
     return max(0.0, *(b - a for (_, a), (_, b) in pairwise(curve)))
 
 
-def budget_checks(distances: Sequence[float], excess: Sequence[float], protocol: Protocol) -> list[Check]:
-    """Whether every adversarial image is within the budget and is an image."""
+def budget_checks(
+    distances: Sequence[float], excess: Sequence[float], finite: Sequence[bool], protocol: Protocol
+) -> list[Check]:
+    """Whether every adversarial image is within the budget and is an image, and the model gave numbers for it."""
     far, beyond = (max((v if math.isfinite(v) else math.inf for v in values), default=0.0) for values in (distances, excess))
     return [
         Check("perturbations within eps", far <= protocol.radius * (1 + 1e-5) + 1e-7, f"largest {pixels(far, protocol.norm)}"),
+        Check("finite outputs", all(finite), f"not finite on {len(finite) - sum(finite)} of {len(finite)} adversarial images"),
         Check("inputs in [0, 1]", beyond <= 1e-7, f"adversarial pixels leave [0, 1] by {beyond:.1g} at most"),
     ]
 

@@ -179,7 +179,8 @@ def borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
         name: buffer.clone() for name, buffer in model.named_buffers()
     }  # a batch norm that stays in training mode moves its own
     cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []), _exact_backends(cuda):
+    devices = [device] if cuda else []
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), _exact_backends(cuda):
         try:
             model.to(device).eval()
             for parameter in wanted:

@@ -176,8 +176,10 @@ def try_classifier(classifier: nn.Module, data: ImageData, protocol: Protocol, d
                 x = (images / 255).requires_grad_()
                 logits = classifier(x)
                 _check_logits(logits, size, data, protocol)
-                if logits.requires_grad:
-                    torch.autograd.grad(logits.sum(), x, allow_unused=True)
+                attacked = protocol.attacks_with_pgd or protocol.autoattack is not None
+                gradient = torch.autograd.grad(logits.sum(), x, allow_unused=True)[0] if logits.requires_grad else None
+                if attacked and gradient is None:
+                    raise ValueError("The model's outputs carry no gradient with respect to the images: it cannot be attacked.")
             return size
         except torch.OutOfMemoryError:
             if size == 1:
@@ -194,8 +196,8 @@ def _check_logits(logits: Any, size: int, data: ImageData, protocol: Protocol) -
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != size or not logits.is_floating_point():
         given = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"The model gives {given} for {size} images, expected float logits ({size}, classes).")
-    if not logits.requires_grad and (protocol.attacks_with_pgd or protocol.autoattack):
-        raise ValueError("The model's outputs carry no gradient with respect to the images: it cannot be attacked with PGD.")
+    if not logits.isfinite().all():
+        raise ValueError(f"The model gives outputs that are not finite for images of {data.name}: there is nothing to measure.")
     classes, largest = logits.shape[1], int(data.labels.max())
     if largest >= classes:
         raise ValueError(f"The model gives {classes} logits, {data.name} has labels up to {largest}.")

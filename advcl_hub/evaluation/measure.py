@@ -112,7 +112,7 @@ class Measurement:
 
         Returns:
             `restart`: the start that first broke an image, -1 if none did; the `prediction` then, or of the last start; and of
-            that adversarial image the `distance` from the clean one and the `excess` over [0, 1].
+            that adversarial image the `distance` from the clean one, the `excess` over [0, 1], and whether logits are `finite`.
         """
 
         def work(images: Tensor, labels: Tensor, indices: list[int]) -> Payload:
@@ -122,6 +122,7 @@ class Measurement:
 
     def _pgd(self, images: Tensor, labels: Tensor, indices: list[int], protocol: Protocol, first: int) -> Payload:
         broken_by, prediction = torch.full_like(labels, -1), torch.empty_like(labels)
+        finite = torch.ones_like(labels, dtype=torch.bool)
         far, beyond = images.new_zeros(len(images)), images.new_zeros(len(images))
         for restart in range(first, protocol.restarts):
             left = (broken_by < 0).nonzero()[:, 0]
@@ -130,7 +131,8 @@ class Measurement:
             x, y = images[left], labels[left]
             adversarial = self.adversarial(x, y, [indices[i] for i in left.tolist()], protocol, restart)
             with torch.no_grad():
-                found = self.classifier(adversarial).argmax(1)
+                logits = self.classifier(adversarial)
+            found, finite[left] = logits.argmax(1), logits.isfinite().all(1)
             prediction[left], broken_by[left[found != y]] = found, restart
             far[left], beyond[left] = distance(adversarial, x, protocol.norm), excess(adversarial)
         return {
@@ -138,6 +140,7 @@ class Measurement:
             "prediction": prediction.tolist(),
             "distance": far.tolist(),
             "excess": beyond.tolist(),
+            "finite": finite.tolist(),
         }
 
     def pgd_by_steps(self, stage: str, positions: list[int], protocol: Protocol, counts: Sequence[int]) -> Payload:

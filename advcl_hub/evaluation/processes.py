@@ -38,8 +38,8 @@ def choose(device: str | torch.device | None) -> torch.device:
     Raises:
         ValueError: no such device.
     """
-    chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     try:
+        chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"The device {device} cannot be used: {str(error).splitlines()[0]}") from None

@@ -58,6 +58,8 @@ class Protocol:
             raise ValueError(f"eps is {self.radius:g}, expected a distance of pixels in [0, 1]{hint}")
         if not 0 <= self.step < float("inf"):
             raise ValueError(f"step_size is {self.step:g}, expected 0 or more")
+        if self.attacks_with_pgd and not self.step:
+            raise ValueError("step_size is 0: PGD would stand still; steps=0 leaves it out")
         if self.autoattack and not self.radius:
             raise ValueError("eps is 0: AutoAttack needs room to move")
         for name, least in (("steps", 0), ("restarts", 1), ("seed", 0), ("batch_size", 1), ("check_images", 0)):

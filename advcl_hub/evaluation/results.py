@@ -109,7 +109,13 @@ def load_record(path: str | Path) -> dict[str, Any]:
             raise KeyError("kind")
         if record["format"] > FORMAT:
             raise ValueError("it was written by a newer advcl-hub")
-        record["model"]["name"], record["accuracy"]["standard"], record["protocol"]["norm"], record["warnings"]
+        (
+            record["model"]["name"],
+            record["accuracy"]["standard"],
+            record["protocol"]["norm"],
+            record["warnings"],
+            record["batch_size"],
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not the result of an evaluation ({error!r}).") from None
     return record

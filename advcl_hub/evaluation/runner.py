@@ -2,7 +2,9 @@
 
 import datetime
 import json
-from contextlib import ExitStack, closing
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, product
 from pathlib import Path
@@ -25,6 +27,7 @@ from advcl_hub.evaluation.protocol import Protocol
 from advcl_hub.evaluation.results import FORMAT, Evaluation, finished, hardware, per_class, proportion, versions
 from advcl_hub.files import check_writable, replacing
 
+FEWEST = 20  # images that checks should see
 UNFINISHED = "unfinished"  # folder of the journal, within the output
 
 
@@ -84,9 +87,11 @@ def evaluate(
     device = join(device)
     loaded = LoadedModel(_name(model), model) if isinstance(model, nn.Module) else load_model(model)
     network = loaded.model
-    images = data if isinstance(data, ImageData) else inputs.load_images(data, split, root, network)
-    inputs.check_fits(network, images)
-    chosen = _select(images, n, first)
+    with _heard() as said:  # what is said about the data belongs to the result
+        images = data if isinstance(data, ImageData) else inputs.load_images(data, split, root, network)
+        inputs.check_fits(network, images)
+        chosen = _select(images, n, first)
+        named = inputs.in_model_order(network, chosen)
     corrupted = None if corruptions is None else inputs.Corrupted(corruptions, chosen)
     facts = {
         "model": _model_facts(loaded, images),
@@ -101,7 +106,7 @@ def evaluate(
         )
         return standing
 
-    chosen = inputs.in_model_order(network, chosen)
+    chosen = named
     processes = Processes.current()
     classifier = PixelSpace(network, fit=True, precision=protocol.precision)
     with borrowed(classifier, device), ExitStack() as stack:
@@ -119,7 +124,7 @@ def evaluate(
             "classes": list(chosen.classes),
             **found.figures,
             "checks": checks.as_records(found.checks),
-            "warnings": found.warnings,
+            "warnings": [*said, *found.warnings],
             "batch_size": measurement.protocol.batch_size,
             "command": command,
             "hardware": hardware(device, processes.count),
@@ -133,6 +138,18 @@ def evaluate(
             processes.wait()  # the journal goes when the results stand
             journal.remove()
     return evaluation
+
+
+@contextmanager
+def _heard() -> Iterator[list[str]]:
+    """Collects the texts of warnings, and passes them on at the end."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield texts
+    for text in dict.fromkeys(str(entry.message) for entry in caught if entry.category is UserWarning):
+        texts.append(text)
+        warn(text, stacklevel=4)
 
 
 def _name(model: nn.Module) -> str:
@@ -183,11 +200,13 @@ def _write(folder: Path, evaluation: Evaluation, measurement: Measurement) -> No
 
     drawn: list[Path] = []
     try:
-        pictures.save_all(folder, evaluation, measurement, drawn)
+        try:
+            pictures.save_all(folder, evaluation, measurement, drawn)
+        finally:
+            with replacing(folder / "report.md") as draft:
+                draft.write_text(tables.page(evaluation.record, [path.name for path in drawn]))
     except Exception as error:  # hours of measuring are not lost for a picture
-        warn(f"A picture could not be drawn ({error!r}); the figures are complete.", stacklevel=3)
-    with replacing(folder / "report.md") as draft:
-        draft.write_text(tables.page(evaluation.record, [path.name for path in drawn]))
+        warn(f"A picture or the report could not be made ({error!r}); the figures are complete.", stacklevel=3)
     evaluation.save(folder)
 
 
@@ -218,6 +237,7 @@ class _Found:
     figures: dict[str, Any] = field(default_factory=dict)
     columns: dict[str, list[Any]] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
+    checked: int = 0
 
     @property
     def warnings(self) -> list[str]:
@@ -228,7 +248,9 @@ class _Found:
             )
         if not self.protocol.check_images:
             said.append("Not checked for false robustness (check_images=0).")
-        elif self.protocol.autoattack and not self.protocol.attacks_with_pgd:
+        elif self.checked < FEWEST:
+            said.append(f"Only {self.checked} images were checked for false robustness, which shows little.")
+        if self.protocol.check_images and self.protocol.autoattack and not self.protocol.attacks_with_pgd:
             said.append(
                 "Not checked with PGD (steps=0): of the checks for false robustness only those of the model and AutoAttack."
             )
@@ -286,11 +308,13 @@ def _after(payload: Payload, survives: list[bool], predictions: list[int]) -> tu
 def _check(measurement: Measurement, found: _Found, survives: dict[str, list[bool]], attacked: list[Payload]) -> None:
     protocol, data = measurement.protocol, measurement.data
     sample = data.balanced_positions(min(protocol.check_images, len(data))).tolist()
+    found.checked = len(sample)
     images, labels = measurement.load(sample[: protocol.batch_size])
     found.checks = checks.model_checks(measurement.classifier, images, labels, protocol)
     if attacked:
-        distances, excess = (list(chain.from_iterable(p.get(key, []) for p in attacked)) for key in ("distance", "excess"))
-        found.checks += checks.budget_checks(distances, excess, protocol)
+        keys = ("distance", "excess", "finite")
+        distances, excess, finite = (list(chain.from_iterable(p.get(key, []) for p in attacked)) for key in keys)
+        found.checks += checks.budget_checks(distances, excess, finite, protocol)
     if protocol.attacks_with_pgd:
         right = [p for p in sample if survives["standard"][p]]
         survivors = [p for p in sample if survives["pgd"][p]]
