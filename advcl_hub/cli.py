@@ -19,7 +19,7 @@ import click
 import advcl_hub
 from advcl_hub.attacks import LOSSES, NORMS
 from advcl_hub.evaluation import Protocol, load_record, pixels, report
-from advcl_hub.evaluation.processes import Processes
+from advcl_hub.evaluation.processes import Processes, leave
 from advcl_hub.evaluation.protocol import AUTOATTACKS
 from advcl_hub.evaluation.runner import UNFINISHED
 from advcl_hub.export import RESULTS
@@ -109,7 +109,9 @@ def evaluate(model: str, data: str, bf16: bool, as_json: bool, output: Path | No
     output = output or Path("evaluations", _slug(model), _describe(data, protocol, options))
     command = shlex.join(["advcl-hub", *sys.argv[1:]])
     result = advcl_hub.evaluate(model, data, protocol, output=output, command=command, **options)
-    if Processes.current().rank == 0:
+    main_process = Processes.current().rank == 0
+    leave()
+    if main_process:
         click.echo(json.dumps(result.record, indent=2) if as_json else f"\n{report([result.record])}\n\nResults: {output}")
 
 

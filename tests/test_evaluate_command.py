@@ -54,7 +54,15 @@ def start(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", *launcher, "advcl_hub.cli", "evaluate", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit it as ignored
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> str:

@@ -331,6 +331,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         finished = pretrain(recipe, output, StopRequest(args.time_budget))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # else its threads may outlive the interpreter, which aborts then
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -32,6 +32,12 @@ def join(device: str | torch.device | None) -> torch.device:
     return PartialState(cpu=str(device) == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=30)).device
 
 
+def leave() -> None:
+    """Ends the work with other processes, if there are any: threads of the group must not outlive the interpreter."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def choose(device: str | torch.device | None) -> torch.device:
     """The device asked for, by default a GPU if there is one.
 
