@@ -37,9 +37,8 @@ def seeded_start(images: Tensor, eps: float, norm: Norm, keys: Sequence[Sequence
         norm: of the ball.
         keys: N sequences of integers of at least 0, e.g. (seed, restart, index of the image).
     """
-    return project(
-        images + torch.stack([_noise(images.shape[1:], eps, norm, key) for key in keys]).to(images), images, eps, norm
-    )
+    noise = torch.stack([_noise(images.shape[1:], eps, norm, key) for key in keys]).to(images)
+    return project(images + noise, images, eps, norm)
 
 
 def _noise(shape: torch.Size, eps: float, norm: Norm, key: Sequence[int]) -> Tensor:
@@ -60,9 +59,8 @@ def ascend(adversarial: Tensor, gradient: Tensor, step_size: float, norm: Norm =
         return adversarial + step_size * gradient.sign()
     tiny = torch.finfo(gradient.dtype).tiny
     gradient = gradient.nan_to_num(0.0)
-    gradient = gradient / gradient.abs().amax((-3, -2, -1), keepdim=True).clamp_min(
-        tiny
-    )  # else its square may be 0 or infinite
+    largest = gradient.abs().amax((-3, -2, -1), keepdim=True)
+    gradient = gradient / largest.clamp_min(tiny)  # else its square may be 0 or infinite
     return adversarial + step_size * gradient / _lengths(gradient).clamp_min(tiny)
 
 
@@ -115,7 +113,11 @@ def pgd(
         Perturbed images of the shape of `images`, detached. The mode of the model is the caller's: evaluation mode to measure
         robustness, training mode inside the AdvCL step.
     """
-    run = iterates(loss, images, eps=eps, step_size=step_size, steps=steps, norm=norm, start=start)
+    return last(iterates(loss, images, eps=eps, step_size=step_size, steps=steps, norm=norm, start=start))
+
+
+def last(run: Iterator[Tensor]) -> Tensor:
+    """The last of some iterates, without keeping the others."""
     return deque(run, maxlen=1).pop()
 
 

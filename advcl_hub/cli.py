@@ -25,19 +25,12 @@ from advcl_hub.evaluation.runner import UNFINISHED
 from advcl_hub.export import RESULTS
 
 
-class _Length(click.ParamType):  # type: ignore[type-arg]  # generic in stubs only
+def length(text: str) -> float:
     """A distance of pixels in [0, 1], also as a fraction."""
-
-    name = "length"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            return float(Fraction(str(value)))
-        except (ValueError, ZeroDivisionError):
-            self.fail(f"{value!r} is not a number such as 8/255 or 0.5", param, ctx)
-
-
-LENGTH = _Length()
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise click.BadParameter(f"{text!r} is not a number such as 8/255 or 0.5") from None
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -73,9 +66,9 @@ def main() -> None:
 @click.option("--n", "--images", "n", type=int, help="So many images, class-balanced, everywhere the same.  [default: all]")
 @click.option("--first", is_flag=True, help="With --n: the first ones instead, as RobustBench does.")
 @click.option("--norm", type=click.Choice(NORMS, case_sensitive=False), default=Protocol.norm, show_default=True)
-@click.option("--eps", type=LENGTH, help="Radius in pixels of [0, 1], such as 8/255.  [default: 8/255, L2: 0.5]")
+@click.option("--eps", type=length, help="Radius in pixels of [0, 1], such as 8/255.  [default: 8/255, L2: 0.5]")
 @click.option("--steps", type=int, default=Protocol.steps, show_default=True, help="PGD steps; 0 leaves PGD out.")
-@click.option("--step-size", type=LENGTH, help="Length of a PGD step.  [default: eps / 4]")
+@click.option("--step-size", type=length, help="Length of a PGD step.  [default: eps / 4]")
 @click.option(
     "--restarts", type=int, default=Protocol.restarts, show_default=True, help="PGD runs that an image has to survive."
 )

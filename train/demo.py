@@ -14,8 +14,10 @@ import timm
 import torch
 from torch import nn
 
+from advcl_hub.attacks import pgd
 from advcl_hub.data import ImageData, load_data
-from advcl_hub.evaluation import PixelSpace, Protocol, Robustness, pgd_cross_entropy, robustness
+from advcl_hub.evaluation import PixelSpace, Protocol, Robustness, robustness
+from advcl_hub.evaluation.measure import loss_of
 from advcl_hub.evaluation.pictures import save_adversarial_examples
 from advcl_hub.export import export_folder, load_folder, verify_folder
 from train.pretrain import pretrain
@@ -71,7 +73,8 @@ def run_demo(output: Path, overrides: list[str], stop: StopRequest) -> dict[str,
 def _attacked(model: nn.Module, data: ImageData, eps: float) -> tuple[nn.Module, torch.Tensor]:
     assert isinstance(data.images, torch.Tensor)
     classifier = PixelSpace(model).eval()
-    return classifier, pgd_cross_entropy(classifier, data.images / 255, data.labels, eps=eps, step_size=eps / 4, steps=20)
+    loss = loss_of(classifier, data.labels, "ce")
+    return classifier, pgd(loss, data.images / 255, eps=eps, step_size=eps / 4, steps=20)
 
 
 def table(results: dict[str, Robustness]) -> str:

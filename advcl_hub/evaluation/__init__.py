@@ -1,7 +1,6 @@
 """Accuracy on clean, adversarial and corrupted images, with everything needed to repeat it and signs that speak against it."""
 
 from advcl_hub.evaluation.classifier import PixelSpace, load_model
-from advcl_hub.evaluation.measure import pgd_cross_entropy
 from advcl_hub.evaluation.protocol import Protocol, pixels
 from advcl_hub.evaluation.quick import Robustness, robustness
 from advcl_hub.evaluation.results import Evaluation, load_record
@@ -16,7 +15,6 @@ __all__ = [
     "evaluate",
     "load_model",
     "load_record",
-    "pgd_cross_entropy",
     "pixels",
     "report",
     "robustness",

@@ -7,6 +7,7 @@ batch, so that each image's result is that of `pyautoattack.AutoAttack.run_stand
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,11 +25,11 @@ _COST = {"apgd-ce": 304, "apgd-dlr": 304, "apgd-t": 2750, "fab-t": 3700, "square
 _EOT = 20  # gradients a step in the version for random models
 
 
-def build(measurement: Measurement, classes: int) -> "AutoAttack":
+def build(measurement: Measurement) -> "AutoAttack":
     """The package's AutoAttack for this protocol, with as many targets as there are other classes, at most nine."""
     from pyautoattack import AutoAttack
 
-    protocol = measurement.protocol
+    protocol, classes = measurement.protocol, measurement.classes
     assert protocol.autoattack is not None
     with _quiet():
         attack = AutoAttack(
@@ -55,17 +56,17 @@ def run(measurement: Measurement, positions: list[int]) -> dict[str, Payload]:
     Returns:
         By attack: `position`, `survives`, `prediction` on the adversarial image; its `distance`, `excess`, `finite` as in PGD.
     """
-    attack = build(measurement, measurement.classes)
+    attack = build(measurement)
     results: dict[str, Payload] = {}
     for name in attack.attacks_to_run:
         cost = _COST[name] * (_EOT if measurement.protocol.autoattack == "rand" else 1)
-        payload = measurement.measure(name, positions, lambda x, y, _, name=name: _attack(attack, name, x, y), cost)  # type: ignore[misc]
+        payload = measurement.measure(name, positions, partial(_attack, attack, name), cost)
         results[name] = {"position": positions, **payload}
         positions = [p for p, survives in zip(positions, payload.get("survives", []), strict=True) if survives]
     return results
 
 
-def _attack(attack: "AutoAttack", name: str, images: Tensor, labels: Tensor) -> Payload:
+def _attack(attack: "AutoAttack", name: str, images: Tensor, labels: Tensor, indices: list[int]) -> Payload:
     """One batch as in the package's run_standard_evaluation (pyautoattack 0.2), whose order of calls decides the numbers."""
     with _quiet(), torch.no_grad():
         if name.startswith("apgd-") and name != "apgd-t":

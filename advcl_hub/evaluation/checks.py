@@ -143,14 +143,13 @@ class Curves:
     losses: dict[str, float]
 
 
-def draw_curves(measurement: Measurement, sample: list[int], survivors: list[int], classes: int) -> Curves:
+def draw_curves(measurement: Measurement, sample: list[int], survivors: list[int]) -> Curves:
     """Accuracy over eps, steps, restarts and losses.
 
     Args:
         measurement: what measures.
         sample: positions of the images, also of those that are wrong when clean: an attack must not put them right.
         survivors: those of them that survive the protocol's PGD.
-        classes: number of classes.
     """
     protocol, n = measurement.protocol, len(sample)
 
@@ -176,7 +175,7 @@ def draw_curves(measurement: Measurement, sample: list[int], survivors: list[int
     more = replace(protocol, restarts=protocol.restarts + RESTARTS)
     again = measurement.pgd("check restarts", survivors, more, first=protocol.restarts).get("restart", [])
     restarts = [(r + 1, sum(not 0 <= by <= r for by in again) / n) for r in range(protocol.restarts - 1, more.restarts)]
-    others = [name for name in LOSSES if name != protocol.loss and (name != "dlr" or classes > 2)]
+    others = [name for name in LOSSES if name != protocol.loss and (name != "dlr" or measurement.classes > 2)]
     return Curves(n, eps, steps, restarts, {name: standing(f"loss {name}", survivors, loss=name) for name in others})
 
 

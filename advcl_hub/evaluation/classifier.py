@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop
 
 from advcl_hub.export import RESULTS, WEIGHTS, file_sha256, verify_folder
+
+
+def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """What timm knows of a model's input and classes; empty for a module that is not timm's."""
+    return cast(dict[str, Any], getattr(model, "pretrained_cfg", None) or {})
 
 
 class PixelSpace(nn.Module):
@@ -37,7 +42,7 @@ class PixelSpace(nn.Module):
 
     def __init__(self, model: nn.Module, *, fit: bool = False, precision: str = "float32") -> None:
         super().__init__()
-        cfg = getattr(model, "pretrained_cfg", None) or {}
+        cfg = pretrained_cfg(model)
         self.model = model
         for name, default in (("mean", 0.0), ("std", 1.0)):
             self.register_buffer(name, torch.tensor(cfg.get(name, default)).reshape(-1, 1, 1))
@@ -130,7 +135,8 @@ def _load_folder(folder: Path) -> LoadedModel:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except Exception as error:
         raise ValueError(f"{folder} cannot be opened by timm: {_first_line(error)}") from error
-    return LoadedModel(_short_name(folder), model, provenance, file_sha256(weights))
+    sha256 = provenance["sha256"][WEIGHTS] if provenance else file_sha256(weights)  # just verified
+    return LoadedModel(_short_name(folder), model, provenance, sha256)
 
 
 def _short_name(folder: Path) -> str:
@@ -175,9 +181,8 @@ def borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
     home = tensors[0].device if tensors else device
     modes = {module: module.training for module in model.modules()}
     wanted = [p for p in model.parameters() if p.requires_grad]
-    buffers = {
-        name: buffer.clone() for name, buffer in model.named_buffers()
-    }  # a batch norm that stays in training mode moves its own
+    # A batch norm that stays in training mode moves its own.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     cuda = device.type == "cuda"
     devices = [device] if cuda else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), _exact_backends(cuda):

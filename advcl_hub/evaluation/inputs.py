@@ -5,7 +5,7 @@ import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from advcl_hub.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corruption_names, read_corrupted
 from advcl_hub.data import ImageData, batches, load_data
 from advcl_hub.decoding import MixedSizesError
+from advcl_hub.evaluation.classifier import pretrained_cfg
 from advcl_hub.evaluation.protocol import Protocol
 
 GENERATED = "generated"  # the corruptions of advcl_hub.corruptions, in place of a folder's
@@ -21,14 +22,13 @@ GENERATED = "generated"  # the corruptions of advcl_hub.corruptions, in place of
 
 def input_size(model: nn.Module) -> tuple[int, int, int] | None:
     """(C, H, W) of the pretrained cfg, None for a module that has none."""
-    cfg = cast(dict[str, Any], getattr(model, "pretrained_cfg", None) or {})
+    cfg = pretrained_cfg(model)
     return tuple(cfg["input_size"]) if cfg.get("input_size") else None
 
 
 def scaled_size(model: nn.Module, size: int) -> int:
     """The height and width to which timm scales images of which the model sees the centre of this size."""
-    cfg = cast(dict[str, Any], getattr(model, "pretrained_cfg", None) or {})
-    return max(size, math.floor(size / (cfg.get("crop_pct") or 1)))
+    return max(size, math.floor(size / (pretrained_cfg(model).get("crop_pct") or 1)))
 
 
 def load_images(source: str, split: str, root: str | Path | None, model: nn.Module) -> ImageData:
@@ -81,9 +81,8 @@ def check_fits(model: nn.Module, data: ImageData) -> None:
 
 def class_names(model: nn.Module) -> tuple[str, ...]:
     """The model's classes by name: those of its config, or the synsets (n01440764 ...) of an ImageNet; () if unknown."""
-    cfg = cast(dict[str, Any], getattr(model, "pretrained_cfg", None) or {})
-    if cfg.get("label_names"):
-        return tuple(cfg["label_names"])
+    if named := pretrained_cfg(model).get("label_names"):
+        return tuple(named)
     subset = infer_imagenet_subset(model)  # a guess from the number of classes
     return tuple(ImageNetInfo(subset).label_names()) if subset else ()
 

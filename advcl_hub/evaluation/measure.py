@@ -2,7 +2,6 @@
 
 import copy
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from advcl_hub.attacks import LOSSES, Norm, distance, excess, iterates, pgd, seeded_start
+from advcl_hub.attacks import LOSSES, distance, excess, iterates, last, seeded_start
 from advcl_hub.data import ImageData, batches
 from advcl_hub.evaluation.journal import Journal, Payload
 from advcl_hub.evaluation.protocol import Protocol
@@ -158,7 +157,7 @@ class Measurement:
 
     def adversarial(self, images: Tensor, labels: Tensor, indices: Sequence[int], protocol: Protocol, restart: int) -> Tensor:
         """The last of `iterates`."""
-        return deque(self.iterates(images, labels, indices, protocol, restart), maxlen=1).pop()
+        return last(self.iterates(images, labels, indices, protocol, restart))
 
     def iterates(
         self, images: Tensor, labels: Tensor, indices: Sequence[int], protocol: Protocol, restart: int
@@ -174,22 +173,6 @@ class Measurement:
             norm=protocol.norm,
             start=seeded_start(images, protocol.radius, protocol.norm, keys),
         )
-
-
-def pgd_cross_entropy(
-    classifier: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    eps: float,
-    step_size: float,
-    steps: int,
-    norm: Norm = "Linf",
-    start: Tensor | None = None,
-) -> Tensor:
-    """Adversarial images (N, C, H, W) that raise the cross-entropy of a classifier of images in [0, 1]."""
-    loss = loss_of(classifier, labels, "ce")
-    return pgd(loss, images, eps=eps, step_size=step_size, steps=steps, norm=norm, start=start)
 
 
 def loss_of(classifier: nn.Module, labels: Tensor, name: str) -> Callable[[Tensor], Tensor]:

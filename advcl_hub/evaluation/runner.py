@@ -18,7 +18,7 @@ from advcl_hub.corruptions import SEVERITIES
 from advcl_hub.data import ImageData
 from advcl_hub.evaluation import autoattack, checks, inputs, tables
 from advcl_hub.evaluation.checks import Check
-from advcl_hub.evaluation.classifier import LoadedModel, PixelSpace, borrowed, load_model, weights_sha256
+from advcl_hub.evaluation.classifier import LoadedModel, PixelSpace, borrowed, load_model, pretrained_cfg, weights_sha256
 from advcl_hub.evaluation.extras import need
 from advcl_hub.evaluation.journal import Journal, Payload
 from advcl_hub.evaluation.measure import Measurement
@@ -106,26 +106,25 @@ def evaluate(
         )
         return standing
 
-    chosen = named
     processes = Processes.current()
     classifier = PixelSpace(network, fit=True, precision=protocol.precision)
     with borrowed(classifier, device), ExitStack() as stack:
-        fits = inputs.try_classifier(classifier, chosen, protocol, device)
+        fits = inputs.try_classifier(classifier, named, protocol, device)
         journal = Journal(folder and folder / UNFINISHED, {**facts, "device": device.type}, processes)
         stack.callback(journal.close)
         protocol = replace(protocol, batch_size=_agree(journal, fits))
-        measurement = Measurement(classifier, chosen, protocol, journal, device, progress)
+        measurement = Measurement(classifier, named, protocol, journal, device, progress)
         with closing(measurement.meter):
             found = _measure(measurement, corrupted)
         record = {
             "kind": "evaluation",
             "format": FORMAT,
             **facts,
-            "classes": list(chosen.classes),
+            "classes": list(named.classes),
             **found.figures,
             "checks": checks.as_records(found.checks),
             "warnings": [*said, *found.warnings],
-            "batch_size": measurement.protocol.batch_size,
+            "batch_size": protocol.batch_size,
             "command": command,
             "hardware": hardware(device, processes.count),
             "seconds": round(journal.total_seconds(), 1),
@@ -142,19 +141,24 @@ def evaluate(
 
 @contextmanager
 def _heard() -> Iterator[list[str]]:
-    """Collects the texts of warnings, and passes them on at the end."""
+    """Collects the texts of user warnings, each once, and passes all warnings on at the end, also if that is an error."""
     texts: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield texts
-    for text in dict.fromkeys(str(entry.message) for entry in caught if entry.category is UserWarning):
-        texts.append(text)
-        warn(text, stacklevel=4)
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            yield texts
+    finally:
+        for entry in caught:
+            if issubclass(entry.category, UserWarning):
+                if str(entry.message) in texts:
+                    continue
+                texts.append(str(entry.message))
+            warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
 
 
 def _name(model: nn.Module) -> str:
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    return cfg.get("architecture") or type(model).__name__
+    return pretrained_cfg(model).get("architecture") or type(model).__name__
 
 
 def _select(images: ImageData, n: int | None, first: bool) -> ImageData:
@@ -212,15 +216,14 @@ def _write(folder: Path, evaluation: Evaluation, measurement: Measurement) -> No
 
 def _model_facts(loaded: LoadedModel, images: ImageData) -> dict[str, Any]:
     model = loaded.model
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    shape = inputs.input_size(model)
+    cfg = pretrained_cfg(model)
     return {
         "name": loaded.name,
         "architecture": _name(model),
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights_sha256": weights_sha256(model),
         "file_sha256": loaded.file_sha256,
-        "input_size": shape,
+        "input_size": inputs.input_size(model),
         "mean": cfg.get("mean", (0.0,)),
         "std": cfg.get("std", (1.0,)),
         "attacked_at": images.shape,
@@ -319,7 +322,7 @@ def _check(measurement: Measurement, found: _Found, survives: dict[str, list[boo
         right = [p for p in sample if survives["standard"][p]]
         survivors = [p for p in sample if survives["pgd"][p]]
         classes = measurement.classes
-        curves = checks.draw_curves(measurement, sample, survivors, classes)
+        curves = checks.draw_curves(measurement, sample, survivors)
         found.figures["curves"] = vars(curves)
         found.checks += checks.gradient_checks(measurement, right)
         found.checks += checks.curve_checks(
