@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from advcl_hub import models as models
 from advcl_hub.evaluation import Protocol as Protocol
 from advcl_hub.evaluation import evaluate as evaluate
+from advcl_hub.finetuning import finetune as finetune
+from advcl_hub.finetuning import transfer as transfer
 
 try:
     __version__ = version("advcl-hub")

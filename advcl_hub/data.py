@@ -201,6 +201,25 @@ def train_val_split(data: ImageData, fraction: float = 0.1, seed: int = 0) -> tu
     return data.subset((~held_out).nonzero()[:, 0]), data.subset(held_out.nonzero()[:, 0])
 
 
+def few_shot(data: ImageData, shots: int, seed: int = 0) -> ImageData:
+    """A subset with `shots` images of every class, in the order of data.
+
+    The same data, shots and seed give the same subset on every machine, and fewer shots give a part of it.
+
+    Raises:
+        ValueError: shots is below 1, or a class has fewer images.
+    """
+    if shots < 1:
+        raise ValueError(f"shots is {shots}, expected at least 1 image of every class")
+    labels, chosen = data.labels.cpu().numpy(), []
+    for label, name in enumerate(data.classes):
+        members = np.flatnonzero(labels == label)
+        if len(members) < shots:
+            raise ValueError(f"{shots} images of every class were asked for, {data.name} has {len(members)} of {name}")
+        chosen.append(np.random.Generator(np.random.PCG64([seed, label])).permutation(members)[:shots])
+    return data.subset(torch.from_numpy(np.sort(np.concatenate(chosen))))
+
+
 def batches(
     data: ImageData,
     batch_size: int,

@@ -1,12 +1,19 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and their names."""
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+
+def slug(text: str) -> str:
+    """A file name: the last two parts of a path, with nothing but letters, digits, dot, dash and underscore."""
+    parts = [re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in Path(text).parts[-2:] if part.strip("/.")]
+    return "-".join(parts) or "model"
 
 
 def make_readable(path: Path) -> None:

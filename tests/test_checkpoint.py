@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from train import checkpoint as module
-from train.checkpoint import FILE, Checkpoint, load_checkpoint, pack_state, save_checkpoint, unpack_state
+from advcl_hub.training import state as module
+from advcl_hub.training.state import FILE, pack_state, unpack_state
+from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train.recipe import load_recipe
 
 KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -46,7 +47,7 @@ def test_a_restored_state_goes_on_bit_by_bit(tmp_path: Path, kind: str) -> None:
         {"data": "x"},
         False,
     )
-    unpack_state(loaded, other, other_optimizer, None)
+    unpack_state(loaded.tensors, other, other_optimizer, None)
     step(network, optimizer)
     step(other, other_optimizer)
     state = other.state_dict()

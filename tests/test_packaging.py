@@ -28,7 +28,10 @@ FLOORS = {
     4: ("train", "cli"),
     3: ("finetuning", "converters", "hub"),
     2: ("evaluation", "export", "registry"),
-    1: ("attacks", "cards", "corruptions", "data", "decoding", "files", "models", "progress", "sources"),
+    1: (
+        *("attacks", "augmentation", "cards", "corruptions", "data", "decoding", "extras", "files", "models", "progress"),
+        *("sources", "training"),
+    ),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

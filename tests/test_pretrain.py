@@ -15,12 +15,14 @@ import torch
 import advcl_hub  # noqa: F401
 from advcl_hub import decoding
 from advcl_hub.export import verify_folder
+from advcl_hub.training.runlog import read_log
+from advcl_hub.training.seeds import mix
+from advcl_hub.training.state import FILE, group
+from advcl_hub.training.stop import StopRequest
 from tests.image_files import encode, pixels, write
-from train.checkpoint import FILE, load_checkpoint
-from train.pretrain import Trainer, mix, pretrain
+from train.checkpoint import load_checkpoint
+from train.pretrain import Trainer, pretrain
 from train.recipe import load_recipe
-from train.runlog import read_log
-from train.stop import StopRequest
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -85,7 +87,7 @@ def test_what_a_run_leaves_behind(whole: Path) -> None:
 
 def test_the_export_is_the_averaged_adversarial_branch(whole: Path) -> None:
     model = timm.create_model(f"local-dir:{whole / 'export'}", pretrained=True)
-    expected = load_checkpoint(whole).group("ema")
+    expected = group(load_checkpoint(whole).tensors, "ema")
     assert torch.equal(model.state_dict()["bn1.running_mean"], expected["encoder.bn1.bn_branches.adv.running_mean"])
     assert torch.equal(model.state_dict()["conv1.weight"], expected["encoder.conv1.weight"])
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from advcl_hub.data import load_data
 from advcl_hub.evaluation import PixelSpace, robustness
-from train.probe import extract_features, fit_linear, linear_probe
+from advcl_hub.finetuning.features import extract_features
+from train.probe import fit_linear, linear_probe
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -13,12 +13,13 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from advcl_hub.evaluation import Robustness
+from advcl_hub.training.runlog import read_log
+from advcl_hub.training.state import FILE
+from advcl_hub.training.stop import StopRequest
 from train import pretrain as module
-from train.checkpoint import FILE, load_checkpoint
+from train.checkpoint import load_checkpoint
 from train.pretrain import Trainer, main, pretrain
 from train.recipe import Recipe, load_recipe
-from train.runlog import read_log
-from train.stop import StopRequest
 
 TINY = [
     *("data.source=fake:120", "data.size=16", "batch_size=16", "epochs=2", "optimizer.warmup_epochs=1", "attack.steps=1"),

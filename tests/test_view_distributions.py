@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision import transforms
 
+from advcl_hub.augmentation import draw_weak
 from tests.test_views import PUBLISHED, random_images, seed  # noqa: F401 (a fixture of every test)
 from train import views
 from train.views import make_views
@@ -114,7 +115,7 @@ def test_flip_grayscale_and_jitter_have_their_probabilities_independently() -> N
 
 
 def test_weak_offsets_are_distributed_as_torchvision_draws_them() -> None:
-    weak = views.draw_weak(torch.empty(50_000, 3, 32, 32), PUBLISHED)
+    weak = draw_weak(50_000, PUBLISHED.padding, PUBLISHED.flip)
     ours = torch.stack([weak.top + 4, weak.left + 4, weak.flip], dim=1)
     padded = torch.empty(1, 40, 40)
     offsets = torch.tensor([transforms.RandomCrop.get_params(padded, (32, 32))[:2] for _ in range(8_000)])

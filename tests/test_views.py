@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from advcl_hub.augmentation import WeakParams, draw_weak, weak_view
 from tests.golden import load_golden, ramp
 from train import views
-from train.views import StrongParams, ViewConfig, WeakParams, make_views
+from train.views import StrongParams, ViewConfig, make_views
 
 PUBLISHED = ViewConfig()
 EXTREME = ViewConfig(crop_scale=(0.05, 1.0), jitter=(1.0, 1.0, 1.0, 0.5), jitter_p=1.0, grayscale_p=0.1)
@@ -165,9 +166,9 @@ def test_strong_view_equals_torchvision(size: tuple[int, int], channels: int, co
 @pytest.mark.parametrize("size", SIZES)
 def test_weak_view_equals_torchvision_bit_for_bit(size: tuple[int, int]) -> None:
     pixels = random_images(200, size=size) / 255
-    params = views.draw_weak(pixels, PUBLISHED)
+    params = draw_weak(len(pixels), 4, True)
     expected = [weak_reference(image, params, i, PUBLISHED.padding) for i, image in enumerate(pixels)]
-    assert torch.equal(views.weak_view(pixels, params), torch.stack(expected))
+    assert torch.equal(weak_view(pixels, params), torch.stack(expected))
 
 
 def test_make_views_puts_the_views_together() -> None:
@@ -177,7 +178,7 @@ def test_make_views_puts_the_views_together() -> None:
     random_images(32)
     pixels = images / 255
     strong1, strong2 = views.draw_strong(images, PUBLISHED), views.draw_strong(images, PUBLISHED)
-    weak = views.draw_weak(images, PUBLISHED)
+    weak = draw_weak(len(images), 4, True)
     for view, params in ((made.strong1, strong1), (made.strong2, strong2)):
         expected = torch.stack([strong_reference(image, params, i) for i, image in enumerate(pixels)])
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
@@ -304,12 +305,12 @@ def test_compile_sees_one_graph() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_makes_the_same_views_without_waiting() -> None:
     images = random_images()
-    strong, weak = views.draw_strong(images, EXTREME), views.draw_weak(images, EXTREME)
+    strong, weak = views.draw_strong(images, EXTREME), draw_weak(len(images), EXTREME.padding, EXTREME.flip)
     pixels, on_device = images / 255, (images / 255).cuda()
     result = views.strong_view(on_device, StrongParams(*(p.cuda() for p in strong))).cpu()
     torch.testing.assert_close(result, views.strong_view(pixels, strong), rtol=0, atol=1e-5)
-    result = views.weak_view(on_device, WeakParams(*(p.cuda() for p in weak))).cpu()
-    assert torch.equal(result, views.weak_view(pixels, weak))
+    result = weak_view(on_device, WeakParams(*(p.cuda() for p in weak))).cpu()
+    assert torch.equal(result, weak_view(pixels, weak))
 
     images = images.cuda()
     make_views(images, PUBLISHED)

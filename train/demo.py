@@ -20,10 +20,10 @@ from advcl_hub.evaluation import PixelSpace, Protocol, Robustness, robustness
 from advcl_hub.evaluation.measure import loss_of
 from advcl_hub.evaluation.pictures import save_adversarial_examples
 from advcl_hub.export import export_folder, load_folder, verify_folder
+from advcl_hub.training.stop import StopRequest
 from train.pretrain import pretrain
 from train.probe import linear_probe
 from train.recipe import Recipe, load_recipe
-from train.stop import StopRequest
 
 RECIPES = {"SimCLR": "digits_demo_simclr", "AdvCL": "digits_demo"}
 log = logging.getLogger("advcl")

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 import advcl_hub
 from advcl_hub.data import ImageData, load_data, train_val_split
+from advcl_hub.training.state import differences
 from train.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
 from train.recipe import Recipe, require
 
@@ -78,15 +79,11 @@ _FREE = (
 
 def check_same_recipe(earlier: Recipe, recipe: Recipe, folder: Path) -> None:
     """Raises ValueError, listing what differs, unless a checkpoint's recipe computes the same as this one."""
-    before, now = _flat(earlier.to_dict()), _flat(recipe.to_dict())
-    differences = [
-        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(_FREE)
-    ]
+    found = differences(earlier.to_dict(), recipe.to_dict())
+    differing = [sentence for key, sentence in found.items() if not key.startswith(_FREE)]
     require(
-        not differences,
-        f"{folder} holds a run of another recipe; choose another --output, or undo:\n  " + "\n  ".join(differences),
+        not differing,
+        f"{folder} holds a run of another recipe; choose another --output, or undo:\n  " + "\n  ".join(differing),
     )
 
 
@@ -107,13 +104,3 @@ def continue_provenance(earlier: dict[str, Any], now: dict[str, Any], folder: Pa
         return earlier
     print("Note: other hardware or versions than before; the run continues, but not bit by bit as one run.", file=sys.stderr)
     return {**earlier, "continued_on": places[1:]}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

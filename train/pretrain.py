@@ -14,48 +14,43 @@ import logging
 import os
 import shlex
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm import tqdm
 
 from advcl_hub.data import batches
 from advcl_hub.evaluation import Robustness, robustness
+from advcl_hub.evaluation.pictures import save_views
 from advcl_hub.export import verify_folder
 from advcl_hub.files import check_writable, replacing
 from advcl_hub.models.branch_norm import branch_state_dict
-from advcl_hub.progress import progress_bar
-from train.checkpoint import FILE, Checkpoint, load_checkpoint, pack_state, save_checkpoint, unpack_state
+from advcl_hub.training.loop import Loop, open_accelerator
+from advcl_hub.training.runlog import Panel, save_curves
+from advcl_hub.training.seeds import seed_step
+from advcl_hub.training.state import FILE, pack_state, unpack_state
+from advcl_hub.training.stop import StopRequest, duration
+from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train.export import export_checkpoint, usage_lines
 from train.inputs import check_same_recipe, continue_provenance, load_labels, load_training_data, provenance
 from train.network import build_network, build_optimizer, build_schedule, plain_encoder
-from train.pictures import save_views
 from train.probe import linear_probe, with_linear_head
-from train.recipe import Recipe, load_recipe, require
-from train.runlog import Meter, RunLog, save_curves
-from train.stop import StopRequest, duration
+from train.recipe import Recipe, load_recipe
+from train.step import Losses
 from train.views import make_views
 
 # Its successor does less for buffers, and torch 2.8 does not have it.
 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 log = logging.getLogger("advcl")
-_ORDER, _STEP = 0, 1  # streams of random numbers: the order of an epoch, everything in a step
-_PATIENCE = timedelta(hours=12)  # one process clusters and probes while the others wait, beyond NCCL's ten minutes
-_AGREE_EVERY = 10  # steps between agreements of several GPUs on stopping and saving
 
 
-class Trainer:
+class Trainer(Loop):
     """One pretraining run in one folder, which holds its checkpoint, log, pictures and, at the end, the export.
 
     Args:
@@ -67,82 +62,54 @@ class Trainer:
         FileNotFoundError: data or label files are missing.
     """
 
+    losses = Losses._fields
+    panels = (
+        Panel("loss", Losses._fields),
+        Panel("linear probe, held-out images (%)", ("probe_standard", "probe_robust"), percent=True),
+        Panel("learning rate", ("lr",)),
+    )
+    remedy = "lower optimizer.lr or use speed.mixed_precision=no in a new folder."
+
+    state: Checkpoint
+
     def __init__(self, recipe: Recipe, output: Path) -> None:
-        self.recipe, self.output = recipe, output
-        self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else several CPU processes would each train alone
-            mixed_precision=recipe.speed.mixed_precision,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=_PATIENCE),
-            ],
-        )
-        self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        launched = int(os.environ.get("WORLD_SIZE", 1))
-        require(self.world == launched, f"{launched} processes were launched, but accelerate sees {self.world}.")
-        require(
-            recipe.batch_size % self.world == 0,
-            f"batch_size {recipe.batch_size} does not divide by {self.world} processes; change batch_size.",
-        )
+        accelerator = open_accelerator(mixed_precision=recipe.speed.mixed_precision, broadcast_buffers=False)
         check_writable(output)
         checkpoint = load_checkpoint(output) if (output / FILE).is_file() else None
         if checkpoint:
             check_same_recipe(checkpoint.recipe, recipe, output)
-        with self.accelerator.main_process_first():  # one process downloads, the others find the files
+        with accelerator.main_process_first():  # one process downloads, the others find the files
             data, self.held_out = load_training_data(recipe)
-        require(
-            len(data) >= recipe.batch_size,
-            f"A batch of {recipe.batch_size} needs as many training images; there are {len(data)}. Lower batch_size.",
+        super().__init__(
+            output,
+            accelerator,
+            images=len(data),
+            epochs=recipe.epochs,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            checkpoint_minutes=recipe.checkpoint_minutes,
         )
+        self.recipe = recipe
         self.core = build_network(recipe, data.shape).to(self.device)
         if recipe.judge.every:
             with_linear_head(self.core.encoder, len(data.classes))  # what judge() would refuse is refused now
-        with self.accelerator.main_process_first():  # one process clusters, the others find the cache
+        with accelerator.main_process_first():  # one process clusters, the others find the cache
             labels = load_labels(recipe, data, self.device)
         self.data = data.to(self.device)
         self.labels = labels.labels.to(self.device) if labels else None
-        self.steps_per_epoch = len(data) // recipe.batch_size
-        self.total_steps = recipe.epochs * self.steps_per_epoch
 
         self.ema = ModelEmaV3(self.core, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.optimizer = build_optimizer(recipe, self.core)
         self.schedule = build_schedule(recipe, self.optimizer, self.steps_per_epoch)
-        self.state = Checkpoint(0, 0.0, recipe, provenance(data, labels, self.accelerator), {})
+        self.state = Checkpoint(0, 0.0, recipe, provenance(data, labels, accelerator), {})
         if checkpoint:
             where = continue_provenance(checkpoint.provenance, self.state.provenance, output)
-            unpack_state(checkpoint, self.core, self.optimizer, self.ema.module if self.ema else None)
+            unpack_state(checkpoint.tensors, self.core, self.optimizer, self.ema.module if self.ema else None)
             self.state = replace(checkpoint, recipe=recipe, provenance=where, tensors={})
         if recipe.speed.compile:
             torch._dynamo.config.cache_size_limit = 64  # one graph for every branch, mode and layout
             self.core.encoder.compile()
-        self.model, self.stepper = self.accelerator.prepare(self.core, self.optimizer)
-        self.meter = Meter(self.device)
-        self.log: RunLog | None = None
-
-    def run(self, stop: StopRequest) -> bool:
-        """Trains to the end, or until a stop is requested. Returns whether the run is finished."""
-        self.begin()
-        for images, labels in self.remaining_batches():
-            self.train_step(images, labels)
-            stopping, saving = self.agree(
-                stop.requested, self.saved_at + 60 * self.recipe.checkpoint_minutes < time.monotonic()
-            )
-            if self.state.step % self.steps_per_epoch % max(1, min(50, self.steps_per_epoch // 4)) == 0:
-                self.record()
-            if stopping or saving or self.judgement_due or self.state.step == self.total_steps:
-                self.save()
-            if stopping:
-                break
-            if self.judgement_due:
-                self.judge()
-        self.bar.close()
-        if self.state.finished:
-            self.finish()
-        if self.log:
-            self.log.close()
-        self.accelerator.wait_for_everyone()
-        return self.state.finished
+        self.model, self.stepper = accelerator.prepare(self.core, self.optimizer)
 
     def train_step(self, images: Tensor, labels: Tensor | None) -> None:
         """One optimizer step; `AdvCL.forward` is the method."""
@@ -152,78 +119,29 @@ class Trainer:
         self.accelerator.backward(losses.total)
         self.stepper.step()
         self.stepper.zero_grad()
-        self.state.step += 1
         if self.ema:
-            self.ema.update(self.core, self.state.step)
-        self.meter.add(torch.stack([x.detach() for x in losses]))
-        self.bar.update()
+            self.ema.update(self.core, self.state.step + 1)
+        self.stepped(losses)
 
     def remaining_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """This process's share (uint8 images, pseudo-labels) of every batch from the current step on."""
         self.model.train()
         share = self.recipe.batch_size // self.world
-        for epoch in range(self.state.step // self.steps_per_epoch, self.recipe.epochs):
-            order = torch.randperm(
-                len(self.data), generator=torch.Generator().manual_seed(mix(_ORDER, self.recipe.seed, epoch))
-            )
-            order = order[: self.steps_per_epoch * self.recipe.batch_size].view(self.steps_per_epoch, self.world, share)
-            mine = order[self.state.step - epoch * self.steps_per_epoch :, self.rank].flatten()
+        for mine in self.remaining_rows():
             for images, rows in batches(self.data, share, device=self.device, order=mine, workers=self.recipe.data.workers):
                 yield images, None if self.labels is None else self.labels[rows]
 
-    def agree(self, stopping: bool, saving: bool) -> tuple[bool, bool]:
-        """What the main process wants: all processes must stop and save at the same step."""
-        if self.world == 1:
-            return stopping, saving
-        if self.device.type != "cpu" and self.state.step % _AGREE_EVERY:  # to agree is to wait for the device
-            return False, False
-        flags = broadcast_object_list([stopping, saving])
-        return flags[0], flags[1]
-
-    def record(self) -> None:
-        """Writes the mean losses since the last record. Raises FloatingPointError if they are not finite."""
-        if not self.meter.count:
-            return
-        means, steps, seconds = self.meter.take(self.accelerator)
-        self.require_finite(bool(np.isfinite(means).all()), "loss is")
-        self.state.seconds += seconds
-        self.bar.set_postfix(epoch=f"{self.state.step / self.steps_per_epoch:.1f}", loss=f"{means[0]:.4f}", refresh=False)
-        if self.log:
-            self.log.write(
-                self.state.step,
-                epoch=self.state.step / self.steps_per_epoch,
-                **dict(zip(("total", "contrastive", "pseudo_label"), means, strict=True)),
-                lr=self.optimizer.param_groups[0]["lr"],
-                images_per_second=steps * self.recipe.batch_size / seconds,
-                seconds=self.state.seconds,
-            )
-
-    def require_finite(self, finite: bool, what: str) -> None:
-        """Raises FloatingPointError that names the last checkpoint unless `what` is finite."""
-        if not finite:
-            raise FloatingPointError(
-                f"The {what} not finite at step {self.state.step}: stopped. The last checkpoint, with a finite loss, is "
-                f"{self.output / FILE}; lower optimizer.lr or use speed.mixed_precision=no in a new folder."
-            )
-
-    def save(self) -> None:
-        """Writes the checkpoint, after making sure that the losses so far and the weights are finite."""
-        self.record()
-        self.state.finished = self.state.step == self.total_steps
-        if self.main:
-            tensors = pack_state(self.core, self.optimizer, self.ema.module if self.ema else None)
-            self.require_finite(all(v.isfinite().all() for v in tensors.values()), "weights are")
-            save_checkpoint(self.output, replace(self.state, tensors=tensors))
-            save_curves(self.output)
-        self.saved_at = time.monotonic()
-        self.meter.restart()
+    def write_checkpoint(self) -> None:
+        """Writes the checkpoint, after making sure that the weights are finite."""
+        tensors = pack_state(self.core, self.optimizer, self.ema.module if self.ema else None)
+        self.require_finite(all(v.isfinite().all() for v in tensors.values()), "weights are")
+        save_checkpoint(self.output, replace(self.state, tensors=tensors))
 
     @property
-    def judgement_due(self) -> bool:
-        """Whether this step ends an epoch that a probe follows; the last one's belongs to `finish`."""
-        epoch, in_epoch = divmod(self.state.step, self.steps_per_epoch)
+    def judged(self) -> bool:
+        """Whether the recipe wants a probe after this epoch."""
         every = self.recipe.judge.every
-        return bool(every) and in_epoch == 0 and epoch % every == 0 and 0 < epoch < self.recipe.epochs
+        return bool(every) and self.state.step // self.steps_per_epoch % every == 0
 
     def judge(self) -> Robustness | None:
         """A linear probe of the branch and weights that would be exported, on held-out images, clean and under PGD."""
@@ -245,31 +163,25 @@ class Trainer:
             )
             if self.log:
                 self.log.write(self.state.step, epoch=epoch, probe_standard=result.standard, probe_robust=result.robust)
-            save_curves(self.output)
+            save_curves(self.output, self.panels)
         self.accelerator.wait_for_everyone()
         self.meter.restart()
         return result
 
     def begin(self) -> None:
-        """Opens the folder: recipe, log, a picture of the first batch's views, and a first checkpoint."""
+        """Opens the folder: recipe, a picture of the first batch's views, log, and a first checkpoint."""
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
             with replacing(self.output / "recipe.yaml") as draft:
                 draft.write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
-            self.log = RunLog(self.output, self.state.step)
             size = sum(p.numel() for p in self.core.encoder.parameters())
             log.info(
                 f"{self.recipe.model}, {size:,} parameters; {len(self.data):,} images of {self.data.name}, "
                 f"{self.recipe.epochs} epochs of {self.steps_per_epoch} steps; {self.device.type}, processes: {self.world}"
             )
-        self.bar = progress_bar(total=self.total_steps, initial=self.state.step, unit="step", disable=not self.main)
         if self.state.step == 0:
             self.picture_views()
-            self.save()
-        self.saved_at = time.monotonic()
-        if self.judgement_due:  # the last start was stopped before it
-            self.judge()
-        self.meter.restart()
+        super().begin()
 
     def picture_views(self) -> None:
         """Saves the views of the first images to views.png; all processes make the adversarial ones together."""
@@ -299,16 +211,6 @@ class Trainer:
             folder,
             usage_lines(folder),
         )
-
-
-def mix(*numbers: int) -> int:
-    """A well-mixed seed of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seeds torch's generators, on all devices, for one step of one process."""
-    torch.manual_seed(mix(_STEP, seed, step, rank))
 
 
 def main(argv: list[str] | None = None) -> None:

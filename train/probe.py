@@ -6,17 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advcl_hub.data import ImageData, batches
-from advcl_hub.evaluation import PixelSpace
+from advcl_hub.data import ImageData
+from advcl_hub.finetuning.encoder import linear_head
+from advcl_hub.finetuning.features import extract_features
 
 _L2 = 1e-3  # on weights of standardised features; one value for every encoder and data set
-
-
-@torch.no_grad()
-def extract_features(encoder: nn.Module, data: ImageData, device: torch.device | str, batch_size: int = 500) -> Tensor:
-    """Features (N, D) of all images under the encoder's own normalisation, in evaluation mode, without augmentation."""
-    network = PixelSpace(encoder).to(device).eval()
-    return torch.cat([network(images / 255) for images, _ in batches(data, batch_size, device=device)])
 
 
 def fit_linear(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -55,13 +49,10 @@ def with_linear_head(encoder: nn.Module, num_classes: int) -> tuple[nn.Module, n
     """
     classifier = copy.deepcopy(encoder)
     classifier.reset_classifier(num_classes)  # type: ignore[operator]
-    head = classifier.get_classifier()  # type: ignore[operator]
-    if not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"A linear probe needs a model whose classifier is one Linear layer, got {head}; "
-            "to train without probes, set judge.every=0."
-        )
-    return classifier, head
+    try:
+        return classifier, linear_head(classifier)
+    except ValueError as error:
+        raise ValueError(f"{error} To train without probes, set judge.every=0.") from None
 
 
 def linear_probe(encoder: nn.Module, data: ImageData, device: torch.device | str) -> nn.Module:

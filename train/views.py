@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from advcl_hub.augmentation import draw_flip, draw_weak, sample, weak_view
+
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbering of the ColorJitter operations
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_TRIES = 10
@@ -96,19 +98,6 @@ class StrongParams(NamedTuple):
     grayscale: Tensor
 
 
-class WeakParams(NamedTuple):
-    """Random choices of a weak view; the first dimension is the image.
-
-    Attributes:
-        top, left: (N,) int64 corner of the crop, in pixels from the corner of the unpadded image.
-        flip: (N,) bool, mirrored after the crop.
-    """
-
-    top: Tensor
-    left: Tensor
-    flip: Tensor
-
-
 def make_views(images: Tensor, config: ViewConfig) -> Views:
     """Makes the two strong views, the weak view and the high-frequency view of a batch.
 
@@ -129,7 +118,7 @@ def make_views(images: Tensor, config: ViewConfig) -> Views:
     pixels = images.float() / 255
     strong1 = strong_view(pixels, draw_strong(pixels, config))
     strong2 = strong_view(pixels, draw_strong(pixels, config))
-    weak = weak_view(pixels, draw_weak(pixels, config))
+    weak = weak_view(pixels, draw_weak(len(pixels), config.padding, config.flip, pixels.device))
     return Views(strong1, strong2, weak, high_frequency(weak, config.hfc_radius))
 
 
@@ -182,7 +171,7 @@ def draw_strong(images: Tensor, config: ViewConfig) -> StrongParams:
         factors.append(torch.where(jittered, factor, neutral))
     return StrongParams(
         *box,
-        flip=_draw_flip(count, config, device),
+        flip=draw_flip(count, config.flip, device),
         factors=torch.stack(factors, dim=1),
         order=torch.rand(count, 4, device=device).argsort(dim=1),
         grayscale=torch.rand(count, device=device) < config.grayscale_p,
@@ -195,29 +184,11 @@ def strong_view(images: Tensor, params: StrongParams) -> Tensor:
     # A crop is never larger than the result, so torchvision's antialiasing would change nothing.
     rows = _resize_positions(params.top, params.height, height)
     columns = _resize_positions(params.left, params.width, width)
-    view = _sample(images, rows, columns, params.flip, mode="bilinear")
+    view = sample(images, rows, columns, params.flip, mode="bilinear")
     view = color_jitter(view, params.factors, params.order)
     if view.shape[1] == 1:
         return view
     return torch.lerp(view, _gray(view), params.grayscale.to(view.dtype)[:, None, None, None])
-
-
-def draw_weak(images: Tensor, config: ViewConfig) -> WeakParams:
-    """Draws the choices of a weak view of images (N, C, H, W).
-
-    They are distributed as those of torchvision's `RandomCrop((H, W), padding)`, `RandomHorizontalFlip`.
-    """
-    count, device = len(images), images.device
-    offsets = torch.randint(-config.padding, config.padding + 1, (2, count), device=device)
-    return WeakParams(offsets[0], offsets[1], _draw_flip(count, config, device))
-
-
-def weak_view(images: Tensor, params: WeakParams) -> Tensor:
-    """Shifts float32 images (N, C, H, W) by whole pixels, zeros coming in at the border, and flips them."""
-    height, width = images.shape[-2:]
-    rows = params.top[:, None] + torch.arange(height, device=images.device)
-    columns = params.left[:, None] + torch.arange(width, device=images.device)
-    return _sample(images, rows, columns, params.flip, mode="nearest")
 
 
 def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
@@ -306,25 +277,11 @@ def _draw_offset(slack: Tensor) -> Tensor:
     return (torch.rand_like(slack) * (slack + 1)).floor().minimum(slack)
 
 
-def _draw_flip(count: int, config: ViewConfig, device: torch.device) -> Tensor:
-    return torch.rand(count, device=device) < (0.5 if config.flip else 0.0)
-
-
 def _resize_positions(start: Tensor, length: Tensor, size: int) -> Tensor:
     """Where a resize to `size` reads (N, size): half-pixel centres, never outside the crop."""
     centres = torch.arange(size, device=start.device) + 0.5
     positions = centres * (length / size)[:, None] - 0.5
     return start[:, None] + positions.clamp_min(0).minimum(length[:, None] - 1)
-
-
-def _sample(images: Tensor, rows: Tensor, columns: Tensor, flip: Tensor, mode: str) -> Tensor:
-    """Reads images at pixel positions rows (N, H) x columns (N, W), mirrored where `flip`; zero outside."""
-    height, width = images.shape[-2:]
-    columns = torch.where(flip[:, None], columns.flip(1), columns)
-    y = ((2 * rows + 1) / height - 1)[:, :, None]
-    x = ((2 * columns + 1) / width - 1)[:, None, :]
-    grid = torch.stack(torch.broadcast_tensors(x, y), dim=-1)
-    return F.grid_sample(images, grid, mode=mode, padding_mode="zeros", align_corners=False)
 
 
 def _is_numbers(values: Sequence[float], count: int) -> bool:

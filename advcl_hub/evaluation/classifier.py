@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,12 +73,16 @@ class LoadedModel:
     Attributes:
         name: as the user gave it, without the folders that lead to a local one.
         model: in evaluation mode.
+        source: what `timm.create_model` opens.
+        arguments: that its config passes to the architecture.
         provenance: results.json of an exported folder or Hub repository, else None.
         file_sha256: of a local folder's model.safetensors, else None.
     """
 
     name: str
     model: nn.Module
+    source: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] | None = None
     file_sha256: str | None = None
 
@@ -102,22 +106,25 @@ def load_model(name: str | Path) -> LoadedModel:
     if not text.startswith("hf-hub:"):
         _check_name(text)
     try:
-        return LoadedModel(text, timm.create_model(text, pretrained=True).eval(), _hub_results(text))
+        model = timm.create_model(text, pretrained=True).eval()
+        return LoadedModel(
+            text, model, text, _hub_file(text, "config.json").get("model_args") or {}, _hub_file(text, RESULTS) or None
+        )
     except (OSError, EntryNotFoundError, HfHubHTTPError) as error:
         raise OSError(f"{text} cannot be fetched from the Hub: {_first_line(error)}") from error
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{text} cannot be opened: {_first_line(error)}") from error
 
 
-def _hub_results(name: str) -> dict[str, Any] | None:
-    """results.json beside the weights of an `hf-hub:ORG/NAME[@REVISION]`."""
+def _hub_file(name: str, file: str) -> dict[str, Any]:
+    """A JSON file beside the weights of an `hf-hub:ORG/NAME[@REVISION]`, empty if there is none."""
     if not name.startswith("hf-hub:"):
-        return None
+        return {}
     repository, _, revision = name.removeprefix("hf-hub:").partition("@")
     try:
-        return json.loads(Path(hf_hub_download(repository, RESULTS, revision=revision or None)).read_text())
+        return json.loads(Path(hf_hub_download(repository, file, revision=revision or None)).read_text())
     except (EntryNotFoundError, ValueError):
-        return None  # not an export of ours
+        return {}
 
 
 def _load_folder(folder: Path) -> LoadedModel:
@@ -136,7 +143,8 @@ def _load_folder(folder: Path) -> LoadedModel:
     except Exception as error:
         raise ValueError(f"{folder} cannot be opened by timm: {_first_line(error)}") from error
     sha256 = provenance["sha256"][WEIGHTS] if provenance else file_sha256(weights)  # just verified
-    return LoadedModel(_short_name(folder), model, provenance, sha256)
+    arguments = json.loads((folder / "config.json").read_text()).get("model_args") or {}
+    return LoadedModel(_short_name(folder), model, f"local-dir:{folder}", arguments, provenance, sha256)
 
 
 def _short_name(folder: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from advcl_hub.evaluation.extras import need
+from advcl_hub.extras import need
 
 
 def join(device: str | torch.device | None) -> torch.device:

@@ -58,7 +58,7 @@ def robustness(
     if not len(data):
         raise ValueError("No images to evaluate on.")
     protocol = Protocol(eps=eps, step_size=step_size, steps=steps, batch_size=batch_size, seed=seed)
-    classifier, device = PixelSpace(model), torch.device(device)
+    classifier, device = PixelSpace(model, fit=True), torch.device(device)
     with borrowed(classifier, device):
         measurement = Measurement(classifier, data, protocol, Journal(None, {}, ALONE), device, progress=False)
         right = [p for p, correct in enumerate(measurement.clean()["correct"]) if correct]

@@ -19,12 +19,12 @@ from advcl_hub.data import ImageData
 from advcl_hub.evaluation import autoattack, checks, inputs, tables
 from advcl_hub.evaluation.checks import Check
 from advcl_hub.evaluation.classifier import LoadedModel, PixelSpace, borrowed, load_model, pretrained_cfg, weights_sha256
-from advcl_hub.evaluation.extras import need
 from advcl_hub.evaluation.journal import Journal, Payload
 from advcl_hub.evaluation.measure import Measurement
 from advcl_hub.evaluation.processes import Processes, join
 from advcl_hub.evaluation.protocol import Protocol
 from advcl_hub.evaluation.results import FORMAT, Evaluation, finished, hardware, per_class, proportion, versions
+from advcl_hub.extras import need
 from advcl_hub.files import check_writable, replacing
 
 FEWEST = 20  # images that checks should see

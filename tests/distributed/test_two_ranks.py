@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from advcl_hub.training.runlog import read_log
 from tests.distributed.pool import run_ranks
 from train.checkpoint import load_checkpoint
 from train.objective import contrastive_loss
-from train.runlog import read_log
 from train.step import AdvCL, Attack, Objective
 from train.views import ViewConfig, Views
 

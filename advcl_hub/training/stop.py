@@ -7,7 +7,6 @@ import time
 from types import FrameType, TracebackType
 from typing import Self
 
-_START = time.monotonic()
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -15,11 +14,11 @@ class StopRequest:
     """A context in which SIGTERM and SIGINT ask for a stop instead of killing; a second SIGINT interrupts as usual.
 
     Args:
-        budget: seconds, from the import of this module, after which a stop is due; None for no limit.
+        budget: seconds from now after which a stop is due; None for no limit.
     """
 
     def __init__(self, budget: float | None = None) -> None:
-        self.deadline = None if budget is None else _START + budget
+        self.deadline = None if budget is None else time.monotonic() + budget
         self.signalled = False
 
     @property

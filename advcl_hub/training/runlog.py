@@ -2,8 +2,9 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -17,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from advcl_hub.files import replacing
 
 LOG = "log.jsonl"
+_JUDGED = ("probe_", "val_")  # names of what is measured on held-out images begin so
 
 
 class RunLog:
@@ -25,12 +27,12 @@ class RunLog:
     Args:
         folder: the run's folder.
         step: the step that the run starts or continues from. Later records, of a start that was killed, are dropped, and a
-            probe at this very step: it is made again.
+            judgement at this very step: it is made again.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / LOG
-        kept = [r for r in read_log(folder) if r["step"] < step or (r["step"] == step and "probe_robust" not in r)]
+        kept = [r for r in read_log(folder) if r["step"] < step or (r["step"] == step and not _is_judgement(r))]
         with replacing(self.path) as draft:
             draft.write_text("".join(json.dumps(r) + "\n" for r in kept))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -49,12 +51,12 @@ class RunLog:
 class Meter:
     """Sums losses on the device, so that training need not wait for them, and counts steps and seconds."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums, self.count = torch.zeros(3, device=device), 0
+    def __init__(self, device: torch.device, losses: int) -> None:
+        self.sums, self.count = torch.zeros(losses, device=device), 0
         self.restart()
 
     def add(self, losses: Tensor) -> None:
-        """Adds one step's losses (3,)."""
+        """Adds one step's losses."""
         self.sums += losses
         self.count += 1
 
@@ -72,6 +74,10 @@ class Meter:
         self.since = time.monotonic()
 
 
+def _is_judgement(record: dict[str, Any]) -> bool:
+    return any(name.startswith(_JUDGED) for name in record)
+
+
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The records of a run; a line cut off by a kill is left out."""
     records = []
@@ -84,30 +90,30 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def save_curves(folder: Path) -> Path:
-    """Draws losses, probe accuracies and the learning rate over epochs to curves.png."""
+class Panel(NamedTuple):
+    """One diagram of curves.png: a title and the names of the values; shares of one are shown in percent, from 0 to 100."""
+
+    title: str
+    names: tuple[str, ...]
+    percent: bool = False
+
+
+def save_curves(folder: Path, panels: Sequence[Panel]) -> Path:
+    """Draws values of the log over epochs to curves.png. Raises OSError if it cannot be written."""
     records = read_log(folder)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    panels = (
-        ("loss", ("total", "contrastive", "pseudo_label"), None),
-        ("linear probe, held-out images (%)", ("probe_standard", "probe_robust"), 100),
-        ("learning rate", ("lr",), None),
-    )
-    for axis, (title, names, scale) in zip(axes, panels, strict=True):
-        for name in names:
-            points = [(r["epoch"], r[name] * (scale or 1)) for r in records if name in r]
-            if points and (scale or any(value for _, value in points)):  # no curve for a term that is not used
-                axis.plot(
-                    *zip(*points, strict=True),
-                    label=name.replace("probe_", ""),
-                    marker="o" if scale else None,
-                    ms=4,
-                )
-        axis.set(title=title, xlabel="epoch")
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for name in panel.names:
+            points = [(r["epoch"], r[name] * (100 if panel.percent else 1)) for r in records if name in r]
+            if points and (panel.percent or any(value for _, value in points)):  # no curve for a term that is not used
+                rare = name.startswith(_JUDGED)
+                label = name.removeprefix("probe_").replace("_", " ")
+                axis.plot(*zip(*points, strict=True), label=label, marker="o" if rare else None, ms=4)
+        axis.set(title=panel.title, xlabel="epoch")
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()
-        if scale:
+        if panel.percent:
             axis.set_ylim(0, 100)
     path = folder / "curves.png"
     with replacing(path) as draft:

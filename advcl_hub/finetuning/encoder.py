@@ -1,0 +1,135 @@
+"""From a name to the classifier that is finetuned: the encoder's weights and a new head, or the head that it has."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from advcl_hub.data import ImageData
+from advcl_hub.evaluation.classifier import load_model, pretrained_cfg, weights_sha256
+from advcl_hub.evaluation.inputs import class_names, input_size
+from advcl_hub.finetuning.presets import Settings
+
+RANDOM = "random:"  # before a name: the same architecture with new weights, the baseline without pretraining
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A timm model to finetune.
+
+    Attributes:
+        model: in evaluation mode; it may have a classifier.
+        arguments: of `timm.create_model`, that its architecture needs.
+        facts: for the record: name, architecture, sha256 of the weights, and results.json of an exported folder.
+    """
+
+    model: nn.Module
+    arguments: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def open_encoder(name: str | Path, *, size: int | None = None, seed: int = 0) -> Encoder:
+    """Opens what `load_model` opens; with `random:` before the name the weights are drawn anew.
+
+    Args:
+        name: a registered name, `hf-hub:ORG/NAME`, `local-dir:FOLDER` or a folder.
+        size: side of the images, in pixels, if it is not the encoder's own.
+        seed: of random weights.
+
+    Raises:
+        ValueError, OSError: see `load_model`; or the architecture does not take images of this size.
+    """
+    text = str(name)
+    wanted, pretrained = text.removeprefix(RANDOM), not text.startswith(RANDOM)
+    if not pretrained and timm.is_model(wanted) and not Path(wanted).is_dir():
+        source, said, provenance = wanted, wanted, None  # an architecture needs no weights for that
+        arguments, model = dict[str, Any](), timm.create_model(wanted)
+    else:
+        loaded = load_model(wanted if not pretrained else name)
+        source, said, provenance = loaded.source, loaded.name, loaded.provenance
+        arguments, model = loaded.arguments, loaded.model
+    overlay: dict[str, Any] = {}
+    shape = input_size(model)
+    if size is not None and shape is not None and shape[1:] != (size, size):
+        overlay["input_size"] = (shape[0], size, size)
+        if "img_size" in arguments:
+            arguments = {**arguments, "img_size": size}
+    if overlay or not pretrained:
+        cfg = pretrained_cfg(model)
+        kept = {key: cfg[key] for key in ("input_size", "mean", "std", "crop_pct", "interpolation") if key in cfg}
+        torch.manual_seed(seed)
+        try:
+            model = timm.create_model(
+                source if pretrained else cfg["architecture"],
+                pretrained=pretrained,
+                pretrained_cfg_overlay=kept | overlay,
+                **arguments,
+            )
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{text} cannot be opened for images of {size}x{size}: {reason}") from error
+    facts = {
+        "name": said if pretrained else RANDOM + said,
+        "architecture": pretrained_cfg(model).get("architecture"),
+        "weights_sha256": weights_sha256(model),
+        "provenance": provenance if pretrained else None,
+    }
+    return Encoder(model.eval(), arguments, facts)
+
+
+def set_head(model: nn.Module, data: ImageData, settings: Settings, *, keep: bool = False) -> None:
+    """Gives a model a classifier for the classes of the data, in place, drawn with the settings' seed; `zero_head` comes later.
+
+    Args:
+        model: a timm model.
+        data: what it will classify.
+        settings: protocol and seed.
+        keep: leave the classifier that it has.
+
+    Raises:
+        ValueError: the model has no classifier that can be replaced, no linear one where the protocol needs that, or, with
+            `keep`, one for other classes.
+    """
+    name = pretrained_cfg(model).get("architecture") or type(model).__name__
+    if keep:
+        count, names = getattr(model, "num_classes", 0), class_names(model)
+        if count != len(data.classes) or (names and names != data.classes):
+            told = f"{count} classes" + (f" ({', '.join(names[:5])} ...)" if names else "")
+            raise ValueError(
+                f"The head of {name} tells {told} apart, {data.name} has {len(data.classes)} ({', '.join(data.classes[:5])} "
+                "...): it cannot be kept."
+            )
+    else:
+        torch.manual_seed(settings.seed)
+        if not hasattr(model, "reset_classifier"):
+            raise ValueError(f"{name} has no classifier to replace (no reset_classifier): it is no timm image model.")
+        model.reset_classifier(len(data.classes))  # type: ignore[operator]
+    if settings.frozen:
+        linear_head(model)
+
+
+def linear_head(model: nn.Module) -> nn.Linear:
+    """The classifier of a timm model.
+
+    Raises:
+        ValueError: it is not one linear layer.
+    """
+    head = model.get_classifier()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"A linear head needs a model whose classifier is one Linear layer, got {head}.")
+    return head
+
+
+class Headless(nn.Module):
+    """A timm classifier up to its head: images to features (N, D), whatever its head is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.pretrained_cfg = pretrained_cfg(model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.forward_head(self.model.forward_features(images), pre_logits=True)  # type: ignore[operator]

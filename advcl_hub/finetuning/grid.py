@@ -1,0 +1,169 @@
+"""What a grid of finetuning runs leaves: a table in markdown, one line a cell in CSV, and a picture that compares encoders."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from advcl_hub.evaluation.protocol import pixels
+from advcl_hub.files import replacing
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One encoder on one data set under one protocol.
+
+    Attributes:
+        encoder: its name in the table.
+        protocol, shots, data: as asked for.
+        tuned: results.json of the classifier.
+        evaluated: results.json of its evaluation.
+        folder: where both are.
+    """
+
+    encoder: str
+    protocol: str
+    shots: int | None
+    data: str
+    tuned: dict[str, Any]
+    evaluated: dict[str, Any]
+    folder: Path
+
+    @property
+    def standard(self) -> float:
+        """Clean accuracy in [0, 1]."""
+        return self.evaluated["accuracy"]["standard"]["value"]
+
+    @property
+    def robust(self) -> float | None:
+        """Accuracy under PGD in [0, 1], None if it was left out."""
+        found = self.evaluated["accuracy"].get("pgd")
+        return None if found is None else found["value"]
+
+    @property
+    def training(self) -> str:
+        """Protocol and shots, as a row names them."""
+        return self.protocol.upper() + (f", {self.shots} shots" if self.shots else "")
+
+
+def save(folder: Path, cells: Sequence[Cell]) -> None:
+    """Writes report.md, results.csv and comparison.png."""
+    with replacing(folder / "report.md") as draft:
+        draft.write_text(f"# Transfer\n\n{markdown(cells)}\n\n![comparison](comparison.png)\n")
+    with replacing(folder / "results.csv") as draft, draft.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(_line(cells[0])))
+        table.writeheader()
+        table.writerows(_line(cell) for cell in cells)
+    picture(folder / "comparison.png", cells)
+
+
+def markdown(cells: Sequence[Cell]) -> str:
+    """Rows: encoders and protocols; columns: data sets with clean accuracy and that under PGD. Then what the figures mean."""
+    if not cells:
+        return "Nothing is finished yet."
+    data = list(dict.fromkeys(cell.data for cell in cells))
+    found = {(cell.encoder, cell.training, cell.data): cell for cell in cells}
+    attack = f"PGD-{cells[0].evaluated['protocol']['steps']}"
+    header = ["encoder", "finetuning", *(f"{name} {column}" for name in data for column in ("SA", attack))]
+    rows = []
+    for training in dict.fromkeys(cell.training for cell in cells):
+        for encoder in dict.fromkeys(cell.encoder for cell in cells):
+            row = [encoder, training]
+            for name in data:
+                cell = found.get((encoder, training, name))
+                mark = " (!)" if cell and cell.evaluated["warnings"] else ""
+                row += ["-", "-"] if cell is None else [_percent(cell.standard) + mark, _percent(cell.robust)]
+            if any(entry != "-" for entry in row[2:]):
+                rows.append(row)
+    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    lines.insert(1, "|---|---" + "|---:" * (len(header) - 2) + "|")
+    notes = list(dict.fromkeys(_note(cell) for cell in cells))
+    said = [f"(!) {c.encoder}, {c.training}, {c.data}: {warning}" for c in cells for warning in c.evaluated["warnings"]]
+    return "\n".join([*lines, "", "Accuracy in percent.", *(f"- {note}" for note in [*notes, *said])])
+
+
+def _note(cell: Cell) -> str:
+    """Everything that a figure needs beside it, one line a kind of cell."""
+    p, s, trained, tested = (
+        cell.evaluated["protocol"],
+        cell.tuned["settings"],
+        cell.tuned["data"],
+        cell.evaluated["data"],
+    )
+    rate = f"batch {s['batch_size']}, lr {s['lr']:g}" + (f", beta {s['beta']:g}" if s["objective"] == "trades" else "")
+    attack = f"; attack {s['steps']} steps within {pixels(s['eps'])}" if s["objective"] != "ce" else ""
+    return (
+        f"{cell.training} on {trained['name']}: preset {cell.tuned['preset']}, {s['epochs']} epochs over {trained['images']:,} "
+        f"images, {rate}, augmentation {s['augment']}, {s['precision']}{attack}; {cell.tuned['chosen']}. Tested on "
+        f"{tested['selection']} {tested['images']:,} of {tested['of']:,} test images; PGD-{p['steps']}, {p['norm']} "
+        f"{pixels(p['eps'], p['norm'])}, step {pixels(p['step_size'], p['norm'])}; seeds {s['seed']} and {p['seed']}."
+    )
+
+
+def _line(cell: Cell) -> dict[str, Any]:
+    s, p, accuracy = cell.tuned["settings"], cell.evaluated["protocol"], cell.evaluated["accuracy"]
+    intervals = {
+        f"{name}_{side}": accuracy[key]["interval_95"][index] if key in accuracy else ""
+        for name, key in (("standard", "standard"), ("robust", "pgd"))
+        for index, side in enumerate(("low", "high"))
+    }
+    return {
+        "encoder": cell.encoder,
+        "model": cell.tuned["encoder"]["name"],
+        "protocol": cell.protocol,
+        "preset": cell.tuned["preset"],
+        "shots": cell.shots or "",
+        "data": cell.tuned["data"]["name"],
+        "train_images": cell.tuned["data"]["images"],
+        **{key: s[key] for key in ("objective", "epochs", "batch_size", "lr", "augment", "precision", "seed")},
+        "seconds": cell.tuned["seconds"],
+        "test_images": cell.evaluated["data"]["images"],
+        "eps": p["eps"],
+        "pgd_steps": p["steps"],
+        "standard": cell.standard,
+        "robust": "" if cell.robust is None else cell.robust,
+        **intervals,
+        "warnings": len(cell.evaluated["warnings"]),
+        "weights_sha256": cell.tuned["encoder"]["weights_sha256"],
+        "folder": "/".join(cell.folder.parts[-3:]),
+    }
+
+
+def picture(path: Path, cells: Sequence[Cell]) -> Path:
+    """One diagram a data set: for each protocol a pair of bars an encoder, clean accuracy behind that under attack."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    from advcl_hub.evaluation.pictures import save_figure
+
+    data = list(dict.fromkeys(cell.data for cell in cells))
+    encoders = list(dict.fromkeys(cell.encoder for cell in cells))
+    trainings = list(dict.fromkeys(cell.training for cell in cells))
+    colours = [f"C{i}" for i in range(len(encoders))]
+    width = 0.8 / len(encoders)
+    figure = Figure(figsize=(max(4.5, 1.2 + 0.55 * len(encoders) * len(trainings)) * len(data), 3.8), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(data), squeeze=False)[0], data, strict=True):
+        for cell in cells:
+            if cell.data != name:
+                continue
+            order = encoders.index(cell.encoder)
+            x = trainings.index(cell.training) + (order - (len(encoders) - 1) / 2) * width
+            axis.bar(x, 100 * cell.standard, 0.92 * width, color=colours[order], alpha=0.35)
+            axis.text(x, 100 * cell.standard + 1, f"{100 * cell.standard:.0f}", ha="center", fontsize=8, color="0.4")
+            if cell.robust is not None:
+                axis.bar(x, 100 * cell.robust, 0.92 * width, color=colours[order])
+                axis.text(x, 100 * cell.robust + 1, f"{100 * cell.robust:.0f}", ha="center", fontsize=8, weight="bold")
+        axis.set_xticks(range(len(trainings)), trainings)
+        axis.set(ylim=(0, 105), title=name)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylabel("accuracy (%)")
+    handles = [Patch(color=colour) for colour in colours]
+    p = cells[0].evaluated["protocol"]
+    figure.legend(handles, encoders, loc="outside upper center", ncols=len(encoders), frameon=False)
+    figure.supxlabel(f"light: clean; dark: PGD-{p['steps']}, {p['norm']} {pixels(p['eps'], p['norm'])}", fontsize=9)
+    return save_figure(figure, path)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

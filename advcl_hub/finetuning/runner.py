@@ -1,0 +1,233 @@
+"""From an encoder and a data set to a classifier in a folder: `advcl_hub.finetune`."""
+
+import json
+import logging
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from advcl_hub.data import ImageData, few_shot, train_val_split
+from advcl_hub.evaluation import inputs
+from advcl_hub.evaluation.results import hardware, versions
+from advcl_hub.export import RESULTS
+from advcl_hub.extras import need
+from advcl_hub.files import check_writable, slug
+from advcl_hub.finetuning.encoder import Encoder, open_encoder, set_head
+from advcl_hub.finetuning.presets import Settings, choose_settings, fit_batch
+from advcl_hub.training.state import FILE, differences
+from advcl_hub.training.stop import StopRequest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger("advcl")
+_FEW_STEPS = 300  # below that a preset's learning rate has hardly begun
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A finetuning run.
+
+    Attributes:
+        output: the run's folder: log, curves, TensorBoard.
+        folder: the classifier, for `timm.create_model("local-dir:FOLDER", pretrained=True)` and `evaluate`.
+        record: its results.json; empty while the run is not finished.
+        finished: whether all epochs are done.
+    """
+
+    output: Path
+    folder: Path
+    record: dict[str, Any]
+    finished: bool
+
+    def load(self) -> "nn.Module":
+        """The classifier, in evaluation mode."""
+        from advcl_hub.export import load_folder
+
+        return load_folder(self.folder)
+
+
+def finetune(
+    model: str | Path,
+    data: str | ImageData,
+    protocol: str = "slf",
+    *,
+    preset: str = "advcl",
+    root: str | Path | None = None,
+    split: str = "train",
+    size: int | None = None,
+    shots: int | None = None,
+    keep_head: bool = False,
+    output: str | Path | None = None,
+    cpu: bool = False,
+    time_budget: float | None = None,
+    checkpoint_minutes: float = 5.0,
+    command: str | None = None,
+    **overrides: Any,
+) -> Finetuned:
+    """Finetunes an encoder on labelled images under a protocol of the field.
+
+        advcl_hub.finetune("resnet18_cifar.advcl_c10", "folder:pets", "slf", epochs=10, output="runs/pets")
+
+    Stop it whenever you like: the same call continues it exactly, and returns at once when it is finished. The test split is
+    never touched; the result is the last epoch, or with `val_fraction` the best one on held-out images.
+
+    Under torchrun or accelerate launch, call it in every process.
+
+    Args:
+        model: a registered name, `hf-hub:ORG/NAME`, `local-dir:FOLDER` or a folder; `random:` before it draws new weights.
+        data: labelled images, or a source that `load_data` knows. Images of another size than the encoder's are fitted as
+            `evaluate` fits them: larger sets are scaled down, smaller ones enlarged inside the attacked function.
+        protocol: `slf`, `alf`, `aff` or `sff`, see `PROTOCOLS`.
+        preset: whose values to take: `advcl`, `dynacl`, `acl` or `deacl`, see `PRESETS`. Of a small data set a preset's
+            batch is at most one eighth.
+        root, split: for `load_data`, where data is a name.
+        size: side of the images, in pixels, instead of the encoder's own.
+        shots: so many images of every class, drawn with the seed; None takes all.
+        keep_head: start from the classifier that the model has, not from a new one.
+        output: folder of the run; by default runs/finetuned/MODEL/DATA-PROTOCOL...
+        cpu: compute on the CPU even where there is a GPU.
+        time_budget: stop with a checkpoint after so many seconds.
+        checkpoint_minutes: time between checkpoints.
+        command: what was typed, for the record.
+        overrides: values of `Settings` that replace the preset's, by name.
+
+    Returns:
+        The run, with the classifier's folder.
+
+    Raises:
+        ValueError: an unknown name or a value out of range, a model without a head to replace, images that do not fit it,
+            one class only, labels out of range, a folder that holds another run.
+        OSError: a file that cannot be read or written, or no way to the Hub.
+        ImportError: accelerate, matplotlib or tensorboard is not installed.
+        FloatingPointError: the loss is not finite any more; the last checkpoint is.
+    """
+    for package in ("accelerate", "matplotlib", "tensorboard"):
+        need(package, "Finetuning", "finetune")
+    from advcl_hub.finetuning.trainer import CLASSIFIER, Finetuner, plain
+    from advcl_hub.training.loop import open_accelerator
+
+    seed = overrides.get("seed", 0)
+    data_name = data.name if isinstance(data, ImageData) else data
+    settings = choose_settings(protocol, preset, data=data_name, size=size, overrides=overrides)
+    folder = Path(output) if output else default_output(str(model), data_name, protocol, preset, size, shots, overrides)
+    check_writable(folder)
+    accelerator = open_accelerator(cpu=cpu)
+    with accelerator.main_process_first():  # one process downloads, the others find the files
+        encoder = open_encoder(model, size=size, seed=seed)
+        whole = data if isinstance(data, ImageData) else inputs.load_images(data, split, root, encoder.model)
+    check_labels(whole)
+    chosen = whole if shots is None else few_shot(whole, shots, seed)
+    train, held_out = train_val_split(chosen, settings.val_fraction, seed) if settings.val_fraction else (chosen, None)
+    settings = choose_settings(protocol, preset, data=whole.name, size=max(whole.shape[1:]), overrides=overrides)
+    if "batch_size" not in overrides:
+        settings = replace(settings, batch_size=fit_batch(settings, len(train), accelerator.num_processes))
+    set_head(encoder.model, whole, settings, keep=keep_head)
+    inputs.check_fits(encoder.model, whole)
+    facts = {
+        "protocol": protocol,
+        "preset": preset,
+        "settings": settings.to_dict(),
+        "kept_head": keep_head,
+        "encoder": encoder.facts,
+        "data": {
+            "name": whole.name,
+            "split": split if isinstance(data, str) else None,
+            "images": len(train),
+            "of": whole.source_length or len(whole),
+            "shots": shots,
+            "held_out": len(held_out) if held_out else 0,
+            "shape": whole.shape,
+            "classes": whole.classes,
+            "sha256": chosen.fingerprint(),
+        },
+    }
+    result = folder / CLASSIFIER
+    if (standing := finished(folder, result, plain(facts))) is not None:
+        if accelerator.is_main_process:
+            log.info("%s is finished already.", folder)
+        return Finetuned(folder, result, standing, True)
+    steps = settings.epochs * (len(train) // settings.batch_size)
+    if accelerator.is_main_process:
+        log.info("%s", describe(encoder, train, held_out, settings, accelerator))
+        if 0 < steps < _FEW_STEPS:
+            warnings.warn(
+                f"{len(train)} images in batches of {settings.batch_size} are {steps} steps in {settings.epochs} epochs, "
+                f"few for a learning rate of {settings.lr:g}: consider more epochs, smaller batches, or a higher rate.",
+                stacklevel=2,
+            )
+    trainer = Finetuner(
+        encoder.model,
+        train,
+        held_out,
+        settings,
+        folder,
+        accelerator,
+        facts=facts,
+        place={"versions": versions(), "hardware": hardware(accelerator.device, accelerator.num_processes), "command": command},
+        arguments=encoder.arguments,
+        new_head=not keep_head,
+        checkpoint_minutes=checkpoint_minutes,
+    )
+    stop = StopRequest(time_budget)
+    with stop:  # from here on an interruption has something to save
+        done = trainer.run(stop)
+    if done and accelerator.is_main_process:
+        (folder / FILE).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    record = json.loads((result / RESULTS).read_text()) if done else {}
+    return Finetuned(folder, result, record, done)
+
+
+def check_labels(data: ImageData) -> None:
+    """Raises ValueError unless there are two classes at least, and every label is one of them."""
+    if len(data.classes) < 2:
+        raise ValueError(f"{data.name} has one class only ({', '.join(data.classes)}): there is nothing to tell apart.")
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= len(data.classes):
+        raise ValueError(f"{data.name} has labels from {low} to {high}, its {len(data.classes)} classes go from 0.")
+
+
+def finished(output: Path, folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of the run that already stands in a folder, None if it is not finished.
+
+    Raises:
+        ValueError: what stands there was made from something else, and would be lost.
+    """
+    if (output / FILE).is_file() or not (folder / RESULTS).is_file():
+        return None
+    record = json.loads((folder / RESULTS).read_text())
+    if found := differences({key: record.get(key) for key in facts}, facts):
+        raise ValueError(
+            f"{output} holds a run of something else; choose another output, or remove that folder:\n  "
+            + "\n  ".join(found.values())
+        )
+    return record
+
+
+def describe(encoder: Encoder, train: ImageData, held_out: ImageData | None, settings: Settings, accelerator: Any) -> str:
+    """What is about to happen, in two lines."""
+    size = sum(p.numel() for p in encoder.model.parameters())
+    held = f" ({len(held_out):,} held out to choose the epoch)" if held_out else ""
+    return (
+        f"{encoder.facts['name']}: {encoder.facts['architecture']}, {size:,} parameters; {len(train):,} images of "
+        f"{train.name}, {len(train.classes)} classes{held}\n"
+        f"{settings.describe()}; preset {settings.preset}; {accelerator.device.type}, processes: {accelerator.num_processes}"
+    )
+
+
+def default_output(
+    model: str, data: str, protocol: str, preset: str, size: int | None, shots: int | None, overrides: dict[str, Any]
+) -> Path:
+    """runs/finetuned/MODEL/DATA-PROTOCOL..., with everything that was said."""
+    said = [slug(data), protocol, *([preset] if preset != "advcl" else []), *([f"size{size}"] if size else [])]
+    said += [f"{shots}shot"] if shots else []
+    said += [f"{key}{_short(value)}" for key, value in overrides.items()]
+    return Path("runs", "finetuned", slug(model), slug("-".join(said)))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "-".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,173 @@
+"""A grid of encoders, data sets, protocols and shots: each finetuned, each evaluated, all in one table."""
+
+import logging
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from advcl_hub.evaluation.processes import Processes
+from advcl_hub.evaluation.protocol import Protocol
+from advcl_hub.evaluation.results import Evaluation
+from advcl_hub.evaluation.runner import evaluate
+from advcl_hub.files import check_writable, slug
+from advcl_hub.finetuning import grid
+from advcl_hub.finetuning.encoder import open_encoder
+from advcl_hub.finetuning.presets import choose_settings
+from advcl_hub.finetuning.runner import finetune
+from advcl_hub.sources import read_source
+
+log = logging.getLogger("advcl")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What a grid gave.
+
+    Attributes:
+        cells: those that are finished, in the order of the table.
+        finished: whether that is all of them.
+        output: folder with report.md, results.csv, comparison.png and a folder a cell.
+    """
+
+    cells: list[grid.Cell]
+    finished: bool
+    output: Path
+
+    def table(self) -> str:
+        """The results as a markdown table with what the figures mean."""
+        return grid.markdown(self.cells)
+
+
+def transfer(
+    models: Mapping[str, str | Path] | Sequence[str | Path],
+    to: Sequence[str],
+    protocols: Sequence[str] = ("slf",),
+    *,
+    shots: Sequence[int | None] = (None,),
+    preset: str = "advcl",
+    root: str | Path | None = None,
+    n: int | None = 1000,
+    evaluation: Protocol | None = None,
+    output: str | Path = "runs/transfer",
+    cpu: bool = False,
+    time_budget: float | None = None,
+    command: str | None = None,
+    **overrides: Any,
+) -> Transfer:
+    """Finetunes every encoder on every data set under every protocol, and evaluates each on the test split.
+
+    Stop it whenever you like: the same call goes on, and takes from the folder what is finished.
+
+    Args:
+        models: what `finetune` takes, by the name that the table shows, or without names.
+        to: sources that `load_data` knows, with a training and a test split.
+        protocols, preset, root, cpu, overrides: as in `finetune`, for every cell.
+        shots: training images of every class; None takes all.
+        n: class-balanced test images; None, or more than there are, takes all.
+        evaluation: how to attack; by default PGD-20 at the eps of the training.
+        output: folder of the grid.
+        time_budget: stop after so many seconds, in training with a checkpoint.
+        command: what was typed, for the records.
+
+    Raises:
+        ValueError, OSError, ImportError: as in `finetune` and `evaluate`; what can be known is said before any training.
+    """
+    deadline = None if time_budget is None else time.monotonic() + time_budget
+    named = _named(models)
+    folder = Path(output)
+    check_writable(folder)
+    attack = evaluation or Protocol(eps=overrides.get("eps"))
+    _check(named, to, protocols, preset, root, overrides)
+    cells: list[grid.Cell] = []
+    wanted = list(product(named.items(), protocols, shots, to))
+    for number, ((name, model), protocol, shot, data) in enumerate(wanted, 1):
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            break
+        if Processes.current().rank == 0:
+            count = "" if shot is None else f", {shot} shots"
+            log.info("\n[%d of %d] %s, %s on %s%s", number, len(wanted), name, protocol.upper(), data, count)
+        place = folder / slug(name) / slug(data) / (protocol + (f"-{shot}shot" if shot else ""))
+        tuned = finetune(
+            model,
+            data,
+            protocol,
+            preset=preset,
+            root=root,
+            shots=shot,
+            output=place,
+            cpu=cpu,
+            time_budget=left,
+            command=command,
+            **overrides,
+        )
+        if not tuned.finished:
+            break
+        result = _evaluate(tuned.folder, data, attack, root, n, place / "evaluation", cpu, command)
+        cells.append(grid.Cell(name, protocol, shot, data, tuned.record, result.record, place))
+        if Processes.current().rank == 0:
+            grid.save(folder, cells)
+        Processes.current().wait()
+    return Transfer(cells, len(cells) == len(wanted), folder)
+
+
+def _named(models: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, str]:
+    if isinstance(models, Mapping):
+        named = {name: str(model) for name, model in models.items()}
+    else:
+        named = {str(model): str(model) for model in models}
+        if len(named) < len(models):
+            raise ValueError("The same model was given twice.")
+    if len({slug(name) for name in named}) < len(named):
+        raise ValueError(f"These names cannot be told apart as folders: {', '.join(named)}. Give them names: NAME=MODEL.")
+    if not named:
+        raise ValueError("No model was given.")
+    return named
+
+
+def _check(
+    named: Mapping[str, str],
+    to: Sequence[str],
+    protocols: Sequence[str],
+    preset: str,
+    root: str | Path | None,
+    overrides: Mapping[str, Any],
+) -> None:
+    """Raises what any cell would raise about its settings, its model or its data, before the first one trains."""
+    for protocol in protocols:
+        choose_settings(protocol, preset, overrides=overrides)
+    if not to or not protocols:
+        raise ValueError("A grid needs a data set and a protocol at least.")
+    for source, split in product(to, ("train", "test")):
+        read_source(source, split, Path(root) if root is not None else None, False)
+    for model in named.values():
+        open_encoder(model)
+
+
+def _evaluate(
+    classifier: Path,
+    data: str,
+    attack: Protocol,
+    root: str | Path | None,
+    n: int | None,
+    output: Path,
+    cpu: bool,
+    command: str | None,
+) -> Evaluation:
+    available = len(read_source(data, "test", Path(root) if root is not None else None, False).labels)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*holds this evaluation already")  # a grid goes on: that is no news
+        return evaluate(
+            classifier,
+            data,
+            attack,
+            root=root,
+            n=n if n is not None and n < available else None,
+            output=output,
+            device="cpu" if cpu else None,
+            command=command,
+        )

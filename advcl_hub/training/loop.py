@@ -1,0 +1,231 @@
+"""The loop around a training step: progress with an ETA, log and curves, checkpoints, stops, exact continuation."""
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from torch import Tensor
+
+from advcl_hub.progress import progress_bar
+from advcl_hub.training.runlog import Meter, Panel, RunLog, save_curves
+from advcl_hub.training.seeds import epoch_order
+from advcl_hub.training.state import FILE
+from advcl_hub.training.stop import StopRequest
+
+_PATIENCE = timedelta(hours=12)  # one process clusters and probes while the others wait, beyond NCCL's ten minutes
+_AGREE_EVERY = 10  # steps between agreements of several GPUs on stopping and saving
+
+
+class Progress(Protocol):
+    """How far a run is: optimizer steps, seconds spent training over all starts, and whether all epochs are done."""
+
+    step: int
+    seconds: float
+    finished: bool
+
+
+def open_accelerator(cpu: bool = False, mixed_precision: str = "no", **ddp: Any) -> Accelerator:
+    """Accelerate for this process and those that a launcher started beside it.
+
+    Args:
+        cpu: compute on the CPU even where there is a GPU.
+        mixed_precision: `no` or `bf16`.
+        ddp: options of `DistributedDataParallelKwargs`.
+
+    Raises:
+        ValueError: accelerate sees another number of processes than were launched.
+    """
+    accelerator = Accelerator(
+        cpu=cpu or not torch.accelerator.is_available(),  # else several CPU processes would each train alone
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, **ddp),
+            InitProcessGroupKwargs(timeout=_PATIENCE),
+        ],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise ValueError(f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}.")
+    return accelerator
+
+
+class Loop(ABC):
+    """A run in one folder. A subclass says what a step is, what a checkpoint holds, and what comes at the end.
+
+    Args:
+        output: the run's folder.
+        accelerator: this process among all.
+        images: number of training images.
+        epochs: each takes whole batches only, from an order of its own.
+        batch_size: images a step, over all processes.
+        seed: of the order.
+        checkpoint_minutes: time between checkpoints.
+
+    Raises:
+        ValueError: the batch does not divide by the number of processes, or is larger than the set.
+    """
+
+    losses: ClassVar[Sequence[str]]  # names of what a step returns; the first is minimised
+    panels: ClassVar[Sequence[Panel]]  # of curves.png
+    remedy: ClassVar[str]  # what to try after a loss that is not finite
+
+    state: Progress
+    optimizer: torch.optim.Optimizer
+
+    def __init__(
+        self,
+        output: Path,
+        accelerator: Accelerator,
+        *,
+        images: int,
+        epochs: int,
+        batch_size: int,
+        seed: int,
+        checkpoint_minutes: float,
+    ) -> None:
+        self.output, self.accelerator = output, accelerator
+        self.main, self.device = accelerator.is_main_process, accelerator.device
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        if batch_size % self.world:
+            raise ValueError(f"batch_size {batch_size} does not divide by {self.world} processes; change batch_size.")
+        if images < batch_size:
+            raise ValueError(f"A batch of {batch_size} needs as many training images; there are {images}. Lower batch_size.")
+        self.images, self.epochs, self.batch_size, self.seed = images, epochs, batch_size, seed
+        self.checkpoint_seconds = 60 * checkpoint_minutes
+        self.steps_per_epoch = images // batch_size
+        self.total_steps = epochs * self.steps_per_epoch
+        self.meter = Meter(self.device, len(self.losses))
+        self.log: RunLog | None = None
+
+    @abstractmethod
+    def remaining_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """This process's share (inputs, labels) of every batch from the current step on."""
+
+    @abstractmethod
+    def train_step(self, inputs: Tensor, labels: Tensor | None) -> None:
+        """One optimizer step."""
+
+    @abstractmethod
+    def write_checkpoint(self) -> None:
+        """Writes the state to the folder; called in the main process alone."""
+
+    @property
+    @abstractmethod
+    def judged(self) -> bool:
+        """Whether `judge` follows the epoch that ends with this step; the last epoch's belongs to `finish`."""
+
+    @abstractmethod
+    def judge(self) -> Any:
+        """Measures the run on held-out images; called in every process."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """What comes after the last step; called in every process."""
+
+    def run(self, stop: StopRequest) -> bool:
+        """Trains to the end, or until a stop is requested. Returns whether the run is finished."""
+        self.begin()
+        for inputs, labels in self.remaining_batches():
+            self.train_step(inputs, labels)
+            stopping, saving = self.agree(stop.requested, self.saved_at + self.checkpoint_seconds < time.monotonic())
+            if self.state.step % self.steps_per_epoch % max(1, min(50, self.steps_per_epoch // 4)) == 0:
+                self.record()
+            if stopping or saving or self.judgement_due or self.state.step == self.total_steps:
+                self.save()
+            if stopping:
+                break
+            if self.judgement_due:
+                self.judge()
+        self.bar.close()
+        if self.state.finished:
+            self.finish()
+        if self.log:
+            self.log.close()
+        self.accelerator.wait_for_everyone()
+        return self.state.finished
+
+    def begin(self) -> None:
+        """Opens the folder: the log, and a first checkpoint."""
+        if self.main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self.log = RunLog(self.output, self.state.step)
+        self.bar = progress_bar(total=self.total_steps, initial=self.state.step, unit="step", disable=not self.main)
+        if self.state.step == 0:
+            self.save()
+        self.saved_at = time.monotonic()
+        if self.judgement_due:  # the last start was stopped before it
+            self.judge()
+        self.meter.restart()
+
+    def remaining_rows(self) -> Iterator[Tensor]:
+        """For every epoch that is left, the rows (int64) that this process takes, batch after batch."""
+        share = self.batch_size // self.world
+        for epoch in range(self.state.step // self.steps_per_epoch, self.epochs):
+            order = epoch_order(self.images, self.seed, epoch)[: self.steps_per_epoch * self.batch_size]
+            shares = order.view(self.steps_per_epoch, self.world, share)
+            yield shares[self.state.step - epoch * self.steps_per_epoch :, self.rank].flatten()
+
+    def stepped(self, losses: Sequence[Tensor]) -> None:
+        """Counts a step and its losses, in the order of `self.losses`."""
+        self.state.step += 1
+        self.meter.add(torch.stack([x.detach() for x in losses]))
+        self.bar.update()
+
+    def agree(self, stopping: bool, saving: bool) -> tuple[bool, bool]:
+        """What the main process wants: all processes must stop and save at the same step."""
+        if self.world == 1:
+            return stopping, saving
+        if self.device.type != "cpu" and self.state.step % _AGREE_EVERY:  # to agree is to wait for the device
+            return False, False
+        flags = broadcast_object_list([stopping, saving])
+        return flags[0], flags[1]
+
+    @property
+    def judgement_due(self) -> bool:
+        """Whether this step ends an epoch that is judged before the next one."""
+        return 0 < self.state.step < self.total_steps and self.state.step % self.steps_per_epoch == 0 and self.judged
+
+    def record(self) -> None:
+        """Writes the mean losses since the last record. Raises FloatingPointError if they are not finite."""
+        if not self.meter.count:
+            return
+        means, steps, seconds = self.meter.take(self.accelerator)
+        self.require_finite(bool(np.isfinite(means).all()), "loss is")
+        self.state.seconds += seconds
+        epoch = self.state.step / self.steps_per_epoch
+        self.bar.set_postfix(epoch=f"{epoch:.1f}", loss=f"{means[0]:.4f}", refresh=False)
+        if self.log:
+            self.log.write(
+                self.state.step,
+                epoch=epoch,
+                **dict(zip(self.losses, means, strict=True)),
+                lr=self.optimizer.param_groups[0]["lr"],
+                images_per_second=steps * self.batch_size / seconds,
+                seconds=self.state.seconds,
+            )
+
+    def require_finite(self, finite: bool, what: str) -> None:
+        """Raises FloatingPointError that names the last checkpoint unless `what` is finite."""
+        if not finite:
+            raise FloatingPointError(
+                f"The {what} not finite at step {self.state.step}: stopped. The last checkpoint, with a finite loss, is "
+                f"{self.output / FILE}; {self.remedy}"
+            )
+
+    def save(self) -> None:
+        """Writes the checkpoint and the curves, after making sure that the losses so far are finite."""
+        self.record()
+        self.state.finished = self.state.step == self.total_steps
+        if self.main:
+            self.write_checkpoint()
+            save_curves(self.output, self.panels)
+        self.saved_at = time.monotonic()
+        self.meter.restart()
