@@ -51,6 +51,7 @@ def open_encoder(name: str | Path, *, size: int | None = None, seed: int = 0) ->
         loaded = load_model(wanted if not pretrained else name)
         source, said, provenance = loaded.source, loaded.name, loaded.provenance
         arguments, model = loaded.arguments, loaded.model
+    arguments = {key: value for key, value in arguments.items() if key != "num_classes"}  # that of the head to come
     overlay: dict[str, Any] = {}
     shape = input_size(model)
     if size is not None and shape is not None and shape[1:] != (size, size):

@@ -53,10 +53,10 @@ def check_separable(model: nn.Module, images: Tensor) -> None:
 
     Args:
         model: in evaluation mode, its head not zero.
-        images: float (N, C, H, W) as the network takes them.
+        images: float (N, C, H, W) in [0, 1].
     """
-    logits = model(images)
-    alone = linear_head(model)(Headless(model)(images))
+    logits, features = (PixelSpace(m, fit=True).to(images.device).eval()(images) for m in (model, Headless(model)))
+    alone = linear_head(model)(features)
     if alone.shape != logits.shape or not torch.allclose(alone, logits, rtol=1e-4, atol=1e-5 * float(logits.abs().max())):
         raise ValueError(
             "This architecture is more than a linear head on its features, so these cannot be computed once: "

@@ -14,12 +14,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from advcl_hub.augmentation import draw_weak, weak_view
+from advcl_hub.augmentation import WeakParams, draw_weak, weak_view
 from advcl_hub.data import ImageData, batches
 from advcl_hub.evaluation.classifier import PixelSpace
 from advcl_hub.evaluation.pictures import save_views
 from advcl_hub.evaluation.processes import Processes
-from advcl_hub.evaluation.quick import Robustness, robustness
+from advcl_hub.evaluation.quick import robustness
 from advcl_hub.export import export_folder, verify_folder
 from advcl_hub.finetuning.encoder import Headless, linear_head
 from advcl_hub.finetuning.features import check_separable, extract_features
@@ -28,7 +28,7 @@ from advcl_hub.finetuning.presets import EXPORTED, Settings
 from advcl_hub.models.branch_norm import branch_state_dict
 from advcl_hub.training.loop import Loop
 from advcl_hub.training.runlog import Panel
-from advcl_hub.training.seeds import seed_step
+from advcl_hub.training.seeds import epoch_order, seed_step
 from advcl_hub.training.state import FILE, differences, group, load_state, pack_state, save_state, unpack_state
 
 CLASSIFIER = "classifier"  # folder of the result, within the run's
@@ -122,7 +122,7 @@ class Finetuner(Loop):
             linear_head(self.model).requires_grad_(True)
         self.features = self.compute_features() if settings.caches else None
         if settings.zero_head and new_head:
-            for parameter in self.model.get_classifier().parameters():  # type: ignore[operator,union-attr]
+            for parameter in self.model.get_classifier().parameters():  # type: ignore[operator]
                 nn.init.zeros_(parameter)
         self.plain = copy.deepcopy(self.model)  # without branches: what is judged and exported
         pixels = PixelSpace(self.model, fit=True, precision=settings.precision).to(self.device)
@@ -140,7 +140,7 @@ class Finetuner(Loop):
     def compute_features(self) -> Tensor:
         """Features (N, D) of all training images."""
         images, _ = next(batches(self.data, min(2, len(self.data)), device=self.device))
-        check_separable(PixelSpace(self.model, fit=True).to(self.device), images / 255)
+        check_separable(self.model, images / 255)
         return extract_features(
             Headless(self.model),
             self.data,
@@ -163,27 +163,29 @@ class Finetuner(Loop):
             for images, rows in batches(self.data, share, device=self.device, order=mine, workers=_WORKERS):
                 yield images / 255, self.labels[rows]
 
-    def prepare(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """This process's inputs, augmented, and where their attack starts.
-
-        Random numbers are drawn for the whole batch and cut, so that an image's do not depend on the number of processes.
-        """
-        seed_step(self.seed, self.state.step, 0)
-        share = len(inputs)
-        mine = slice(self.rank * share, (self.rank + 1) * share)
-        if self.features is None and self.settings.augment != "none":
-            padding = max(1, max(inputs.shape[-2:]) // 8)
-            drawn = draw_weak(self.batch_size, padding, self.settings.augment == "crop-flip", self.device)
-            inputs = weak_view(inputs, type(drawn)(*(choice[mine] for choice in drawn)))
-        noise = self.objective.noise(torch.Size((self.batch_size, *inputs.shape[1:])), self.device)
-        return inputs, None if noise is None else noise[mine]
+    def augment(self, images: Tensor, mine: slice) -> Tensor:
+        """The part `mine` of a batch (N, C, H, W), each image by its own choice of all that are drawn for the batch."""
+        if self.settings.augment == "none":
+            return images
+        drawn = draw_weak(
+            max(self.batch_size, len(images)),
+            padding=max(1, max(images.shape[-2:]) // 8),
+            flip=self.settings.augment == "crop-flip",
+            device=self.device,
+        )
+        return weak_view(images, WeakParams(*(choice[mine][: len(images)] for choice in drawn)))
 
     def train_step(self, inputs: Tensor, labels: Tensor | None) -> None:
         """One optimizer step; `Objective.forward` is the method."""
         assert labels is not None
-        inputs, noise = self.prepare(inputs)
-        for group_ in self.optimizer.param_groups:
-            group_["lr"] = self.learning_rate()
+        seed_step(self.seed, self.state.step, 0)
+        # Random numbers are drawn for the whole batch and cut, so that an image's do not depend on the number of processes.
+        mine = slice(self.rank * len(inputs), (self.rank + 1) * len(inputs))
+        if self.features is None:
+            inputs = self.augment(inputs, mine)
+        noise = self.objective.noise(torch.Size((self.batch_size, *inputs.shape[1:])), self.device)
+        noise = None if noise is None else noise[mine]
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate()
         parts = self.settings.accumulate
         size = len(inputs) // parts
         sums: list[Tensor] = []
@@ -205,22 +207,28 @@ class Finetuner(Loop):
         return self.settings.lr * 0.1 ** sum(epoch >= milestone for milestone in self.settings.milestones)
 
     def begin(self) -> None:
-        """Saves a picture of the first batch, then opens the folder."""
-        if self.state.step == 0 and self.features is None:
+        """Saves a picture of some augmented images, then opens the folder."""
+        if self.state.step == 0:
             self.picture_batch()
         super().begin()
 
     def picture_batch(self) -> None:
-        """What the first step sees, to batch.png: images, augmented, adversarial."""
-        inputs, labels = next(self.remaining_batches())
-        augmented, noise = self.prepare(inputs)
-        rows = {"image": inputs, **({} if self.settings.augment == "none" else {"augmented": augmented})}
-        if noise is not None:
-            adversarial = self.objective.attack(augmented[:10], labels[:10], noise[:10])
-            rows |= {"adversarial": adversarial, "difference": 0.5 + (adversarial - augmented[:10]) / (2 * self.settings.eps)}
-        if self.main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            save_views(self.output / "batch.png", {name: images[:10] for name, images in rows.items()})
+        """What the network is trained on, to batch.png: images, augmented and, once it is trained, adversarial."""
+        if self.features is not None or not self.main:
+            return
+        seed_step(self.seed, self.state.step, 0)
+        order = epoch_order(self.images, self.seed, 0)[:10]
+        images, rows = next(batches(self.data, len(order), device=self.device, order=order))
+        shown = {"image": images / 255}
+        augmented = self.augment(images / 255, slice(None))
+        if self.settings.augment != "none":
+            shown["augmented"] = augmented
+        noise = self.objective.noise(augmented.shape, self.device)
+        if noise is not None and self.state.step:
+            shown["adversarial"] = self.objective.attack(augmented, self.labels[rows], noise)
+            shown["difference"] = 0.5 + (shown["adversarial"] - augmented) / (2 * self.settings.eps)
+        self.output.mkdir(parents=True, exist_ok=True)
+        save_views(self.output / "batch.png", shown)
 
     def write_checkpoint(self) -> None:
         """Writes the checkpoint, after making sure that the weights are finite."""
@@ -252,40 +260,46 @@ class Finetuner(Loop):
     def weights(self) -> dict[str, Tensor]:
         """The plain state dict of what would be exported now, on the CPU."""
         state = (self.ema.module if self.ema else self.model).state_dict()
-        return {k: v.detach().cpu().clone() for k, v in branch_state_dict(state, EXPORTED).items()}
+        return {
+            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, v in branch_state_dict(state, EXPORTED).items()
+        }
 
-    def judge(self) -> Robustness | None:
-        """Clean and PGD-20 accuracy on held-out images; keeps the weights of the best epoch.
-
-        The best is that of the highest accuracy under attack if training attacks, else of the highest clean accuracy.
-        """
-        result = None
+    def judge(self) -> None:
+        """Clean and, if training attacks, PGD-20 accuracy on held-out images; keeps the weights of the epoch where the last of
+        them is highest."""
         if self.main and self.held_out is not None:
             s = self.settings
             images = self.held_out.subset(self.held_out.balanced_positions(min(_VAL_IMAGES, len(self.held_out))))
             weights = self.weights()
             self.plain.load_state_dict(weights)
-            result = robustness(
-                self.plain, images, eps=s.eps, step_size=s.step_size, steps=_VAL_STEPS, seed=s.seed, device=self.device
+            measured = robustness(
+                self.plain,
+                images,
+                eps=s.eps,
+                step_size=s.step_size,
+                steps=_VAL_STEPS if s.attacks else 0,
+                seed=s.seed,
+                device=self.device,
             )
+            found = {"standard": measured.standard, **({"robust": measured.robust} if s.attacks else {})}
             epoch, score = self.state.step // self.steps_per_epoch, "robust" if s.attacks else "standard"
-            tqdm.write(
-                f"epoch {epoch}: {result.images} held-out images: standard {result.standard:.1%}, robust {result.robust:.1%}",
-                file=sys.stderr,
-            )
+            told = ", ".join(f"{name} {value:.1%}" for name, value in found.items())
+            tqdm.write(f"epoch {epoch}: {measured.images} held-out images: {told}", file=sys.stderr)
             if self.log:
-                self.log.write(self.state.step, epoch=epoch, val_standard=result.standard, val_robust=result.robust)
-            if self.state.best is None or getattr(result, score) > self.state.best[score]:
-                self.state.best, self.best = {"epoch": epoch, "chosen_by": score, **vars(result)}, weights
+                self.log.write(self.state.step, epoch=epoch, **{f"val_{name}": value for name, value in found.items()})
+            if self.state.best is None or found[score] > self.state.best[score]:
+                self.best = weights
+                self.state.best = {"epoch": epoch, "chosen_by": score, **found, "images": measured.images}
         self.accelerator.wait_for_everyone()
         self.meter.restart()
-        return result
 
     def finish(self) -> None:
         """The last judgement, then, by the main process, the export and its check."""
         self.judge()
         if not self.main:
             return
+        self.picture_batch()
         self.plain.load_state_dict(self.best or self.weights())
         results = {
             "kind": "classifier",
