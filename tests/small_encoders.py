@@ -7,7 +7,8 @@ import timm
 import torch
 from torch import Tensor
 
-from advcl_hub.data import ImageData
+from advcl_hub.data import ImageData, load_data
+from advcl_hub.export import export_folder
 
 
 def blobs(per_class: int = 20, seed: int = 0) -> ImageData:
@@ -30,3 +31,20 @@ def save_encoder(folder: Path, seed: int = 0, **config: Any) -> Path:
     model = timm.create_model("test_resnet", num_classes=5, pretrained_cfg_overlay=overlay)
     timm.models.save_for_hf(model, str(folder), safe_serialization=True)
     return folder
+
+
+SMALL_RESNET = {"channels": [8, 8, 16]}
+SMALL_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+
+
+def export_encoder(folder: Path, name: str = "resnet8_cifar", seed: int = 0, size: int = 16, **arguments: Any) -> Path:
+    """An encoder with random weights for images in [0, 1], in a folder as `train.export` writes it."""
+    torch.manual_seed(seed)
+    cfg = {"input_size": (3, size, size), "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0}
+    model = timm.create_model(name, num_classes=0, pretrained_cfg_overlay=cfg, **arguments)
+    images = load_data("digits", "train", size=size).sample(100).images
+    assert isinstance(images, Tensor)
+    with torch.no_grad():
+        for _ in range(30):  # batch norms learn statistics; without them the features would be of no size
+            model(images / 255)
+    return export_folder(model.eval(), folder, results={"kind": "encoder"}, model_args=arguments)

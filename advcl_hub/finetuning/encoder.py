@@ -124,6 +124,14 @@ def linear_head(model: nn.Module) -> nn.Linear:
     return head
 
 
+def zero_head(model: nn.Module) -> None:
+    """Sets the classifier of a timm model, one layer or several, to zero."""
+    head = model.get_classifier()  # type: ignore[operator]
+    for layer in head if isinstance(head, tuple) else (head,):
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+
+
 class Headless(nn.Module):
     """A timm classifier up to its head: images to features (N, D), whatever its head is."""
 

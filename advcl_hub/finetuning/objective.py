@@ -99,9 +99,9 @@ class Objective(nn.Module):
 
     def _logits(self, inputs: Tensor, branch: str = EXPORTED) -> Tensor:
         if self.switch is None:
-            return self.network(inputs).float()
+            return self.network(inputs)
         with self.switch.use(branch):
-            return self.network(inputs).float()
+            return self.network(inputs)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from advcl_hub.evaluation.pictures import save_views
 from advcl_hub.evaluation.processes import Processes
 from advcl_hub.evaluation.quick import robustness
 from advcl_hub.export import export_folder, verify_folder
-from advcl_hub.finetuning.encoder import Headless, linear_head
+from advcl_hub.finetuning.encoder import Headless, linear_head, zero_head
 from advcl_hub.finetuning.features import check_separable, extract_features
 from advcl_hub.finetuning.objective import Losses, Objective
 from advcl_hub.finetuning.presets import EXPORTED, Settings
@@ -122,8 +122,7 @@ class Finetuner(Loop):
             linear_head(self.model).requires_grad_(True)
         self.features = self.compute_features() if settings.caches else None
         if settings.zero_head and new_head:
-            for parameter in self.model.get_classifier().parameters():  # type: ignore[operator]
-                nn.init.zeros_(parameter)
+            zero_head(self.model)
         self.plain = copy.deepcopy(self.model)  # without branches: what is judged and exported
         pixels = PixelSpace(self.model, fit=True, precision=settings.precision).to(self.device)
         self.objective = Objective(linear_head(self.model) if settings.caches else pixels, settings)
