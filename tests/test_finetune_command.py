@@ -113,7 +113,7 @@ def test_two_processes_equal_one(
         assert said.count("Use it:") == 1, "one process speaks"
         results.append(weights(tmp_path / str(count)))
     record = json.loads((tmp_path / "2" / "classifier" / "results.json").read_text())
-    assert record["places"][0]["hardware"]["processes"] == 2 and record["step"] == (8 if "none" in options else 10)
+    assert record["places"][0]["hardware"]["processes"] == 2 and record["step"] == (6 if "none" in options else 10)
     for key, value in results[0].items():
         torch.testing.assert_close(results[1][key], value, rtol=1e-3, atol=2e-5)
     moved = {key for key in results[0] if results[0][key].is_floating_point() and results[0][key].abs().max() > 1e-3}

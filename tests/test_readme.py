@@ -1,0 +1,42 @@
+"""What the README tells a newcomer to type works as it stands."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.image_files import encode, pixels, write
+from tests.small_encoders import SMALL_RESNET, export_encoder
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(section: str) -> list[tuple[str, str]]:
+    """(language, text) of the code in a section of the README."""
+    text = (ROOT / "README.md").read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
+
+
+def test_finetuning_on_own_images(tmp_path: Path) -> None:
+    (shell, typed), (python, program), *_ = blocks("Finetune it")
+    assert (shell, python) == ("sh", "python") and "pets" in typed and "pets" in program
+    export_encoder(tmp_path / "runs/demo/advcl/export", **SMALL_RESNET)
+    for split, count in {"train": 12, "test": 8}.items():
+        for name in ("cat", "dog"):
+            for number in range(count):  # photographs of several sizes
+                write(tmp_path / "pets" / split / name / f"{number}.jpg", encode(pixels(40 + number, 30), "JPEG"))
+    (tmp_path / "program.py").write_text(program)
+    command = shutil.which("advcl-hub", path=str(Path(sys.executable).parent))
+    assert command, "the package is installed in the environment of the tests"
+    environment = os.environ | {"PATH": f"{Path(command).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    for typed_line in ("set -e\n" + typed, f"{sys.executable} program.py"):
+        done = subprocess.run(
+            ["bash", "-c", typed_line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    standard, robust = map(float, done.stdout.split()[-2:])
+    assert 0 <= robust <= standard <= 1
+    assert (tmp_path / "runs/pets/classifier/model.safetensors").is_file()
+    assert (tmp_path / "evaluations/pets-classifier").is_dir()
