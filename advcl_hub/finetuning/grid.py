@@ -73,7 +73,7 @@ def markdown(cells: Sequence[Cell]) -> str:
             for name in data:
                 cell = found.get((encoder, training, name))
                 mark = " (!)" if cell and cell.evaluated["warnings"] else ""
-                row += ["-", "-"] if cell is None else [_percent(cell.standard) + mark, _percent(cell.robust)]
+                row += ["-", "-"] if cell is None else [_percent(cell.standard), _percent(cell.robust) + mark]
             if any(entry != "-" for entry in row[2:]):
                 rows.append(row)
     lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
