@@ -60,8 +60,7 @@ def export_folder(
     folder = Path(folder)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
-    if folder.exists() and not _is_export(folder):
-        raise ValueError(f"{folder} exists and is not an earlier export: choose another folder.")
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
         write_errors(folder),
@@ -162,14 +161,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_export(folder: Path) -> bool:
-    """Whether nothing but an earlier export (or nothing) would be lost by replacing the folder."""
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
+def check_replaceable(folder: Path) -> None:
+    """Raises ValueError if anything but an earlier export would be lost by replacing the folder."""
+    if not folder.exists():
+        return
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     ours = {"config.json", RESULTS, "README.md", GOLDEN, WEIGHTS, _INDEX}
     foreign = {name for name in names - ours if not re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
-    return not names or (RESULTS in names and not foreign)
+    if foreign or (names and RESULTS not in names):
+        raise ValueError(f"{folder} exists and is not an earlier export: choose another folder.")
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:

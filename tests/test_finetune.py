@@ -204,13 +204,13 @@ def test_an_unfinished_run_of_something_else_is_refused(run: Callable[..., Finet
         run("aff", seed=1, shots=7)
 
 
-def test_an_interrupted_first_run_replaces_nothing(run: Callable[..., Finetuned], tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_not_replaced(run: Callable[..., Finetuned], tmp_path: Path) -> None:
     (tmp_path / "run" / "classifier").mkdir(parents=True)
     (tmp_path / "run" / "classifier" / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="exists and is not an earlier export"):
         run("slf")
     assert (tmp_path / "run" / "classifier" / "thesis.tex").read_text() == "years of work"
-    assert (tmp_path / "run" / FILE).is_file(), "the training is not lost"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["classifier"], "said before any training"
 
 
 @pytest.mark.parametrize("protocol", ["slf", "aff"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from advcl_hub.data import ImageData, few_shot, train_val_split
 from advcl_hub.evaluation import inputs
 from advcl_hub.evaluation.results import hardware, versions
-from advcl_hub.export import RESULTS
+from advcl_hub.export import RESULTS, check_replaceable
 from advcl_hub.extras import need
 from advcl_hub.files import check_writable, slug
 from advcl_hub.finetuning.encoder import Encoder, open_encoder, set_head
@@ -113,6 +113,7 @@ def finetune(
     settings = choose_settings(protocol, preset, data=data_name, size=size, overrides=overrides)
     folder = Path(output) if output else default_output(str(model), data_name, protocol, preset, size, shots, overrides)
     check_writable(folder)
+    check_replaceable(folder / CLASSIFIER)
     accelerator = open_accelerator(cpu=cpu)
     with accelerator.main_process_first():  # one process downloads, the others find the files
         encoder = open_encoder(model, size=size, seed=seed)
