@@ -96,6 +96,11 @@ def test_nonsense_is_refused(protocol: str, preset: str, overrides: dict[str, An
         choose_settings(protocol, preset, overrides=overrides)
 
 
+def test_lists_are_as_good_as_tuples() -> None:
+    s = choose_settings("aff", "advcl", overrides={"branches": ["clean", "adv"], "milestones": [5, 7]})
+    assert s == choose_settings("aff", "advcl", overrides={"branches": TWO, "milestones": (5, 7)})
+
+
 def test_pgd_training_of_a_preset_with_two_branches_has_one() -> None:
     assert choose_settings("aff", "dynacl", overrides={"objective": "pgd"}).branches == ONE
 

@@ -138,6 +138,7 @@ def test_the_command_prints_the_table(encoder: Path, tmp_path: Path) -> None:
     [
         (["no/such"], ["fake:80"], ["slf"], {}, "neither a folder nor a model"),
         ([], ["fake:80"], ["slf"], {}, "No model was given"),
+        (["ENCODER"], ["fake:80"], ["slf"], {"shots": [2, 9]}, "9 images of every class were asked for, fake:80 has 8 of one"),
         (["ENCODER", "ENCODER"], ["fake:80"], ["slf"], {}, "The same model was given twice"),
         (["ENCODER"], ["fake:80", "cifar11"], ["slf"], {}, "unknown data source 'cifar11'"),
         (["ENCODER"], ["fake:80"], ["slf", "lsf"], {}, "protocol is 'lsf'"),

@@ -195,6 +195,7 @@ def choose_settings(
     if "eps" in overrides and "step_size" not in overrides:
         values["step_size"] = overrides["eps"] / 4
     values = {"objective": OBJECTIVES[protocol][0], **values, **overrides}
+    values |= {name: tuple(values[name]) for name in ("milestones", "branches") if name in values}
     if values["objective"] != "trades" and "branches" not in overrides:
         values["branches"] = ONE
     return Settings(protocol=protocol, preset=preset, **values)

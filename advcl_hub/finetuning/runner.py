@@ -108,7 +108,7 @@ def finetune(
     from advcl_hub.finetuning.trainer import CLASSIFIER, Finetuner, plain
     from advcl_hub.training.loop import open_accelerator
 
-    seed = overrides.get("seed", 0)
+    stop, seed = StopRequest(time_budget), overrides.get("seed", 0)
     data_name = data.name if isinstance(data, ImageData) else data
     settings = choose_settings(protocol, preset, data=data_name, size=size, overrides=overrides)
     folder = Path(output) if output else default_output(str(model), data_name, protocol, preset, size, shots, overrides)
@@ -166,12 +166,12 @@ def finetune(
         folder,
         accelerator,
         facts=facts,
-        place={"versions": versions(), "hardware": hardware(accelerator.device, accelerator.num_processes), "command": command},
+        place={"versions": versions(), "hardware": hardware(accelerator.device, accelerator.num_processes)},
+        command=command,
         arguments=encoder.arguments,
         new_head=not keep_head,
         checkpoint_minutes=checkpoint_minutes,
     )
-    stop = StopRequest(time_budget)
     with stop:  # from here on an interruption has something to save
         done = trainer.run(stop)
     if done and accelerator.is_main_process:

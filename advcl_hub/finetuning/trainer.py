@@ -66,6 +66,7 @@ class Finetuner(Loop):
         accelerator: this process among all.
         facts: what the result is made from; a checkpoint made from anything else is refused.
         place: versions and hardware.
+        command: what was typed, for the record.
         arguments: of `timm.create_model`, for the export.
         new_head: whether the head is new, so that `zero_head` applies.
         checkpoint_minutes: time between checkpoints.
@@ -95,6 +96,7 @@ class Finetuner(Loop):
         *,
         facts: Mapping[str, Any],
         place: Mapping[str, Any],
+        command: str | None,
         arguments: Mapping[str, Any],
         new_head: bool,
         checkpoint_minutes: float,
@@ -113,7 +115,8 @@ class Finetuner(Loop):
                 f"batch_size {settings.batch_size} does not divide into accumulate={settings.accumulate} parts on {self.world} "
                 "processes; change one of them."
             )
-        self.settings, self.facts, self.place, self.arguments = settings, dict(facts), dict(place), dict(arguments)
+        self.settings, self.facts, self.place, self.command = settings, dict(facts), dict(place), command
+        self.arguments = dict(arguments)
         self.data, self.held_out = data.to(self.device), held_out
         self.labels = self.data.labels
         self.model = model.to(self.device).to(memory_format=torch.channels_last)
@@ -309,6 +312,7 @@ class Finetuner(Loop):
             "step": self.state.step,
             "seconds": round(self.state.seconds, 1),
             "places": self.state.places,
+            "command": self.command,
             "figures": {"held_out": self.state.best} if self.state.best else {},
         }
         folder = export_folder(

@@ -81,7 +81,7 @@ def transfer(
     folder = Path(output)
     check_writable(folder)
     attack = evaluation or Protocol(eps=overrides.get("eps"))
-    _check(named, to, protocols, preset, root, overrides)
+    _check(named, to, protocols, shots, preset, root, overrides)
     cells: list[grid.Cell] = []
     wanted = list(product(named.items(), protocols, shots, to))
     for number, ((name, model), protocol, shot, data) in enumerate(wanted, 1):
@@ -133,6 +133,7 @@ def _check(
     named: Mapping[str, str],
     to: Sequence[str],
     protocols: Sequence[str],
+    shots: Sequence[int | None],
     preset: str,
     root: str | Path | None,
     overrides: Mapping[str, Any],
@@ -140,10 +141,15 @@ def _check(
     """Raises what any cell would raise about its settings, its model or its data, before the first one trains."""
     for protocol in protocols:
         choose_settings(protocol, preset, overrides=overrides)
-    if not to or not protocols:
-        raise ValueError("A grid needs a data set and a protocol at least.")
-    for source, split in product(to, ("train", "test")):
-        read_source(source, split, Path(root) if root is not None else None, False)
+    if not to or not protocols or not shots:
+        raise ValueError("A grid needs a data set and a protocol at least, and a number of shots or None.")
+    most = max((count or 0 for count in shots), default=0)
+    for source in to:
+        stored = read_source(source, "train", root, False)
+        fewest = min(int((stored.labels == label).sum()) for label in range(len(stored.classes)))
+        if fewest < most:
+            raise ValueError(f"{most} images of every class were asked for, {source} has {fewest} of one.")
+        read_source(source, "test", root, False)
     for model in named.values():
         open_encoder(model)
 
@@ -158,7 +164,7 @@ def _evaluate(
     cpu: bool,
     command: str | None,
 ) -> Evaluation:
-    available = len(read_source(data, "test", Path(root) if root is not None else None, False).labels)
+    available = len(read_source(data, "test", root, False).labels)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*holds this evaluation already")  # a grid goes on: that is no news
         return evaluate(
