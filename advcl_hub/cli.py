@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import hashlib
 import json
 import logging
 import shlex
@@ -18,9 +17,10 @@ import click
 
 import advcl_hub
 from advcl_hub.attacks import LOSSES, NORMS
-from advcl_hub.evaluation import Protocol, load_record, pixels, report
+from advcl_hub.evaluation import Protocol, load_record, report
 from advcl_hub.evaluation.processes import Processes, leave
 from advcl_hub.evaluation.protocol import AUTOATTACKS
+from advcl_hub.evaluation.results import folder_name
 from advcl_hub.evaluation.runner import UNFINISHED
 from advcl_hub.export import RESULTS
 from advcl_hub.files import slug
@@ -120,22 +120,13 @@ def evaluate(model: str, data: str, bf16: bool, as_json: bool, output: Path | No
     """
     settings = {field.name: options.pop(field.name) for field in fields(Protocol) if field.name in options}
     protocol = Protocol(precision="bfloat16" if bf16 else "float32", **settings)
-    output = output or Path("evaluations", slug(model), _describe(data, protocol, options))
+    output = output or Path("evaluations", slug(model), folder_name(data, protocol, options))
     command = shlex.join(["advcl-hub", *sys.argv[1:]])
     result = advcl_hub.evaluate(model, data, protocol, output=output, command=command, **options)
     main_process = Processes.current().rank == 0
     leave()
     if main_process:
         click.echo(json.dumps(result.record, indent=2) if as_json else f"\n{report([result.record])}\n\nResults: {output}")
-
-
-def _describe(data: str, protocol: Protocol, options: dict[str, Any]) -> str:
-    """A folder's name: what people ask first, and a few digits that differ with everything else."""
-    count = [f"first{options['n']}" if options["first"] else f"n{options['n']}"] if options["n"] else []
-    budget = f"{protocol.norm}-{pixels(protocol.radius, protocol.norm).replace('/', '-')}"
-    attacks = [f"pgd{protocol.steps}", *(["aa"] if protocol.autoattack else [])]
-    everything = repr((protocol, data, {key: str(value) for key, value in options.items() if key != "device"}))
-    return "-".join([slug(data), *count, budget, *attacks, hashlib.sha256(everything.encode()).hexdigest()[:6]])
 
 
 @main.command("report")
@@ -235,11 +226,18 @@ def finetune(model: str, root: Path | None, overrides: dict[str, Any], **options
     if not tuned.finished:
         click.echo(f"Stopped with a checkpoint in {tuned.output}. The same command continues.")
         return
-    at = f" --root {root}" if root else ""
+    evaluation = [
+        "advcl-hub",
+        "evaluate",
+        str(tuned.folder),
+        "--data",
+        options["data"],
+        *(["--root", str(root)] if root else []),
+    ]
     click.echo(
         f"Use it:       import advcl_hub, timm\n"
         f'              model = timm.create_model("local-dir:{tuned.folder}", pretrained=True)\n'
-        f"Evaluate it:  advcl-hub evaluate {tuned.folder} --data {options['data']}{at}"
+        f"Evaluate it:  {shlex.join(evaluation)}"
     )
 
 

@@ -312,6 +312,12 @@ def test_few_steps_are_warned_of(run: Callable[..., Finetuned], resnet: Path, tm
     assert tuned.record["settings"]["batch_size"] == 10
 
 
+def test_options_without_effect_are_said_and_left_out(run: Callable[..., Finetuned]) -> None:
+    with pytest.warns(UserWarning, match="Without effect in slf, and left out: steps, eps."):
+        tuned = run("slf", eps=0.5, epochs=1)
+    assert tuned.record["settings"]["eps"] == 8 / 255
+
+
 def grey(data: ImageData) -> ImageData:
     assert isinstance(data.images, Tensor)
     return ImageData(data.images[:, :1], data.labels, data.indices, data.classes, data.name)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from advcl_hub.finetuning.presets import ONE, PRESETS, TWO, choose_settings, fit_batch, table
+from advcl_hub.finetuning.presets import ONE, PRESETS, TWO, choose_settings, fit_batch, table, without_effect
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -82,6 +82,9 @@ def test_epochs_move_milestones_and_eps_the_step() -> None:
         ("aff", "advcl", {"step_size": 0.0}, "step_size is 0"),
         ("aff", "advcl", {"epochs": 0}, "epochs is 0, expected at least 1"),
         ("aff", "advcl", {"lr": 0}, "lr is 0"),
+        ("aff", "advcl", {"lr": float("inf")}, "lr is inf"),
+        ("aff", "advcl", {"weight_decay": float("nan")}, "weight_decay is nan, expected at least 0"),
+        ("aff", "advcl", {"milestones": (-3,)}, "expected epochs above 0"),
         ("aff", "advcl", {"ema_decay": 1}, "ema_decay is 1, expected less than 1"),
         ("aff", "advcl", {"val_fraction": -0.1}, "val_fraction is -0.1"),
         ("aff", "advcl", {"branches": ("clean",)}, "expected adv, or clean and adv"),
@@ -94,6 +97,19 @@ def test_epochs_move_milestones_and_eps_the_step() -> None:
 def test_nonsense_is_refused(protocol: str, preset: str, overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_settings(protocol, preset, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "overrides", "idle"),
+    [
+        ("slf", {"eps": 0.1, "lr": 1, "beta": 2, "steps": 3, "step_size": 0.1}, ["eps", "beta", "steps", "step_size"]),
+        ("alf", {"eps": 0.1, "beta": 2}, ["beta"]),
+        ("aff", {"eps": 0.1, "beta": 2}, []),
+        ("aff", {"beta": 2, "objective": "pgd"}, ["beta"]),
+    ],
+)
+def test_what_changes_nothing_is_known(protocol: str, overrides: dict[str, Any], idle: list[str]) -> None:
+    assert without_effect(protocol, overrides) == idle
 
 
 def test_lists_are_as_good_as_tuples() -> None:

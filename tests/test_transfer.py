@@ -15,6 +15,7 @@ import advcl_hub
 from advcl_hub.cli import main
 from advcl_hub.finetuning import transfer
 from advcl_hub.training.state import FILE
+from tests.image_files import write_pets
 from tests.small_encoders import SMALL_RESNET, export_encoder
 
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 8, "steps": 1, "eps": 1 / 255, "lr": 0.1, "cpu": True}
@@ -51,8 +52,9 @@ def test_every_cell_has_its_run_and_its_evaluation(grid: Any) -> None:
     assert grid.finished and len(grid.cells) == 8
     assert len({(c.encoder, c.protocol, c.shots, c.data) for c in grid.cells}) == 8
     for cell in grid.cells:
-        assert (cell.folder / "classifier" / "model.safetensors").is_file() and not (cell.folder / FILE).exists()
-        assert (cell.folder / "evaluation" / "results.json").is_file()
+        run = cell.folder.parents[1]
+        assert (run / "classifier" / "model.safetensors").is_file() and not (run / FILE).exists()
+        assert (cell.folder / "results.json").is_file() and run.parents[2] == grid.output
         told = cell.evaluated["model"]["provenance"]
         assert told == cell.tuned and told["protocol"] == cell.protocol and told["data"]["shots"] == cell.shots
         assert told["encoder"]["name"].startswith("random:") is (cell.encoder == "none")
@@ -122,6 +124,29 @@ def test_a_grid_goes_on_where_it_stopped(encoder: Path, tmp_path: Path, monkeypa
     again = advcl_hub.transfer(*arguments, **options)
     assert again.table() == done.table() and (tmp_path / "results.csv").read_bytes() == before
     assert len(stamps) == 2 and all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+
+
+def test_another_way_to_measure_costs_no_training_and_other_cells_stay_in_the_report(encoder: Path, tmp_path: Path) -> None:
+    options: Any = {"output": tmp_path, "evaluation": advcl_hub.Protocol(steps=1, check_images=0), **QUICK}
+    advcl_hub.transfer([encoder], ["fake:80"], ["slf"], n=20, **options)
+    trained = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    again = advcl_hub.transfer([encoder], ["fake:80", "fake:80"], ["slf"], n=10**6, **options)
+    assert [cell.evaluated["data"]["images"] for cell in again.cells] == [80]
+    assert trained == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    other = advcl_hub.transfer([encoder], ["digits"], ["slf"], shots=[2], n=20, **options)
+    assert len(other.cells) == 1
+    with (tmp_path / "results.csv").open(newline="") as file:
+        assert [(line["data"], line["test_images"]) for line in csv.DictReader(file)] == [("digits", "20"), ("fake:80", "80")]
+    assert "digits SA" in (tmp_path / "report.md").read_text() and "fake:80 SA" in (tmp_path / "report.md").read_text()
+
+
+def test_files_that_cannot_be_read_are_not_counted_on(encoder: Path, tmp_path: Path) -> None:
+    pets = write_pets(tmp_path)
+    (pets / "test" / "cat" / "1.png").write_bytes(b"no image")
+    options: Any = {"output": tmp_path / "grid", "evaluation": advcl_hub.Protocol(steps=1, check_images=0), **QUICK}
+    with pytest.warns(UserWarning, match="1 of 4 images cannot be read"):
+        done = advcl_hub.transfer([encoder], [f"folder:{pets}"], n=4, **{**options, "batch_size": 2})
+    assert done.finished and done.cells[0].evaluated["data"]["images"] == 3
 
 
 def test_the_command_prints_the_table(encoder: Path, tmp_path: Path) -> None:

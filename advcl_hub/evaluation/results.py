@@ -1,6 +1,7 @@
 """The record of an evaluation: results.json, images.csv and what is needed to repeat it."""
 
 import csv
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -12,8 +13,9 @@ from typing import Any
 
 import torch
 
+from advcl_hub.evaluation.protocol import Protocol, pixels
 from advcl_hub.export import RESULTS
-from advcl_hub.files import replacing
+from advcl_hub.files import replacing, slug
 
 FORMAT = 1
 
@@ -140,6 +142,15 @@ def per_class(
         if members:
             table[name] = {"images": len(members)} | {key: sum(flags[i] for i in members) for key, flags in survives.items()}
     return table
+
+
+def folder_name(data: str, protocol: Protocol, options: Mapping[str, Any]) -> str:
+    """A folder's name: what people ask first, and a few digits that differ with everything else."""
+    count = [f"first{options['n']}" if options["first"] else f"n{options['n']}"] if options["n"] else []
+    budget = f"{protocol.norm}-{pixels(protocol.radius, protocol.norm).replace('/', '-')}"
+    attacks = [f"pgd{protocol.steps}", *(["aa"] if protocol.autoattack else [])]
+    everything = repr((protocol, data, {key: str(value) for key, value in options.items() if key != "device"}))
+    return "-".join([slug(data), *count, budget, *attacks, hashlib.sha256(everything.encode()).hexdigest()[:6]])
 
 
 def versions() -> dict[str, str]:

@@ -1,13 +1,18 @@
 """What a grid of finetuning runs leaves: a table in markdown, one line a cell in CSV, and a picture that compares encoders."""
 
 import csv
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from advcl_hub.evaluation.protocol import pixels
+from advcl_hub.evaluation.results import load_record
+from advcl_hub.export import RESULTS
 from advcl_hub.files import replacing
+
+CELL = "cell.json"  # in a cell's folder: what it was asked for, and its last evaluation
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Cell:
         protocol, shots, data: as asked for.
         tuned: results.json of the classifier.
         evaluated: results.json of its evaluation.
-        folder: where both are.
+        folder: of the evaluation; the run's is two above.
     """
 
     encoder: str
@@ -48,7 +53,13 @@ class Cell:
 
 
 def save(folder: Path, cells: Sequence[Cell]) -> None:
-    """Writes report.md, results.csv and comparison.png."""
+    """Writes report.md, results.csv and comparison.png: of these cells, and of those that earlier calls left in the folder."""
+    with replacing(cells[-1].folder.parents[1] / CELL) as draft:
+        last = cells[-1]
+        asked = {"encoder": last.encoder, "protocol": last.protocol, "shots": last.shots, "data": last.data}
+        draft.write_text(json.dumps({**asked, "evaluation": last.folder.name}) + "\n")
+    known = {cell.folder.parents[1] for cell in cells}
+    cells = [*cells, *(read(path) for path in sorted(folder.glob(f"*/*/*/{CELL}")) if path.parent not in known)]
     with replacing(folder / "report.md") as draft:
         draft.write_text(f"# Transfer\n\n{markdown(cells)}\n\n![comparison](comparison.png)\n")
     with replacing(folder / "results.csv") as draft, draft.open("w", newline="") as file:
@@ -56,6 +67,14 @@ def save(folder: Path, cells: Sequence[Cell]) -> None:
         table.writeheader()
         table.writerows(_line(cell) for cell in cells)
     picture(folder / "comparison.png", cells)
+
+
+def read(path: Path) -> Cell:
+    """A cell that an earlier call finished, from its cell.json."""
+    asked = json.loads(path.read_text())
+    folder = path.parent / "evaluations" / asked.pop("evaluation")
+    tuned = json.loads((path.parent / "classifier" / RESULTS).read_text())
+    return Cell(**asked, tuned=tuned, evaluated=load_record(folder), folder=folder)
 
 
 def markdown(cells: Sequence[Cell]) -> str:
@@ -126,7 +145,7 @@ def _line(cell: Cell) -> dict[str, Any]:
         **intervals,
         "warnings": len(cell.evaluated["warnings"]),
         "weights_sha256": cell.tuned["encoder"]["weights_sha256"],
-        "folder": "/".join(cell.folder.parts[-3:]),
+        "folder": "/".join(cell.folder.parents[1].parts[-3:]),
     }
 
 

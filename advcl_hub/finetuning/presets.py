@@ -83,13 +83,15 @@ class Settings:
         least = {"epochs": 1, "batch_size": 1, "steps": 1, "accumulate": 1, "seed": 0}
         least |= {"momentum": 0, "weight_decay": 0, "beta": 0, "ema_decay": 0, "val_fraction": 0}
         for name, smallest in least.items():
-            if getattr(self, name) < smallest:
+            if not getattr(self, name) >= smallest:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
         for name in ("ema_decay", "val_fraction", "momentum"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected less than 1")
-        if not self.lr > 0:
+        if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr is {self.lr}, expected more than 0")
+        if not all(milestone > 0 for milestone in self.milestones):
+            raise ValueError(f"milestones are {self.milestones}, expected epochs above 0")
         for name in ("eps", "step_size"):
             value = getattr(self, name)
             if not 0 < value <= 1:
@@ -199,6 +201,13 @@ def choose_settings(
     if values["objective"] != "trades" and "branches" not in overrides:
         values["branches"] = ONE
     return Settings(protocol=protocol, preset=preset, **values)
+
+
+def without_effect(protocol: str, overrides: Mapping[str, Any]) -> list[str]:
+    """Those of the overrides that change nothing under a protocol: of an attack that it does not make, or of another loss."""
+    objective = overrides.get("objective", OBJECTIVES[protocol][0])
+    idle = {"ce": ("eps", "step_size", "steps", "beta"), "pgd": ("beta",), "trades": ()}[objective]
+    return [name for name in overrides if name in idle]
 
 
 def fit_batch(settings: Settings, images: int, processes: int) -> int:

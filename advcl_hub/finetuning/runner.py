@@ -14,7 +14,7 @@ from advcl_hub.export import RESULTS, check_replaceable
 from advcl_hub.extras import need
 from advcl_hub.files import check_writable, slug
 from advcl_hub.finetuning.encoder import Encoder, open_encoder, set_head
-from advcl_hub.finetuning.presets import Settings, choose_settings, fit_batch
+from advcl_hub.finetuning.presets import Settings, choose_settings, fit_batch, without_effect
 from advcl_hub.training.state import FILE, differences
 from advcl_hub.training.stop import StopRequest
 
@@ -111,7 +111,12 @@ def finetune(
     stop, seed = StopRequest(time_budget), overrides.get("seed", 0)
     data_name = data.name if isinstance(data, ImageData) else data
     settings = choose_settings(protocol, preset, data=data_name, size=size, overrides=overrides)
-    folder = Path(output) if output else default_output(str(model), data_name, protocol, preset, size, shots, overrides)
+    if idle := without_effect(protocol, overrides):
+        warnings.warn(f"Without effect in {protocol}, and left out: {', '.join(idle)}.", stacklevel=2)
+        overrides = {name: value for name, value in overrides.items() if name not in idle}
+    folder = (
+        Path(output) if output else default_output(model, data_name, protocol, preset, split, size, shots, keep_head, overrides)
+    )
     check_writable(folder)
     check_replaceable(folder / CLASSIFIER)
     accelerator = open_accelerator(cpu=cpu)
@@ -219,13 +224,23 @@ def describe(encoder: Encoder, train: ImageData, held_out: ImageData | None, set
 
 
 def default_output(
-    model: str, data: str, protocol: str, preset: str, size: int | None, shots: int | None, overrides: dict[str, Any]
+    model: str | Path,
+    data: str,
+    protocol: str,
+    preset: str,
+    split: str,
+    size: int | None,
+    shots: int | None,
+    keep_head: bool,
+    overrides: dict[str, Any],
 ) -> Path:
-    """runs/finetuned/MODEL/DATA-PROTOCOL..., with everything that was said."""
-    said = [slug(data), protocol, *([preset] if preset != "advcl" else []), *([f"size{size}"] if size else [])]
+    """runs/finetuned/MODEL/DATA-PROTOCOL..., with everything that was said but the root of the data."""
+    said = [slug(data), *([split] if split != "train" else []), protocol, *([preset] if preset != "advcl" else [])]
+    said += [f"size{size}"] if size else []
     said += [f"{shots}shot"] if shots else []
+    said += ["keep-head"] if keep_head else []
     said += [f"{key}{_short(value)}" for key, value in overrides.items()]
-    return Path("runs", "finetuned", slug(model), slug("-".join(said)))
+    return Path("runs", "finetuned", slug(str(model)), slug("-".join(said)))
 
 
 def _short(value: Any) -> str:

@@ -9,14 +9,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from advcl_hub.evaluation import inputs
+from advcl_hub.evaluation.classifier import load_model
 from advcl_hub.evaluation.processes import Processes
 from advcl_hub.evaluation.protocol import Protocol
-from advcl_hub.evaluation.results import Evaluation
+from advcl_hub.evaluation.results import Evaluation, folder_name
 from advcl_hub.evaluation.runner import evaluate
 from advcl_hub.files import check_writable, slug
 from advcl_hub.finetuning import grid
 from advcl_hub.finetuning.encoder import open_encoder
-from advcl_hub.finetuning.presets import choose_settings
+from advcl_hub.finetuning.presets import choose_settings, without_effect
 from advcl_hub.finetuning.runner import finetune
 from advcl_hub.sources import read_source
 
@@ -69,7 +71,7 @@ def transfer(
         shots: training images of every class; None takes all.
         n: class-balanced test images; None, or more than there are, takes all.
         evaluation: how to attack; by default PGD-20 at the eps of the training.
-        output: folder of the grid.
+        output: folder of the grid. Its report shows every cell in the folder, those of earlier calls included.
         time_budget: stop after so many seconds, in training with a checkpoint.
         command: what was typed, for the records.
 
@@ -83,7 +85,7 @@ def transfer(
     attack = evaluation or Protocol(eps=overrides.get("eps"))
     _check(named, to, protocols, shots, preset, root, overrides)
     cells: list[grid.Cell] = []
-    wanted = list(product(named.items(), protocols, shots, to))
+    wanted = list(dict.fromkeys(product(named.items(), protocols, shots, to)))
     for number, ((name, model), protocol, shot, data) in enumerate(wanted, 1):
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
@@ -91,6 +93,7 @@ def transfer(
         if Processes.current().rank == 0:
             count = "" if shot is None else f", {shot} shots"
             log.info("\n[%d of %d] %s, %s on %s%s", number, len(wanted), name, protocol.upper(), data, count)
+        relevant = {key: value for key, value in overrides.items() if key not in without_effect(protocol, overrides)}
         place = folder / slug(name) / slug(data) / (protocol + (f"-{shot}shot" if shot else ""))
         tuned = finetune(
             model,
@@ -103,12 +106,12 @@ def transfer(
             cpu=cpu,
             time_budget=left,
             command=command,
-            **overrides,
+            **relevant,
         )
         if not tuned.finished:
             break
-        result = _evaluate(tuned.folder, data, attack, root, n, place / "evaluation", cpu, command)
-        cells.append(grid.Cell(name, protocol, shot, data, tuned.record, result.record, place))
+        measured, result = _evaluate(tuned.folder, data, attack, root, n, place, cpu, command)
+        cells.append(grid.Cell(name, protocol, shot, data, tuned.record, result.record, measured))
         if Processes.current().rank == 0:
             grid.save(folder, cells)
         Processes.current().wait()
@@ -160,20 +163,17 @@ def _evaluate(
     attack: Protocol,
     root: str | Path | None,
     n: int | None,
-    output: Path,
+    place: Path,
     cpu: bool,
     command: str | None,
-) -> Evaluation:
-    available = len(read_source(data, "test", root, False).labels)
+) -> tuple[Path, Evaluation]:
+    """The evaluation and its folder, within the cell's: one for each way to measure, so that another way costs no training."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # evaluate will say the same of the data
+        available = len(inputs.load_images(data, "test", root, load_model(classifier).model))
+    count = n if n is not None and n < available else None
+    output = place / "evaluations" / folder_name(data, attack, {"n": count, "first": False})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*holds this evaluation already")  # a grid goes on: that is no news
-        return evaluate(
-            classifier,
-            data,
-            attack,
-            root=root,
-            n=n if n is not None and n < available else None,
-            output=output,
-            device="cpu" if cpu else None,
-            command=command,
-        )
+        device = "cpu" if cpu else None
+        return output, evaluate(classifier, data, attack, root=root, n=count, output=output, device=device, command=command)

@@ -104,6 +104,7 @@ class Loop(ABC):
         self.total_steps = epochs * self.steps_per_epoch
         self.meter = Meter(self.device, len(self.losses))
         self.log: RunLog | None = None
+        self.bar = progress_bar(disable=True)
 
     @abstractmethod
     def remaining_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -132,7 +133,18 @@ class Loop(ABC):
 
     def run(self, stop: StopRequest) -> bool:
         """Trains to the end, or until a stop is requested. Returns whether the run is finished."""
-        self.begin()
+        try:
+            self.begin()
+            self.train(stop)
+        finally:
+            self.bar.close()
+            if self.log:
+                self.log.close()
+        self.accelerator.wait_for_everyone()
+        return self.state.finished
+
+    def train(self, stop: StopRequest) -> None:
+        """The steps that are left, and what comes after the last one."""
         for inputs, labels in self.remaining_batches():
             self.train_step(inputs, labels)
             stopping, saving = self.agree(stop.requested, self.saved_at + self.checkpoint_seconds < time.monotonic())
@@ -144,13 +156,9 @@ class Loop(ABC):
                 break
             if self.judgement_due:
                 self.judge()
-        self.bar.close()
         if self.state.finished:
+            self.bar.close()
             self.finish()
-        if self.log:
-            self.log.close()
-        self.accelerator.wait_for_everyone()
-        return self.state.finished
 
     def begin(self) -> None:
         """Opens the folder: the log, and a first checkpoint."""
