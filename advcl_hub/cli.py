@@ -67,7 +67,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
-            click.echo("\nStopped. The same command goes on from what is finished.", err=True)
+            click.echo("\nStopped. The same command goes on from the last finished batch.", err=True)
             sys.exit(130)
 
     return wrapped

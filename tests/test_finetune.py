@@ -1,14 +1,13 @@
 """Finetuning in this process: what each protocol trains, what it leaves, how it goes on, what it refuses."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor
 
@@ -23,14 +22,8 @@ from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
 from tests.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 16, "steps": 2, "lr": 0.1}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """accelerate keeps its state for the whole process; every test here starts as a process does."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -115,19 +108,26 @@ def test_digits_are_learned_and_evaluated(run: Callable[..., Finetuned], resnet:
     assert (told["data"]["images"], told["settings"]["seed"], told["chosen"]) == (400, 0, "the last epoch")
 
 
-@pytest.mark.parametrize("protocol", LEARNS)
-def test_fashion_mnist_is_enlarged_inside_the_attacked_function(
-    run: Callable[..., Finetuned], tmp_path: Path, protocol: str
-) -> None:
+@pytest.fixture(scope="module")
+def fashion(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ImageData, ImageData]:
+    """An encoder for 32x32 images, and some of Fashion-MNIST, which are 28x28."""
     try:
-        load_data("fashion-mnist", "test")
+        train, test = (load_data("fashion-mnist", split) for split in ("train", "test"))
     except FileNotFoundError:
         pytest.skip("needs Fashion-MNIST: Debian's package dataset-fashion-mnist")
-    encoder = export_encoder(tmp_path / "encoder", size=32, **SMALL_RESNET)
-    tuned = run(protocol, "fashion-mnist", model=encoder, shots=20, epochs=4, lr=0.3, eps=2 / 255)
+    encoder = export_encoder(tmp_path_factory.mktemp("encoders") / "fashion", size=32, **SMALL_RESNET)
+    return encoder, few_shot(train, 20), few_shot(test, 10)
+
+
+@pytest.mark.parametrize("protocol", LEARNS)
+def test_fashion_mnist_is_enlarged_inside_the_attacked_function(
+    run: Callable[..., Finetuned], fashion: tuple[Path, ImageData, ImageData], protocol: str
+) -> None:
+    encoder, train, test = fashion
+    tuned = run(protocol, train, model=encoder, epochs=4, lr=0.3, eps=2 / 255)
     assert tuned.record["data"]["shape"] == [3, 28, 28] and tuned.load().pretrained_cfg["input_size"] == (3, 32, 32)
     attack = advcl_hub.Protocol(eps=2 / 255, steps=2, check_images=0)
-    result = advcl_hub.evaluate(tuned.folder, "fashion-mnist", attack, n=100, progress=False)
+    result = advcl_hub.evaluate(tuned.folder, test, attack, progress=False)
     assert result.record["model"]["attacked_at"] == [3, 28, 28] and result.record["model"]["fitted_inside"] == "enlarged"
     assert result.record["classes"][0] == "T-shirt/top" and result.standard > 0.2
 
@@ -170,12 +170,13 @@ def test_stopped_anywhere_it_ends_with_the_same_weights(
 ) -> None:
     if options.get("keep_head"):
         options["model"] = run("slf", output="head").folder
+    options["batch_size"] = 30
     whole = run(protocol, output="whole", **options)
     starts = 0
     while not (pieces := run(protocol, output="pieces", time_budget=0, **options)).finished:
         starts += 1
         assert pieces.record == {} and (pieces.output / FILE).is_file() and not pieces.folder.exists()
-    assert starts == whole.record["step"] - 1
+    assert starts == whole.record["step"] - 1 == 3
     assert same(weights(whole), weights(pieces)) == weights(whole).keys()
     for key in ("settings", "encoder", "data", "epoch", "figures", "step"):
         assert whole.record[key] == pieces.record[key]
@@ -285,7 +286,7 @@ def test_random_weights_are_those_of_the_seed(run: Callable[..., Finetuned], res
     encoder = load_folder(resnet).state_dict()
     assert not torch.equal(weights(one)["conv1.weight"], encoder["conv1.weight"])
     assert weights(one)["conv1.weight"].shape == encoder["conv1.weight"].shape
-    registered = run("slf", model="random:resnet8_cifar", output="registered")
+    registered = run("slf", model="random:resnet8_cifar", output="registered", shots=2)
     assert registered.record["encoder"]["name"] == "random:resnet8_cifar" and registered.record["data"]["shape"] == [3, 32, 32]
 
 

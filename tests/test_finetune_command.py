@@ -95,13 +95,6 @@ def test_killed_twice_it_ends_as_if_nothing_had_happened(resnet: Path, tmp_path:
     ("encoder", "options"),
     [
         ("resnet", ("--protocol", "slf", "--augment", "none", "--val-fraction", "0.2")),
-        (
-            "resnet",
-            (
-                "--protocol",
-                "alf",
-            ),
-        ),
         ("vit", ("--protocol", "aff", "--accumulate", "2", "--ema-decay", "0.5")),
     ],
 )

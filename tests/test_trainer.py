@@ -3,13 +3,12 @@
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from advcl_hub.evaluation import Robustness
@@ -21,17 +20,11 @@ from train.checkpoint import load_checkpoint
 from train.pretrain import Trainer, main, pretrain
 from train.recipe import Recipe, load_recipe
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 TINY = [
     *("data.source=fake:120", "data.size=16", "batch_size=16", "epochs=2", "optimizer.warmup_epochs=1", "attack.steps=1"),
     *("pseudo_labels.ks=[3,5]", "judge.every=0", "model_kwargs.channels=[8,8,16]", "speed.mixed_precision=no"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """accelerate keeps its state for the whole process; every test here starts as a process does."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 import csv
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from PIL import Image
 
@@ -18,15 +16,9 @@ from advcl_hub.training.state import FILE
 from tests.image_files import write_pets
 from tests.small_encoders import SMALL_RESNET, export_encoder
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 8, "steps": 1, "eps": 1 / 255, "lr": 0.1, "cpu": True}
 MODULE = sys.modules["advcl_hub.finetuning.transfer"]  # the function of that name hides it
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """accelerate keeps its state for the whole process; every test here starts as a process does."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

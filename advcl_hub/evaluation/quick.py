@@ -42,6 +42,7 @@ def robustness(
     batch_size: int = 250,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    fit: bool = False,
 ) -> Robustness:
     """The figures that `evaluate` gives for clean images and PGD on the cross-entropy in l_inf, and nothing else.
 
@@ -51,6 +52,7 @@ def robustness(
         eps, step_size, steps, seed: see `Protocol`.
         batch_size: images at a time; it does not change the result.
         device: where to compute.
+        fit: see `PixelSpace`; `evaluate` does it.
 
     Raises:
         ValueError: no images.
@@ -58,7 +60,7 @@ def robustness(
     if not len(data):
         raise ValueError("No images to evaluate on.")
     protocol = Protocol(eps=eps, step_size=step_size, steps=steps, batch_size=batch_size, seed=seed)
-    classifier, device = PixelSpace(model, fit=True), torch.device(device)
+    classifier, device = PixelSpace(model, fit=fit), torch.device(device)
     with borrowed(classifier, device):
         measurement = Measurement(classifier, data, protocol, Journal(None, {}, ALONE), device, progress=False)
         right = [p for p, correct in enumerate(measurement.clean()["correct"]) if correct]

@@ -17,6 +17,7 @@ def extract_features(
     device: torch.device | str,
     *,
     batch_size: int = 500,
+    fit: bool = False,
     precision: str = "float32",
     processes: Processes = ALONE,
     workers: int = 0,
@@ -29,12 +30,12 @@ def extract_features(
         data: N images.
         device: where to compute, and where the features lie.
         batch_size: images at a time.
-        precision: see `PixelSpace`.
+        fit, precision: see `PixelSpace`.
         processes: who shares the work; each gets all features.
         workers: processes that decode lazy images.
         progress: show a bar with the time left.
     """
-    network = PixelSpace(encoder, fit=True, precision=precision).to(device).eval()
+    network = PixelSpace(encoder, fit=fit, precision=precision).to(device).eval()
     mine = torch.arange(len(data)).tensor_split(processes.count)[processes.rank]
     bar = progress_bar(total=len(mine), unit="image", desc="features", disable=not (progress and processes.rank == 0))
     found = []

@@ -147,6 +147,7 @@ class Finetuner(Loop):
             Headless(self.model),
             self.data,
             self.device,
+            fit=True,
             precision=self.settings.precision,
             processes=Processes.current(),
             workers=_WORKERS,
@@ -283,6 +284,7 @@ class Finetuner(Loop):
                 steps=_VAL_STEPS if s.attacks else 0,
                 seed=s.seed,
                 device=self.device,
+                fit=True,
             )
             found = {"standard": measured.standard, **({"robust": measured.robust} if s.attacks else {})}
             epoch, score = self.state.step // self.steps_per_epoch, "robust" if s.attacks else "standard"
