@@ -67,7 +67,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 
 def test_killed_twice_it_ends_as_if_nothing_had_happened(resnet: Path, tmp_path: Path) -> None:
-    arguments = (resnet, *QUICK, "--protocol", "aff", "--checkpoint-minutes", "0", "--ema-decay", "0.5", "--steps", "40")
+    arguments = (resnet, *QUICK, "--protocol", "aff", "--checkpoint-minutes", "0", "--ema-decay", "0.5", "--steps", "20")
     said = finish(start(*arguments, "--output", tmp_path / "whole"))
     assert f'timm.create_model("local-dir:{tmp_path / "whole" / "classifier"}", pretrained=True)' in said
     assert f"advcl-hub evaluate {tmp_path / 'whole' / 'classifier'} --data fake:80" in said

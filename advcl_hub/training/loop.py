@@ -234,6 +234,7 @@ class Loop(ABC):
         self.state.finished = self.state.step == self.total_steps
         if self.main:
             self.write_checkpoint()
-            save_curves(self.output, self.panels)
+            if self.state.step:  # before, there is nothing to draw
+                save_curves(self.output, self.panels)
         self.saved_at = time.monotonic()
         self.meter.restart()
