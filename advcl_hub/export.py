@@ -3,7 +3,6 @@
 timm.create_model("local-dir:FOLDER", pretrained=True)     # after `import advcl_hub`
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -19,11 +18,14 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from advcl_hub.files import make_readable, replacing, write_errors
+from advcl_hub.files import file_sha256, make_readable, replacing, without_local_paths, write_errors
 
 WEIGHTS = "model.safetensors"
 GOLDEN = "golden.safetensors"
 RESULTS = "results.json"
+CONFIG = "config.json"
+CARD = "README.md"
+PICTURE = "examples.png"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -43,7 +45,8 @@ def export_folder(
     Args:
         model: a timm model; its `pretrained_cfg` (input size, mean, std) is what it was trained with.
         folder: where to; an earlier export there is replaced.
-        results: provenance and figures, written to results.json with the sha256 of all other files added.
+        results: provenance and figures, written to results.json with the sha256 of all other files added. Of absolute paths the
+            last part stays (`advcl_hub.files.without_local_paths`): the folder is made to be published.
         model_args: arguments of `timm.create_model` that the architecture needs, e.g. `img_size`.
         label_names: class names of a classifier.
         dtype: of the stored weights, `float32` or `float16`; timm loads either into float32.
@@ -71,13 +74,13 @@ def export_folder(
         save_file(state, draft / WEIGHTS, metadata={"format": "pt"})
         save_config_for_hf(
             model,
-            draft / "config.json",  # type: ignore[arg-type]  # declared str, but timm before 1.0.31 calls .open() on it
+            draft / CONFIG,  # type: ignore[arg-type]  # declared str, but timm before 1.0.31 calls .open() on it
             model_config={"label_names": list(label_names)} if label_names else {},
             model_args={k: v for k, v in (model_args or {}).items() if v is not None},
         )
         _save_golden(load_folder(draft), draft / GOLDEN)
-        sha256 = {name: file_sha256(draft / name) for name in (WEIGHTS, "config.json", GOLDEN)}
-        record = {**results, "dtype": dtype, "sha256": sha256}
+        sha256 = {name: file_sha256(draft / name) for name in (WEIGHTS, CONFIG, GOLDEN)}
+        record = {**without_local_paths(results), "dtype": dtype, "sha256": sha256}
         (draft / RESULTS).write_text(json.dumps(record, indent=2) + "\n")
         if max_shard_size:
             (draft / WEIGHTS).unlink()
@@ -85,7 +88,7 @@ def export_folder(
         for path in draft.iterdir():
             make_readable(path)
         draft.chmod(0o755)
-        _replace_folder(draft, folder)
+        replace_folder(draft, folder)
     return folder
 
 
@@ -105,7 +108,7 @@ def verify_folder(folder: str | Path) -> float:
         ValueError: a file is not the one that was exported, or the output differs by more than 1e-3.
     """
     folder = Path(folder)
-    for name in ("config.json", RESULTS, WEIGHTS, GOLDEN):
+    for name in (CONFIG, RESULTS, WEIGHTS, GOLDEN):
         if not (folder / name).is_file():
             hint = " Join its shards first: advcl_hub.export.join_shards." if (folder / _INDEX).exists() else ""
             raise FileNotFoundError(f"{folder} has no {name}: not a complete export.{hint}")
@@ -150,15 +153,9 @@ def join_shards(folder: str | Path) -> Path:
 def _recorded_sha256(folder: Path) -> dict[str, str]:
     try:
         recorded = json.loads((folder / RESULTS).read_text())["sha256"]
-        return {name: recorded[name] for name in (WEIGHTS, "config.json", GOLDEN)}
+        return {name: recorded[name] for name in (WEIGHTS, CONFIG, GOLDEN)}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'results.json'} is damaged ({error!r}): copy it again.") from None
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_replaceable(folder: Path) -> None:
@@ -166,7 +163,7 @@ def check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    ours = {"config.json", RESULTS, "README.md", GOLDEN, WEIGHTS, _INDEX}
+    ours = {CONFIG, RESULTS, CARD, PICTURE, GOLDEN, WEIGHTS, _INDEX}
     foreign = {name for name in names - ours if not re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
     if foreign or (names and RESULTS not in names):
         raise ValueError(f"{folder} exists and is not an earlier export: choose another folder.")
@@ -187,7 +184,7 @@ def _save_golden(model: nn.Module, path: Path) -> None:
         save_file({"input": images, "output": model(images).contiguous()}, path)
 
 
-def _replace_folder(draft: Path, folder: Path) -> None:
+def replace_folder(draft: Path, folder: Path) -> None:
     """Puts `draft` in the place of `folder`; the earlier folder goes only when the new one stands."""
     earlier = draft.with_name(f"{draft.name}-earlier")
     if folder.exists():

@@ -1,11 +1,13 @@
-"""Files that appear complete or not at all, and their names."""
+"""Files that appear complete or not at all, their names and hashes, and what of a record may be published."""
 
+import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -14,6 +16,30 @@ def slug(text: str) -> str:
     """A file name: the last two parts of a path, with nothing but letters, digits, dot, dash and underscore."""
     parts = [re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in Path(text).parts[-2:] if part.strip("/.")]
     return "-".join(parts) or "model"
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# A slash that starts a path follows no word (8/255), no slash and no dot (./runs); two of them are a URL.
+_ABSOLUTE = re.compile(r"""(?<![\w./~])(?:~?/(?!/)|[A-Za-z]:\\)[^\s"',;=()\[\]{}]+""")
+
+
+def without_local_paths(record: Any) -> Any:
+    """A record of JSON in which every absolute path, also within commands, is replaced by its last part.
+
+    Records are published with the weights; how somebody's folders are called is nobody else's business.
+    """
+    if isinstance(record, str):
+        return _ABSOLUTE.sub(lambda path: re.split(r"[/\\]", path[0].rstrip("/\\"))[-1], record)
+    if isinstance(record, Mapping):
+        return {key: without_local_paths(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [without_local_paths(value) for value in record]
+    return record
 
 
 def make_readable(path: Path) -> None:

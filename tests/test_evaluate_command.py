@@ -156,7 +156,7 @@ def test_ctrl_c_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (
-        process.returncode == 130 and "The same command goes on from the last finished batch" in err and "Traceback" not in err
+        process.returncode == 130 and "The same command goes on from there" in err and "Traceback" not in err
     )
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 import advcl_hub  # noqa: F401
 from advcl_hub import export
-from advcl_hub.export import GOLDEN, WEIGHTS, export_folder, file_sha256, join_shards, load_folder, verify_folder
+from advcl_hub.export import GOLDEN, WEIGHTS, export_folder, join_shards, load_folder, verify_folder
+from advcl_hub.files import file_sha256
 from advcl_hub.models.branch_norm import add_branches
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}

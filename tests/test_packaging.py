@@ -26,10 +26,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Imports run down the floors, or along one without a circle, and never back up.
 FLOORS = {
     4: ("train", "cli"),
-    3: ("finetuning", "converters", "hub"),
+    3: ("finetuning", "converters", "hub", "cards"),
     2: ("evaluation", "export", "registry"),
     1: (
-        *("attacks", "augmentation", "cards", "corruptions", "data", "decoding", "extras", "files", "models", "progress"),
+        *("attacks", "augmentation", "corruptions", "data", "decoding", "download", "extras", "files", "models", "progress"),
         *("sources", "training"),
     ),
 }

@@ -12,12 +12,13 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop
 
-from advcl_hub.export import RESULTS, WEIGHTS, file_sha256, verify_folder
+from advcl_hub.export import CONFIG, RESULTS, WEIGHTS, verify_folder
+from advcl_hub.files import file_sha256
+from advcl_hub.registry import open_source, releases
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
@@ -99,36 +100,30 @@ def load_model(name: str | Path) -> LoadedModel:
     """
     text = str(name)
     local = text.removeprefix("local-dir:")
-    if local != text or isinstance(name, Path) or (Path(text) / "config.json").is_file():
+    if local != text or isinstance(name, Path) or (Path(text) / CONFIG).is_file():
         return _load_folder(Path(local))
     if text.startswith(("./", "../", "/", "~")) or (Path(text).is_dir() and not timm.is_model(text)):
         return _load_folder(Path(text).expanduser())
     if not text.startswith("hf-hub:"):
         _check_name(text)
     try:
-        model = timm.create_model(text, pretrained=True).eval()
-        return LoadedModel(
-            text, model, text, _hub_file(text, "config.json").get("model_args") or {}, _hub_file(text, RESULTS) or None
-        )
+        release = open_source(text, text) if text.startswith("hf-hub:") else releases().get(text)
+        if release is None:
+            return LoadedModel(text, timm.create_model(text, pretrained=True).eval(), text)
+        release.fetch()  # checked here, where timm only looks at the size
+        provenance = json.loads(release.fetch(RESULTS).read_text()) if release.files else None
+        source = f"hf-hub:{release.hub_id}@{release.revision}" if text.startswith("hf-hub:") else text
+        model = timm.create_model(source, pretrained=True).eval()
+        sha256 = release.files.get(WEIGHTS, {}).get("sha256")
+        return LoadedModel(text, model, source, release.model_args, provenance, sha256)
     except (OSError, EntryNotFoundError, HfHubHTTPError) as error:
         raise OSError(f"{text} cannot be fetched from the Hub: {_first_line(error)}") from error
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{text} cannot be opened: {_first_line(error)}") from error
 
 
-def _hub_file(name: str, file: str) -> dict[str, Any]:
-    """A JSON file beside the weights of an `hf-hub:ORG/NAME[@REVISION]`, empty if there is none."""
-    if not name.startswith("hf-hub:"):
-        return {}
-    repository, _, revision = name.removeprefix("hf-hub:").partition("@")
-    try:
-        return json.loads(Path(hf_hub_download(repository, file, revision=revision or None)).read_text())
-    except (EntryNotFoundError, ValueError):
-        return {}
-
-
 def _load_folder(folder: Path) -> LoadedModel:
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         what = "has no config.json: not a model folder" if folder.is_dir() else "is no folder"
         raise FileNotFoundError(f"{folder} {what}; a folder that timm opens holds config.json and {WEIGHTS}.")
     weights, results = folder / WEIGHTS, folder / RESULTS
@@ -143,7 +138,7 @@ def _load_folder(folder: Path) -> LoadedModel:
     except Exception as error:
         raise ValueError(f"{folder} cannot be opened by timm: {_first_line(error)}") from error
     sha256 = provenance["sha256"][WEIGHTS] if provenance else file_sha256(weights)  # just verified
-    arguments = json.loads((folder / "config.json").read_text()).get("model_args") or {}
+    arguments = json.loads((folder / CONFIG).read_text()).get("model_args") or {}
     return LoadedModel(_short_name(folder), model, f"local-dir:{folder}", arguments, provenance, sha256)
 
 

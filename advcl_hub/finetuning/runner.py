@@ -12,7 +12,7 @@ from advcl_hub.evaluation import inputs
 from advcl_hub.evaluation.results import hardware, versions
 from advcl_hub.export import RESULTS, check_replaceable
 from advcl_hub.extras import need
-from advcl_hub.files import check_writable, slug
+from advcl_hub.files import check_writable, slug, without_local_paths
 from advcl_hub.finetuning.encoder import Encoder, open_encoder, set_head
 from advcl_hub.finetuning.presets import Settings, choose_settings, fit_batch, without_effect
 from advcl_hub.training.state import FILE, differences
@@ -204,7 +204,7 @@ def finished(output: Path, folder: Path, facts: dict[str, Any]) -> dict[str, Any
     if (output / FILE).is_file() or not (folder / RESULTS).is_file():
         return None
     record = json.loads((folder / RESULTS).read_text())
-    if found := differences({key: record.get(key) for key in facts}, facts):
+    if found := differences({key: record.get(key) for key in facts}, without_local_paths(facts)):
         raise ValueError(
             f"{output} holds a run of something else; choose another output, or remove that folder:\n  "
             + "\n  ".join(found.values())

@@ -1,4 +1,4 @@
-"""Strict conversion of encoders that others published: every key is accounted for, or nothing is loaded."""
+"""State dicts under other names: published ones become those of our networks, key by key, or are refused."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 _ADVCL_BRANCHES = ("clean", "adv", "adv_ce")  # published as bn_list.0/1/2: normal, pgd, pgd_ce
 _COUNTER = ".num_batches_tracked"
+# Two heads that the published class has and the published training never uses; our network has neither.
+_UNUSED_HEADS = ("head_pred.", "head_ce.", "module.head_pred.", "module.head_ce.")
 
 
 def _rename_advcl(key: str) -> str:
@@ -27,7 +29,8 @@ def convert_advcl(published: Mapping[str, Tensor], model: nn.Module) -> dict[str
     """Renames a checkpoint of the published AdvCL code (`bn_list` layout) to the keys of our pretraining network.
 
     Args:
-        published: the checkpoint's state dict; a leading `module.` of every key is removed.
+        published: the checkpoint's state dict; a leading `module.` of every key is removed. Its `head_pred` and `head_ce`, on
+            which no published loss depends, are left out.
         model: the network it is for: `encoder` (resnet18_cifar with branches clean, adv, adv_ce), `projector` and `heads`.
 
     Returns:
@@ -37,7 +40,8 @@ def convert_advcl(published: Mapping[str, Tensor], model: nn.Module) -> dict[str
         ValueError: keys that the model does not have, keys that are missing, or other shapes; all of them are listed. (A
             non-strict load of this layout silently leaves the encoder random.)
     """
-    return _convert(published, model, _rename_advcl, "AdvCL network")
+    used = {key: value for key, value in published.items() if not key.startswith(_UNUSED_HEADS)}
+    return _convert(used, model, _rename_advcl, "AdvCL network")
 
 
 def _rename_kuangliu(key: str) -> str:

@@ -1,0 +1,31 @@
+"""The command `advcl-hub`: reads the command line, calls the library, prints."""
+
+import click
+
+from advcl_hub.cli import hub, measure, tune
+
+
+class _InOrder(click.Group):
+    """Commands in the order of use, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="advcl-hub")
+def main() -> None:
+    """Image encoders for timm that stay adversarially robust after finetuning.
+
+    \b
+    Completion of commands, options and names (bash; zsh and fish likewise):
+      eval "$(_ADVCL_HUB_COMPLETE=bash_source advcl-hub)"
+    """
+
+
+for _command in (
+    *(hub.list_command, hub.info, hub.pull, hub.verify),
+    *(tune.finetune, tune.presets, measure.evaluate, measure.report_command, tune.transfer),
+    *(hub.card, hub.push, hub.convert),
+):
+    main.add_command(_command)

@@ -1,0 +1,212 @@
+"""`advcl-hub list`, `info`, `pull`, `verify`, `card`, `push` and `convert`."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from advcl_hub.cli.common import user_errors
+from advcl_hub.registry import Release, releases
+
+
+class _Name(click.ParamType[str]):
+    """Completes the names of released weights; a folder or ORG/NAME will do as well."""
+
+    name = "name"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [
+            CompletionItem(name, help=release.facts.get("summary"))
+            for name, release in releases().items()
+            if name.startswith(incomplete)
+        ]
+
+
+@click.command("list")
+@click.argument("pattern", default="")
+@click.option("--json", "as_json", is_flag=True, help="Print everything that is known of them.")
+@user_errors
+def list_command(pattern: str, as_json: bool) -> None:
+    """Lists the released weights whose name contains PATTERN.
+
+    \b
+    Examples:
+      advcl-hub list
+      advcl-hub list aff --json
+    """
+    found = {name: release for name, release in releases().items() if pattern in name}
+    if as_json:
+        click.echo(json.dumps({name: _as_json(release) for name, release in found.items()}, indent=2))
+    elif found:
+        click.echo(table(found))
+    else:
+        raise ValueError(f"No released weights have {pattern!r} in their name; there are {', '.join(releases()) or 'none'}.")
+
+
+@click.command()
+@click.argument("name", type=_Name())
+@click.option("--json", "as_json", is_flag=True, help="Print config.json and results.json.")
+@user_errors
+def info(name: str, as_json: bool) -> None:
+    """Says what weights are, how they were made and what was measured: released ones, a folder, or ORG/NAME on the Hub.
+
+    \b
+    Examples:
+      advcl-hub info resnet8_cifar.advcl_c10
+      advcl-hub info runs/resnet18/export --json
+    """
+    from advcl_hub.cards import card, read_export
+    from advcl_hub.hub import described
+
+    with described(name) as (folder, load):
+        if as_json:
+            results, config = read_export(folder)
+            click.echo(json.dumps({"config": config, "results": results}, indent=2))
+        else:
+            text = card(folder, name, load)
+            click.echo(text.split("---\n", 2)[2].strip())
+
+
+@click.command()
+@click.argument("name", type=_Name())
+@click.argument("folder", type=click.Path(path_type=Path))
+@user_errors
+def pull(name: str, folder: Path) -> None:
+    """Downloads ORG/NAME[@REVISION] or released weights to FOLDER, verified.
+
+    \b
+    Example:
+      advcl-hub pull ORG/resnet18_cifar.advcl_c10@v1 encoders/resnet18
+    """
+    from advcl_hub.hub import pull
+
+    pull(name, folder)
+    click.echo(
+        f"{folder}: complete and verified\n"
+        "Use it:  import advcl_hub, timm\n"
+        f'         model = timm.create_model("local-dir:{folder}", pretrained=True)'
+    )
+
+
+@click.command()
+@click.argument("name", type=_Name())
+@user_errors
+def verify(name: str) -> None:
+    """Checks weights against their sha256 and their golden output: a folder, released weights, or ORG/NAME[@REVISION].
+
+    \b
+    Examples:
+      advcl-hub verify resnet8_cifar.advcl_c10
+      advcl-hub verify runs/resnet18/export
+    """
+    from advcl_hub.hub import verify
+
+    click.echo(f"{name}: every sha256 is right; the output differs from the golden one by {verify(name):.1e} of its size")
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--evaluation", "-e", "evaluations", multiple=True, type=click.Path(path_type=Path), help="From advcl-hub evaluate."
+)
+@click.option("--note", "notes", multiple=True, help="A sentence for the section on limits.")
+@click.option("--name", help="Title.  [default: the folder's name]")
+@user_errors
+def card(folder: Path, evaluations: tuple[Path, ...], notes: tuple[str, ...], name: str | None) -> None:
+    """Writes the model card of an exported FOLDER (README.md), with the figures of evaluations, which its results.json keeps.
+
+    The evaluations are of these very weights or of a classifier finetuned from them.
+
+    \b
+    Example:
+      advcl-hub card runs/resnet18/export -e evaluations/resnet18-slf/cifar10-linf-8-255 --note "One seed."
+    """
+    from advcl_hub.cards import add_to_results, write_card
+
+    if evaluations or notes:
+        add_to_results(folder, evaluations, notes)
+    click.echo(f"Card: {write_card(folder, name)}")
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repository")
+@click.option("--version", default="v1", show_default=True, help="Tag on the Hub. It names these weights for good.")
+@click.option("--private", is_flag=True, help="Make the repository private.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to main.")
+@click.option("--dry-run", is_flag=True, help="Only check, and print what would be uploaded, with the card.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done.")
+@user_errors
+def push(folder: Path, repository: str, as_json: bool, **options: Any) -> None:
+    """Uploads an exported FOLDER to ORG/NAME on the Hugging Face Hub: one commit, a card, a tag; then checks what is there.
+
+    Stop it whenever you like: the same command finishes the job. Log in first: hf auth login.
+
+    \b
+    Examples:
+      advcl-hub push runs/resnet18/export ORG/resnet18_cifar.advcl_c10 --dry-run
+      advcl-hub push runs/resnet18/export ORG/resnet18_cifar.advcl_c10 --private
+    """
+    from advcl_hub.hub import push
+
+    done = push(folder, repository, **options)
+    if as_json:
+        click.echo(json.dumps(vars(done), indent=2))
+        return
+    if options["dry_run"]:
+        click.echo(f"{done.card}\n{'-' * 40}\nWould be uploaded to {repository}:")
+    else:
+        what = "had everything already" if done.unchanged else "has"
+        click.echo(f"{repository} {what} (commit {str(done.commit)[:8]}{f', tag {done.version}' if done.version else ''}):")
+    for name, size in done.files.items():
+        click.echo(f"  {size:>12,} bytes  {name}")
+    for name in done.left_out:
+        click.echo(f"  {'left out':>18}  {name}")
+    if not options["dry_run"]:
+        click.echo(f"Verified: downloaded again, every sha256 and the golden output are right.\n{done.url or ''}".strip())
+        click.echo(f'Use it:  import advcl_hub, timm\n         timm.create_model("hf-hub:{repository}", pretrained=True)')
+
+
+def table(found: Mapping[str, Release]) -> str:
+    """Weights by name: head, data, figures, and where they lie."""
+    rows = [("name", "head", "data", "SA", "PGD-20", "AA", "images", "where")]
+    for name, release in found.items():
+        facts = release.facts
+        best = (facts.get("results") or [{}])[0]
+        figures = [f"{100 * best[key]:.1f}" if best.get(key) is not None else "-" for key in ("standard", "pgd", "autoattack")]
+        where = "package" if release.folder and not facts.get("own") else str(release.folder or release.hub_id)
+        images = f"{best['images']:,}" if best else "-"
+        rows.append((name, facts.get("head", "-"), facts.get("data", "-"), *figures, images, where))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    right = {3, 4, 5, 6}
+    lines = [
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    ]
+    width = min(len(lines[0]) + 8, shutil.get_terminal_size().columns)
+    note = "Accuracies in percent, l_inf 8/255; of an encoder, those of its first classifier. advcl-hub info NAME tells more."
+    return "\n".join([lines[0], "-" * width, *lines[1:], "", note])
+
+
+def _as_json(release: Release) -> dict[str, Any]:
+    return {
+        "architecture": release.architecture,
+        "model_args": release.model_args,
+        "hub_id": release.hub_id,
+        "revision": release.revision,
+        "folder": str(release.folder) if release.folder else None,
+        "files": dict(release.files),
+        **release.facts,
+    }
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@user_errors
+def convert(source: Path, folder: Path) -> None:
+    """Placeholder until the converters are there."""

@@ -1,0 +1,164 @@
+"""Reads checkpoint files that others published: tensors only, whatever they are wrapped in. Nothing is ever unpickled."""
+
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from advcl_hub.files import file_sha256
+
+HEAD_ENTRY = "classifier"  # where AdvCL's finetuning saves its linear head, beside `model`
+_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+_QUERY, _KEY = "encoder_q", "encoder_k"  # DynACL trains one and averages its weights in the other
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of one network out of a checkpoint file.
+
+    Attributes:
+        file: name of the file, without folders.
+        sha256: of the file.
+        state: by key, without the prefixes of wrappers; the head of an entry `classifier` has that prefix.
+        entry: the entry of the file that was taken, empty if the file is the state dict itself.
+        left: keys of the file that belong to no part of this network, by the reason why they are left out.
+        others: entries of the file that are no weights of a network, such as the optimizer's state.
+    """
+
+    file: str
+    sha256: str
+    state: dict[str, Tensor]
+    entry: str = ""
+    left: dict[str, list[str]] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+
+
+def read_checkpoint(file: str | Path, entry: str | None = None) -> Checkpoint:
+    """Reads a file of torch.save or safetensors and finds the network in it.
+
+    The state dict may be the file itself or one entry of it (`state_dict`, `net`, `model`, `ema` ...); all its keys may have
+    `module.` before them. Of DynACL's two copies the averaged one (`encoder_k`) is taken, as its authors do.
+
+    Args:
+        file: what to read.
+        entry: which entry, where several hold a network; or `encoder_q`, for the copy that DynACL does not evaluate.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, needs unpickling, holds no network, or several and `entry` names none of them.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} {'is a folder, not a checkpoint file' if file.is_dir() else 'does not exist'}.")
+    content, name = _load(file), file.name
+    networks = {"": content} if _is_network(content) else {}
+    if not networks and isinstance(content, Mapping):
+        networks = {str(key): value for key, value in content.items() if _is_network(value)}
+    if not networks:
+        found = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(f"{name} holds no state dict of a convolutional network: found {found or 'nothing'}.")
+    if entry in networks:
+        taken, entry = str(entry), None
+    elif len(networks) == 1:
+        (taken,) = networks
+    else:
+        asked = f"no {entry!r}" if entry else "several networks"
+        raise ValueError(f"{name} holds {asked}: choose an entry out of {', '.join(networks)}.")
+    tensors = {key: value for key, value in networks[taken].items() if isinstance(value, Tensor)}
+    others = [key for key in networks[taken] if key not in tensors]
+    left: dict[str, list[str]] = {}
+    if "n_averaged" in tensors:  # of torch.optim.swa_utils.AveragedModel
+        del tensors["n_averaged"]
+        left["counter of weight averaging"] = ["n_averaged"]
+    state, copy = _one_copy(_without_wrappers(tensors), entry, left, name)
+    if taken:
+        others += [str(key) for key in content if key != taken]
+        head = content.get(HEAD_ENTRY)
+        if isinstance(head, Mapping) and head and all(isinstance(value, Tensor) for value in head.values()):
+            others.remove(HEAD_ENTRY)
+            state |= {f"{HEAD_ENTRY}.{key}": value for key, value in _without_wrappers(head).items()}
+    return Checkpoint(name, file_sha256(file), state, "/".join(filter(None, [taken, copy])), left, tuple(others))
+
+
+def _is_network(value: Any) -> bool:
+    """A mapping by name with the weights of a convolution in it: neither an optimizer's state nor a single layer."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        return False
+    return any(isinstance(tensor, Tensor) and tensor.ndim == 4 for tensor in value.values())
+
+
+def _without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    bare = dict(state)
+    while prefix := next((p for p in _WRAPPERS if bare and all(key.startswith(p) for key in bare)), None):
+        bare = {key.removeprefix(prefix): value for key, value in bare.items()}
+    return bare
+
+
+def _one_copy(
+    state: dict[str, Tensor], entry: str | None, left: dict[str, list[str]], name: str
+) -> tuple[dict[str, Tensor], str]:
+    """One of DynACL's two copies of the network, and which; any other network is the only copy."""
+    copies = {copy: [key for key in state if key.startswith(f"{copy}.")] for copy in (_QUERY, _KEY)}
+    if not state or sum(map(len, copies.values())) < len(state):
+        copies = {}
+    if entry is not None and entry not in copies:
+        has = ", ".join(copies) or "nothing to choose: it holds one network"
+        raise ValueError(f"{name} has no entry {entry!r}; it has {has}.")
+    if not copies:
+        return state, ""
+    taken = entry or (_KEY if copies[_KEY] else _QUERY)
+    for copy, keys in copies.items():
+        if copy != taken and keys:
+            left[f"another copy of the network ({copy})"] = keys
+    return _without_wrappers({key.removeprefix(f"{taken}."): state[key] for key in copies[taken]}), taken
+
+
+def _load(file: Path) -> Any:
+    """What the file holds, by PyTorch's unpickler that knows tensors and plain containers only, or by safetensors."""
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    try:
+        if start[8:] == b"{":
+            return load_file(file)
+        if start.startswith(b"PK"):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(file) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"the checksum of its part {damaged} differs")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can break a parser anywhere
+        if carried := _carried_code(start, error):
+            raise ValueError(
+                f"{file.name} holds more than tensors ({carried}): opening it would run code that came with it, so it is not "
+                "opened. If you trust its authors, save the tensors alone in a place where that code can do no harm, and "
+                "convert the new file:\n"
+                f"  loaded = torch.load({file.name!r}, map_location='cpu', weights_only=False)\n"
+                "  torch.save(loaded['state_dict'], 'weights.pt')    # or its entry 'model', 'net' ..."
+            ) from None
+        reason = "" if isinstance(error, UnpicklingError) else f": {' '.join(str(error).split())[:200]}".rstrip(": ")
+        raise ValueError(
+            f"{file.name} is damaged or incomplete, or neither a checkpoint of torch.save nor safetensors (it starts with "
+            f"{start!r}{reason}). Download it again."
+        ) from None
+
+
+def _carried_code(start: bytes, error: Exception) -> str:
+    """What in a file needs unpickling, empty if that is not what was wrong with it."""
+    text = str(error)
+    if isinstance(error, UnpicklingError):
+        if name := re.search(r"GLOBAL ([\w.]+)", text):
+            return name[1]
+        if start[:1] == b"\x80" and start[1:2] > b"\x02":  # torch.save writes protocol 2
+            return "a pickle"
+    return "a TorchScript program" if "TorchScript" in text else ""

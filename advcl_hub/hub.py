@@ -1,0 +1,326 @@
+"""Exported folders to the Hugging Face Hub and back: all is checked, and nothing half-finished is visible on either side.
+
+push    verify the folder -> one commit -> download what the Hub now has -> verify that -> tag the version
+pull    download to the cache, each file against its sha256 -> a draft beside the folder -> verify -> rename
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import ModelInfo
+
+from advcl_hub.cards import card, read_export
+from advcl_hub.download import fetch, hub_errors, split_revision
+from advcl_hub.export import CARD, CONFIG, GOLDEN, PICTURE, RESULTS, WEIGHTS, check_replaceable, replace_folder, verify_folder
+from advcl_hub.files import check_writable, make_readable, without_local_paths, write_errors
+from advcl_hub.registry import releases
+
+_NEEDED = (CONFIG, GOLDEN, WEIGHTS)  # and results.json, which says what they are
+_OPTIONAL = (CARD, PICTURE)
+FIRST_VERSION = "v1"
+
+
+@dataclass(frozen=True)
+class Push:
+    """What a push did, or, with `dry_run`, would do.
+
+    Attributes:
+        repository: `ORG/NAME`.
+        version: tag on the Hub; None for a pull request.
+        files: name and size in bytes of what is uploaded.
+        left_out: names in the folder that are not uploaded.
+        card: the rendered README.md.
+        commit: on the Hub, None where nothing was done.
+        url: of the commit or the pull request.
+        unchanged: the Hub had everything already.
+    """
+
+    repository: str
+    version: str | None
+    files: Mapping[str, int]
+    left_out: tuple[str, ...]
+    card: str
+    commit: str | None = None
+    url: str | None = None
+    unchanged: bool = False
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """What the Hub has: the head of main, and by tag its commit."""
+
+    info: ModelInfo
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def push(
+    folder: str | Path,
+    repository: str,
+    *,
+    version: str = FIRST_VERSION,
+    private: bool = False,
+    create_pr: bool = False,
+    dry_run: bool = False,
+) -> Push:
+    """Uploads an exported folder to the Hub in one commit, with a card made from its results.json, and tags the version.
+
+        advcl_hub.push("runs/resnet18/export", "ORG/resnet18_cifar.advcl_c10", private=True)
+
+    Only what an export consists of is uploaded: config.json, model.safetensors, golden.safetensors, results.json (without local
+    paths), the card and its picture. A version names weights for good: other weights need another version; a new card of the
+    same weights is committed to main. Interrupt it whenever you like: the same call finishes the job. (A repository that the
+    call made may stay behind, empty.)
+
+    Args:
+        folder: that `advcl_hub.export` wrote.
+        repository: `ORG/NAME`; made if there is none.
+        version: tag of the commit.
+        private: make the repository private.
+        create_pr: open a pull request instead of committing to main; no tag is made.
+        dry_run: only check, and say what would be uploaded; needs no network and no token.
+
+    Raises:
+        ValueError: a damaged folder; a version that names other weights; a repository of something else.
+        OSError: no token, no permission, no network, or the Hub refused.
+    """
+    folder = Path(folder)
+    content = _content(folder, repository)
+    left_out = tuple(sorted(path.name for path in folder.iterdir() if path.name not in content))
+    sizes = {name: len(part) if isinstance(part, bytes) else part.stat().st_size for name, part in content.items()}
+    done = Push(repository, None if create_pr else version, sizes, left_out, _text(content[CARD]))
+    if dry_run:
+        return done
+    if get_token() is None:
+        raise OSError(f"{repository} cannot be pushed to: no token was found; log in with `hf auth login` or set HF_TOKEN.")
+    api = HfApi()
+    with hub_errors(repository, f"{repository} cannot be pushed to"):
+        remote = _remote(api, repository)
+        if remote is None:
+            api.create_repo(repository, private=private)
+            remote = _remote(api, repository)
+            assert remote is not None
+        else:
+            _check_remote(api, remote, repository, content, None if create_pr else version, private)
+        unchanged = not _differing(remote.info, content)
+        commit, url = remote.info.sha, None
+        if not unchanged:
+            # As of here the Hub has to be as it was looked at: two people who push at once do not mix their files.
+            made = api.create_commit(
+                repository,
+                [CommitOperationAdd(name, part) for name, part in content.items()],
+                commit_message=f"{'Weights and card' if WEIGHTS in _differing(remote.info, content) else 'Card'} ({version})",
+                create_pr=create_pr,
+                parent_commit=remote.info.sha,
+            )
+            commit, url = made.oid, made.pr_url or made.commit_url
+    assert commit is not None
+    _verify_uploaded(repository, commit, content)
+    with hub_errors(repository, f"{repository} cannot be tagged {version}"):
+        if not create_pr and version not in remote.tags:
+            api.create_tag(repository, tag=version, revision=commit, exist_ok=True)
+            unchanged = False
+    return Push(repository, done.version, sizes, left_out, done.card, commit, url, unchanged)
+
+
+def pull(name: str, folder: str | Path, *, cache_dir: str | Path | None = None) -> Path:
+    """Downloads an export from the Hub to a folder, which appears complete and verified or not at all.
+
+    Args:
+        name: `ORG/NAME[@REVISION]`, also with `hf-hub:` in front, or the name of released weights.
+        folder: where to; an earlier export there is replaced.
+        cache_dir: of downloads, instead of the Hub client's own.
+
+    Raises:
+        ValueError: a file is not what results.json says, or the folder holds something else.
+        OSError: no such repository, no network, a full disk.
+    """
+    folder = Path(folder)
+    check_replaceable(folder)
+    check_writable(folder)
+    files = _files(name, cache_dir)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        write_errors(folder),
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as temporary,
+    ):
+        draft = Path(temporary)
+        for file, path in files.items():
+            shutil.copyfile(path, draft / file)
+            make_readable(draft / file)
+        verify_folder(draft)
+        draft.chmod(0o755)
+        replace_folder(draft, folder)
+    return folder
+
+
+def verify(name: str | Path, *, cache_dir: str | Path | None = None) -> float:
+    """Checks weights against their sha256 and their golden output.
+
+    Args:
+        name: an exported folder, `ORG/NAME[@REVISION]`, also with `hf-hub:` in front, or the name of released weights.
+        cache_dir: of downloads.
+
+    Returns:
+        The relative difference from the golden output; see `advcl_hub.export.verify_folder`.
+
+    Raises:
+        ValueError: something is not as it was exported.
+        OSError: no such folder or repository.
+    """
+    text = str(name).removeprefix("local-dir:")
+    if Path(text).is_dir() or isinstance(name, Path):
+        return verify_folder(text)
+    with tempfile.TemporaryDirectory() as temporary:
+        return verify_folder(pull(text, Path(temporary) / "export", cache_dir=cache_dir))
+
+
+@contextmanager
+def described(name: str, *, cache_dir: str | Path | None = None) -> Iterator[tuple[Path, str]]:
+    """Opens what describes weights, without downloading them: config.json, results.json and, if there is one, the picture.
+
+    Args:
+        name: as for `verify`.
+        cache_dir: of downloads.
+
+    Yields:
+        A folder that `advcl_hub.cards.card` reads, and what `timm.create_model` opens.
+    """
+    text = name.removeprefix("local-dir:")
+    release = releases().get(name)
+    if Path(text).is_dir():
+        yield Path(text), f"local-dir:{text}"
+    elif release is not None and release.folder is not None:
+        yield release.folder, name
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            for file, path in _files(name, cache_dir, (CONFIG,), (PICTURE,)).items():
+                shutil.copyfile(path, Path(temporary) / file)
+            yield Path(temporary), name if release else f"hf-hub:{name.removeprefix('hf-hub:')}"
+
+
+def _files(
+    name: str, cache_dir: str | Path | None, needed: Sequence[str] = _NEEDED, optional: Sequence[str] = _OPTIONAL
+) -> dict[str, Path]:
+    """Where results.json and other files of an export lie, checked; those that were asked for."""
+    release = releases().get(name)
+    if release is not None:
+        if release.folder is not None:
+            here = [file for file in (RESULTS, *needed, *optional) if file in needed or (release.folder / file).is_file()]
+            return {file: release.fetch(file) for file in here}
+        name = f"{release.hub_id}@{release.revision}"
+    repository, revision = split_revision(name)
+    if "/" not in repository:
+        raise ValueError(f"{name} is no folder, no released weights and no repository on the Hub (ORG/NAME).")
+    try:
+        results = fetch(repository, RESULTS, revision=revision, cache_dir=cache_dir)
+    except FileNotFoundError:
+        raise ValueError(
+            f'{repository} has no {RESULTS}: not pushed by advcl-hub. timm may open it: "hf-hub:{repository}".'
+        ) from None
+    commit = results.parent.name  # the cache keeps a folder a commit: all files come from the same
+    try:
+        expected: dict[str, Any] = {f: {"sha256": d} for f, d in json.loads(results.read_text())["sha256"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{RESULTS} of {repository} names no sha256 of the weights: not pushed by advcl-hub.") from None
+    if release is not None:
+        expected |= release.files
+    files = {RESULTS: results}
+    for file in (*needed, *optional):
+        try:
+            files[file] = fetch(repository, file, revision=commit, cache_dir=cache_dir, expected=expected.get(file))
+        except FileNotFoundError:
+            if file not in optional:
+                raise
+    return files
+
+
+def _content(folder: Path, repository: str) -> dict[str, bytes | Path]:
+    """By name in the repository what is uploaded; the folder is verified first."""
+    results, _ = read_export(folder)
+    verify_folder(folder)
+    text = card(folder, repository, f"hf-hub:{repository}")
+    content: dict[str, bytes | Path] = {name: folder / name for name in (CONFIG, WEIGHTS, GOLDEN)}
+    content[RESULTS] = (json.dumps(without_local_paths(results), indent=2) + "\n").encode()
+    content[CARD] = text.encode()
+    if (folder / PICTURE).is_file():
+        content[PICTURE] = folder / PICTURE
+    return content
+
+
+def _text(part: bytes | Path) -> str:
+    return part.decode() if isinstance(part, bytes) else part.read_text()
+
+
+def _remote(api: HfApi, repository: str) -> _Remote | None:
+    """None if there is no such repository, or none that the token may see."""
+    try:
+        info = api.model_info(repository, files_metadata=True)
+        return _Remote(info, {tag.name: tag.target_commit for tag in api.list_repo_refs(repository).tags})
+    except RepositoryNotFoundError:
+        return None
+
+
+def _check_remote(
+    api: HfApi, remote: _Remote, repository: str, content: Mapping[str, bytes | Path], version: str | None, private: bool
+) -> None:
+    """Raises ValueError where a push would hide or replace what somebody relies on."""
+    names = {sibling.rfilename for sibling in remote.info.siblings or ()}
+    if names - {".gitattributes", CARD} and RESULTS not in names:
+        raise ValueError(f"{repository} holds something else ({', '.join(sorted(names)[:5])}): choose another name.")
+    if private and not remote.info.private:
+        raise ValueError(f"{repository} is public already: make it private on the Hub first, or choose another name.")
+    if version is not None and version in remote.tags:
+        try:
+            there = api.model_info(repository, revision=remote.tags[version], files_metadata=True)
+        except RevisionNotFoundError:
+            return
+        if {WEIGHTS, CONFIG} & _differing(there, content):
+            raise ValueError(
+                f"{repository} has other weights under version {version}, on which people may rely: give these another "
+                f"(there are {', '.join(sorted(remote.tags))})."
+            )
+        if WEIGHTS in _differing(remote.info, content):
+            raise ValueError(
+                f"{repository} has these weights under version {version} already and newer ones on main: give them a new "
+                "version to publish them again."
+            )
+
+
+def _differing(info: ModelInfo, content: Mapping[str, bytes | Path]) -> set[str]:
+    """Names of files that the Hub does not have as they are here."""
+    there = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    different = set()
+    for name, part in content.items():
+        sibling = there.get(name)
+        data = part if isinstance(part, bytes) else part.read_bytes()
+        if sibling is not None and sibling.lfs is not None:
+            same = sibling.lfs.sha256 == hashlib.sha256(data).hexdigest()
+        else:  # git's own name of a file
+            same = sibling is not None and sibling.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        if not same:
+            different.add(name)
+    return different
+
+
+def _verify_uploaded(repository: str, commit: str, content: Mapping[str, bytes | Path]) -> None:
+    """Downloads what the Hub has at a commit, and checks it as a user would."""
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            folder = pull(f"{repository}@{commit}", Path(temporary) / "export", cache_dir=Path(temporary) / "cache")
+            for name, part in content.items():
+                if (folder / name).read_bytes() != (part if isinstance(part, bytes) else part.read_bytes()):
+                    raise ValueError(f"{name} came back changed.")
+        except (ValueError, OSError) as error:
+            raise OSError(
+                f"The upload to {repository} (commit {commit[:8]}) could not be verified: {error} Nothing was tagged; the "
+                "same command tries again."
+            ) from error

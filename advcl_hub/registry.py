@@ -1,0 +1,291 @@
+"""Released weights under timm's names: `timm.create_model("resnet8_cifar.advcl_c10", pretrained=True)`.
+
+`released.json` beside this file is the only source: timm's tags, `advcl-hub list` and the README's table are made from it, and
+`model_cards/release.py` writes it. `register` adds weights of one's own for as long as Python runs.
+"""
+
+import functools
+import inspect
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import DefaultCfg, PretrainedCfg, _registry, build_model_with_cfg
+from torch import nn
+
+import advcl_hub.models  # noqa: F401  # whose architectures released weights belong to
+from advcl_hub.download import check_file, fetch, split_revision
+from advcl_hub.export import CONFIG, RESULTS, WEIGHTS, verify_folder
+
+RELEASED = Path(__file__).with_name("released.json")
+BUNDLED = Path(__file__).with_name("weights")  # folders of exports, named like their releases
+
+_CFG_FIELDS = {f.name for f in fields(PretrainedCfg)}
+_SOURCES = {"url", "file", "state_dict", "hf_hub_id"}  # of timm's cfg: who overlays one of them brings other weights
+
+
+@dataclass(frozen=True)
+class Release:
+    """Weights with a name.
+
+    Attributes:
+        name: `ARCHITECTURE.TAG`, as timm writes it.
+        config: config.json of the export: architecture, `model_args`, `pretrained_cfg`, `label_names`.
+        files: by name the `sha256` and `size` of the files that are checked whenever they are read.
+        hub_id: `ORG/NAME` on the Hub, None if they are not there.
+        revision: commit on the Hub.
+        folder: where they lie on this machine (in the package, or a user's own), None for those on the Hub.
+        facts: for people: `summary`, `head` (see `head_of`), `data`, `threat_model`, `results`, `provenance`, `licence`,
+            `parameters`; for weights that a user registered, `own` and `head` only.
+        robustbench: name under which RobustBench finds the classifier: `MODEL_DATASET_THREAT`.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    hub_id: str | None = None
+    revision: str | None = None
+    folder: Path | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    robustbench: str | None = None
+
+    @property
+    def architecture(self) -> str:
+        """Its timm architecture."""
+        return self.name.partition(".")[0]
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """What `timm.create_model` has to pass to the architecture, but for the classifier."""
+        return {key: value for key, value in (self.config.get("model_args") or {}).items() if key != "num_classes"}
+
+    @property
+    def cfg(self) -> PretrainedCfg:
+        """As timm registers it."""
+        stored = {key: value for key, value in self.config.get("pretrained_cfg", {}).items() if key in _CFG_FIELDS}
+        stored = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+        stored |= {"architecture": self.architecture, "tag": self.name.partition(".")[2], "license": self.facts.get("licence")}
+        stored["num_classes"] = self.config.get("num_classes", 0)
+        if labels := self.config.get("label_names"):
+            stored["label_names"] = tuple(labels)
+        if self.hub_id:
+            stored["hf_hub_id"] = self.hub_id + (f"@{self.revision}" if self.revision else "")
+        if self.folder:
+            stored["file"] = str(self.folder / WEIGHTS)
+        return PretrainedCfg(**stored)
+
+    def fetch(self, file: str = WEIGHTS, cache_dir: str | Path | None = None) -> Path:
+        """A file of the release, checked; downloaded the first time, where it is not on this machine.
+
+        Raises:
+            OSError: it is not here and cannot be downloaded.
+            ValueError: it is not the file that was released; a download was removed from the cache.
+        """
+        expected = self.files.get(file)
+        if self.folder is None:
+            assert self.hub_id is not None
+            return fetch(self.hub_id, file, revision=self.revision, cache_dir=cache_dir, expected=expected)
+        path = self.folder / file
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: install advcl-hub again, or register the folder's new place.")
+        try:
+            if expected:
+                check_file(path, expected)
+        except ValueError as error:
+            raise ValueError(f"{path} is not the file that was registered: {error}.") from None
+        return path
+
+
+_timm: Any = _registry
+_releases: dict[str, Release] = {}
+_tags: dict[str, dict[str, Release]] = {}  # by architecture, the same by tag
+
+
+def releases() -> dict[str, Release]:
+    """By name all weights that are registered: those of `released.json`, then the user's own."""
+    return dict(_releases)
+
+
+def organisation(data: Mapping[str, Any]) -> str:
+    """The namespace on the Hub of ids that name none: ADVCL_HUB_ORG if that is set (forks, mirrors), else that of the data."""
+    return os.environ.get("ADVCL_HUB_ORG") or data["organisation"]
+
+
+def load_releases(path: Path = RELEASED) -> list[Release]:
+    """Reads a data file of releases.
+
+    Raises:
+        ValueError: the file is damaged; the entry is named.
+    """
+    data, found = json.loads(path.read_text()), []
+    for name, entry in data["releases"].items():
+        try:
+            hub_id = entry.get("hub_id")
+            if hub_id and "/" not in hub_id:
+                hub_id = f"{organisation(data)}/{hub_id}"
+            if not entry.get("bundled") and not (hub_id and entry["revision"]):
+                raise ValueError("it is neither bundled nor pinned to a commit on the Hub")
+            found.append(
+                Release(
+                    name,
+                    entry["config"],
+                    entry["files"],
+                    hub_id,
+                    entry.get("revision"),
+                    BUNDLED / name if entry.get("bundled") else None,
+                    entry["facts"],
+                    entry.get("robustbench"),
+                )
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path.name}: the entry {name} is damaged: {error!r}") from None
+    return found
+
+
+def register(name: str, source: str | Path, *, cache_dir: str | Path | None = None) -> Release:
+    """Gives weights of your own a name in timm, until Python ends.
+
+        advcl_hub.register("resnet18_cifar.mine", "runs/resnet18/export")
+        advcl_hub.register("resnet18_cifar.theirs", "hf-hub:ORG/NAME@v1")
+        timm.create_model("resnet18_cifar.mine", pretrained=True)
+
+    Args:
+        name: `ARCHITECTURE.TAG`; an earlier one of yours is replaced.
+        source: a folder that `advcl_hub` exported or timm saved, or `hf-hub:ORG/NAME[@REVISION]`, which is pinned to the commit
+            that it names now.
+        cache_dir: of downloads, instead of the Hub client's own.
+
+    Raises:
+        ValueError: another architecture, a name that is taken, or files that are not what their results.json says.
+        OSError: no such folder or repository, or no network.
+    """
+    release = open_source(name, source, cache_dir=cache_dir)
+    architecture = release.config.get("architecture")
+    if name.partition(".")[0] != architecture or not name.partition(".")[2]:
+        raise ValueError(f"{source} holds a {architecture}: register it as {architecture}.TAG.")
+    earlier = _releases.get(name)
+    if not (earlier and earlier.facts.get("own")) and timm.models.is_model_pretrained(name):
+        raise ValueError(f"{name} is taken by released weights: choose another tag.")
+    _register(release)
+    return release
+
+
+def open_source(name: str, source: str | Path, *, cache_dir: str | Path | None = None) -> Release:
+    """The weights in a folder or a Hub repository, pinned to what they are now, without registering them; see `register`."""
+    folder: Path | None = None
+    hub_id = revision = None
+    results_file: Path | None
+    if str(source).startswith("hf-hub:"):
+        hub_id, revision = split_revision(str(source))
+        config_file = fetch(hub_id, CONFIG, revision=revision, cache_dir=cache_dir)
+        revision = config_file.parent.name  # the cache keeps a folder a commit
+        try:
+            results_file = fetch(hub_id, RESULTS, revision=revision, cache_dir=cache_dir)
+        except FileNotFoundError:  # timm's own push writes none
+            results_file = None
+    else:
+        folder = Path(str(source).removeprefix("local-dir:")).expanduser().absolute()
+        config_file, results_file = folder / CONFIG, folder / RESULTS
+        if not config_file.is_file() or not (folder / WEIGHTS).is_file():
+            raise FileNotFoundError(f"{source} is no folder with {CONFIG} and {WEIGHTS}; for the Hub, write hf-hub:ORG/NAME.")
+        if not results_file.is_file():
+            results_file = None
+        else:
+            verify_folder(folder)
+    try:
+        config = json.loads(config_file.read_text())
+        results = json.loads(results_file.read_text()) if results_file else {}
+        files = {file: {"sha256": sha256} for file, sha256 in results.get("sha256", {}).items()}
+        facts = {"own": True, "head": head_of(results, config)}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{source} has a damaged {CONFIG} or {RESULTS}: {error}.") from None
+    return Release(name, config, files, hub_id, revision, folder, facts)
+
+
+def head_of(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """How the classifier of an export was made: `none`, a finetuning protocol (`slf`, `alf`, `aff`, `sff`), or `other`."""
+    if not config.get("num_classes"):
+        return "none"
+    protocol = (results.get("settings") or {}).get("protocol")
+    return protocol if protocol in ("slf", "alf", "aff", "sff") else "other"
+
+
+def _register(release: Release) -> None:
+    """Adds a tag to an architecture that timm has. timm has no public way to add one to an architecture of its own; what is
+    written here is what `timm.models.register_model` writes."""
+    architecture, tag, cfg = release.architecture, release.name.partition(".")[2], release.cfg
+    if not timm.is_model(architecture):
+        raise ValueError(f"{release.name}: timm has no architecture {architecture}.")
+    default = _timm._model_default_cfgs.setdefault(architecture, DefaultCfg(tags=deque(), cfgs={}))
+    if architecture not in _tags:
+        _tags[architecture] = {}
+        # Of an architecture without weights of its own, `pretrained=True` without a tag means our first ones.
+        ours = not default.is_pretrained
+        _timm._model_entrypoints[architecture] = _with_releases(timm.model_entrypoint(architecture), _tags[architecture], ours)
+        if ours:
+            _timm._model_has_pretrained.add(architecture)
+    if tag not in default.tags:
+        default.tags.append(tag)
+        _timm._model_with_tags[architecture].append(release.name)
+    default.cfgs[tag], default.is_pretrained = cfg, True
+    _timm._model_pretrained_cfgs[release.name] = cfg
+    _timm._model_has_pretrained.add(release.name)
+    _tags[architecture][tag] = _releases[release.name] = release
+    if release.robustbench:
+        _register_alias(release.robustbench, release.name)
+
+
+def _with_releases(original: Callable[..., nn.Module], tags: Mapping[str, Release], ours: bool) -> Callable[..., nn.Module]:
+    """An entry point that knows our tags and hands everything else to timm's as it came.
+
+    Args:
+        original: timm's.
+        tags: our weights of the architecture, which may become more.
+        ours: whether the first of them is meant where no tag is named.
+    """
+    takes_source_args = "pretrained_model_args" in inspect.signature(build_model_with_cfg).parameters  # timm 1.0.31
+
+    @functools.wraps(original)
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        asked = kwargs.get("pretrained_cfg")
+        if isinstance(asked, str):
+            release = tags.get(asked)
+        elif asked is None and pretrained and ours:
+            release = next(iter(tags.values()))
+        else:
+            release = next((r for r in tags.values() if r.cfg == asked), None)
+        if release is None:
+            return original(pretrained=pretrained, **kwargs)
+        cfg, arguments = release.cfg, release.model_args
+        if pretrained and not _SOURCES & (kwargs.get("pretrained_cfg_overlay") or {}).keys():
+            cfg = replace(cfg, file=str(release.fetch(cache_dir=kwargs.get("cache_dir"))))
+        if arguments and takes_source_args:
+            kwargs.setdefault("pretrained_model_args", dict(arguments))
+        model = original(pretrained=pretrained, **{**arguments, **kwargs, "pretrained_cfg": cfg})
+        model._model_args = dict(arguments)  # type: ignore[assignment]  # from which timm saves a model
+        return model
+
+    return create
+
+
+def _register_alias(alias: str, name: str) -> None:
+    """A model of its own name for `name`: RobustBench asks timm for `MODEL_DATASET_THREAT`, with weights."""
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return timm.create_model(
+            name, pretrained=pretrained, **{key: value for key, value in kwargs.items() if value is not None}
+        )
+
+    create.__name__ = create.__qualname__ = alias
+    create.__module__ = __name__
+    if not timm.is_model(alias):
+        timm.models.register_model(create)
+
+
+for _release in load_releases():
+    _register(_release)
