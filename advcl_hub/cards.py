@@ -39,7 +39,7 @@ _ADVCL = """@inproceedings{fan2021advcl,
 
 
 def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """results.json and config.json of an exported folder.
+    """results.json, without local paths that an older export may have, and config.json of an exported folder.
 
     Raises:
         FileNotFoundError: it has none: no exported folder.
@@ -50,7 +50,7 @@ def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: not a folder that advcl-hub exported.")
         try:
-            found.append(json.loads((folder / name).read_text()))
+            found.append(without_local_paths(json.loads((folder / name).read_text())))
         except ValueError as error:
             raise ValueError(f"{folder / name} is damaged ({error}): export or pull it again.") from None
     if not isinstance(found[0].get("sha256"), dict):
@@ -81,7 +81,7 @@ def add_to_results(folder: str | Path, evaluations: Sequence[str | Path] = (), n
     results["evaluations"] = standing + added
     results["notes"] = list(dict.fromkeys([*results.get("notes", []), *notes]))
     with replacing(folder / RESULTS) as draft:
-        draft.write_text(json.dumps(without_local_paths(results), indent=2) + "\n")
+        draft.write_text(json.dumps(results, indent=2) + "\n")
     pictures = [Path(path) / PICTURE for path in evaluations if (Path(path) / PICTURE).is_file()]
     if pictures:
         with replacing(folder / PICTURE) as draft:
@@ -118,7 +118,7 @@ def card(folder: str | Path, name: str | None = None, load: str | None = None) -
     evaluations = results.get("evaluations", [])
     mean, std = cfg.get("mean", [0.0]), cfg.get("std", [1.0])
     plain = not any(mean) and all(value == 1 for value in std)
-    made = _pretraining(results)
+    made = pretraining(results)
     fields = {
         "name": title,
         "load": load or f"local-dir:{folder}",
@@ -169,7 +169,7 @@ def _identity(record: Mapping[str, Any]) -> str:
     return json.dumps(same, sort_keys=True)
 
 
-def _pretraining(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def pretraining(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The record of the pretraining run behind an encoder or a classifier, None if it is not known."""
     record: Any = results
     while isinstance(record, Mapping):

@@ -93,11 +93,16 @@ def hub_errors(repository: str, what: str) -> Iterator[None]:
     except HFValidationError as error:
         raise ValueError(f"{repository!r} is no name of a Hub repository (ORG/NAME): {_first_line(error)}") from error
     except Exception as error:
-        reason = _reason(error, repository)
-        if reason is None:
-            raise
-        missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-        raise (FileNotFoundError if missing else OSError)(f"{what}: {reason}.") from error
+        cause: BaseException | None = error
+        while cause is not None:  # the client wraps some errors in others, which say less
+            if (reason := _reason(cause, repository)) is not None:
+                raise (FileNotFoundError if _is_missing(cause) else OSError)(f"{what}: {reason}.") from error
+            cause = cause.__cause__
+        raise
+
+
+def _is_missing(error: BaseException) -> bool:
+    return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
 
 
 def _reason(error: BaseException, repository: str) -> str | None:
@@ -108,14 +113,14 @@ def _reason(error: BaseException, repository: str) -> str | None:
     if isinstance(error, LocalTokenNotFoundError):
         return f"no token was found; {_LOG_IN}"
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        return _reason(error.__cause__, repository)
+        return None  # whose cause says more
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space and try again"
     if isinstance(error, GatedRepoError):
         return f"access to {repository} has to be asked for at {endpoint}/{repository}, then {_LOG_IN}"
     if isinstance(error, RevisionNotFoundError):
         return f"{repository} has no such revision"
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+    if _is_missing(error):
         return f"it has no {_file_of(error)}"
     if isinstance(error, HfHubHTTPError):
         return _http_reason(error, repository, endpoint)
@@ -123,6 +128,8 @@ def _reason(error: BaseException, repository: str) -> str | None:
         return f"{endpoint} cannot be reached ({type(error).__name__}); check the network and HF_ENDPOINT, and try again"
     if isinstance(error, LocalEntryNotFoundError):
         return f"{endpoint} cannot be reached, and it is not in the cache"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}" + (f" ({error.filename})" if error.filename else "")
     return None
 
 

@@ -21,7 +21,7 @@ from huggingface_hub.hf_api import ModelInfo
 from advcl_hub.cards import card, read_export
 from advcl_hub.download import fetch, hub_errors, split_revision
 from advcl_hub.export import CARD, CONFIG, GOLDEN, PICTURE, RESULTS, WEIGHTS, check_replaceable, replace_folder, verify_folder
-from advcl_hub.files import check_writable, make_readable, without_local_paths, write_errors
+from advcl_hub.files import check_writable, make_readable, write_errors
 from advcl_hub.registry import releases
 
 _NEEDED = (CONFIG, GOLDEN, WEIGHTS)  # and results.json, which says what they are
@@ -249,7 +249,7 @@ def _content(folder: Path, repository: str) -> dict[str, bytes | Path]:
     verify_folder(folder)
     text = card(folder, repository, f"hf-hub:{repository}")
     content: dict[str, bytes | Path] = {name: folder / name for name in (CONFIG, WEIGHTS, GOLDEN)}
-    content[RESULTS] = (json.dumps(without_local_paths(results), indent=2) + "\n").encode()
+    content[RESULTS] = (json.dumps(results, indent=2) + "\n").encode()
     content[CARD] = text.encode()
     if (folder / PICTURE).is_file():
         content[PICTURE] = folder / PICTURE

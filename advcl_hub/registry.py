@@ -125,6 +125,8 @@ def load_releases(path: Path = RELEASED) -> list[Release]:
     data, found = json.loads(path.read_text()), []
     for name, entry in data["releases"].items():
         try:
+            if entry["config"]["architecture"] != name.partition(".")[0]:
+                raise ValueError(f"it is a {entry['config']['architecture']}")
             hub_id = entry.get("hub_id")
             if hub_id and "/" not in hub_id:
                 hub_id = f"{organisation(data)}/{hub_id}"

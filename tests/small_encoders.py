@@ -37,14 +37,17 @@ SMALL_RESNET = {"channels": [8, 8, 16]}
 SMALL_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 
-def export_encoder(folder: Path, name: str = "resnet8_cifar", seed: int = 0, size: int = 16, **arguments: Any) -> Path:
-    """An encoder with random weights for images in [0, 1], in a folder as `train.export` writes it."""
+def export_encoder(
+    folder: Path, name: str = "resnet8_cifar", seed: int = 0, size: int = 16, num_classes: int = 0, **arguments: Any
+) -> Path:
+    """An encoder, or a classifier, with random weights for images in [0, 1], in a folder as `train.export` writes it."""
     torch.manual_seed(seed)
     cfg = {"input_size": (3, size, size), "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0}
-    model = timm.create_model(name, num_classes=0, pretrained_cfg_overlay=cfg, **arguments)
+    model = timm.create_model(name, num_classes=num_classes, pretrained_cfg_overlay=cfg, **arguments)
     images = load_data("digits", "train", size=size).sample(100).images
     assert isinstance(images, Tensor)
     with torch.no_grad():
         for _ in range(30):  # batch norms learn statistics; without them the features would be of no size
             model(images / 255)
-    return export_folder(model.eval(), folder, results={"kind": "encoder"}, model_args=arguments)
+    kind = "classifier" if num_classes else "encoder"
+    return export_folder(model.eval(), folder, results={"kind": kind}, model_args=arguments)

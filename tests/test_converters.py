@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import advcl_hub  # noqa: F401
-from advcl_hub.converters import convert_advcl, convert_kuangliu
+from advcl_hub.converters import convert, convert_advcl, convert_kuangliu
+from advcl_hub.export import load_folder
 from train.step import AdvCL, Attack, Objective
 from train.views import ViewConfig
 
@@ -131,8 +132,7 @@ def resnet18() -> nn.Module:
     return ours("resnet18_cifar")
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("name", DEPTHS)
+@pytest.mark.parametrize(("name", "prefix"), [("resnet18_cifar", "module."), *((name, "") for name in DEPTHS)])
 def test_same_outputs(name: str, prefix: str) -> None:
     theirs, model = published(name), ours(name)
     state = {prefix + key: value for key, value in theirs.state_dict().items()}
@@ -242,6 +242,15 @@ def test_two_spellings_of_one_advcl_head_are_refused() -> None:
         convert_advcl(two, network)
 
 
+def test_heads_that_the_published_advcl_step_never_uses_are_left_out() -> None:
+    encoder = timm.create_model("resnet18_cifar", num_classes=0)
+    network = AdvCL(encoder, Objective(), Attack(), ViewConfig(), (2,))
+    unused = {"module.head_pred.0.weight": torch.zeros(128, 128), "module.head_ce.3.bias": torch.zeros(1000)}
+    with pytest.raises(ValueError, match=r"^Not a checkpoint of this AdvCL network:\n  missing key") as refusal:
+        convert_advcl(unused, network)
+    assert "head_" not in str(refusal.value)
+
+
 def load_module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"published_{path.stem}", path)
     assert spec is not None
@@ -251,7 +260,7 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def test_a_real_checkpoint() -> None:
+def test_a_real_checkpoint(tmp_path: Path) -> None:
     """The ResNet-18 that AutoAttack's example attacks, and the network that it is published with."""
     spec = importlib.util.find_spec("pyautoattack")
     assert spec is not None
@@ -263,3 +272,6 @@ def test_a_real_checkpoint() -> None:
     model = ours("resnet18_cifar", num_classes=10)
     model.load_state_dict(convert_kuangliu(state, model))
     check_same_outputs(theirs, model, count=8)
+    done = convert(examples / "model_test.pt", tmp_path / "folder", mean=0, std=1)
+    assert (done.layout, done.record["outputs"]) == ("kuangliu", 10)
+    check_same_outputs(theirs, load_folder(done.folder))

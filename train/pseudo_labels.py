@@ -34,8 +34,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from advcl_hub.data import ImageData, batches, load_data
-from advcl_hub.files import file_sha256
-from advcl_hub.files import check_writable, replacing
+from advcl_hub.files import check_writable, file_sha256, replacing
 from advcl_hub.progress import progress_bar
 from train.cluster_report import cluster_stats, draw_report, format_stats
 from train.encoder_features import Encoder, open_encoder

@@ -1,0 +1,144 @@
+"""Releases weights: an entry in advcl_hub/released.json, their folder in the package or on the Hub, and their card here.
+
+python model_cards/release.py FOLDER resnet8_cifar.advcl_c10                     # bundled: copied into the package
+python model_cards/release.py FOLDER resnet18_cifar.advcl_c10 --hub ORG/NAME@COMMIT   # pushed there before
+python model_cards/release.py                                                    # all cards and the README's table anew
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from advcl_hub.cards import LICENCE, add_to_results, card, pretraining, read_export
+from advcl_hub.evaluation.protocol import pixels
+from advcl_hub.export import CONFIG, GOLDEN, PICTURE, RESULTS, WEIGHTS, load_folder, verify_folder
+from advcl_hub.files import file_sha256, replacing
+from advcl_hub.registry import BUNDLED, RELEASED, head_of
+
+ROOT = Path(__file__).parents[1]
+CARDS = Path(__file__).parent
+README = ROOT / "README.md"
+_MARKS = ("<!-- released weights: made by model_cards/release.py -->\n", "<!-- end of released weights -->")
+
+
+def entry(folder: Path, *, hub: str | None = None, robustbench: str | None = None) -> dict[str, Any]:
+    """What released.json says of an exported folder, all of it read from there."""
+    results, config = read_export(folder)
+    repository, _, commit = (hub or "").partition("@")
+    made = pretraining(results)
+    found: dict[str, Any] = {"config": config}
+    if hub:
+        if not re.fullmatch(r"[0-9a-f]{40}", commit):
+            raise ValueError(f"--hub is {hub}, expected ORG/NAME@COMMIT with all 40 digits: a release is pinned.")
+        found |= {"hub_id": repository, "revision": commit}
+    else:
+        found["bundled"] = True
+    files = [name for name in (WEIGHTS, CONFIG, GOLDEN) if (folder / name).is_file()]
+    found["files"] = {f: {"sha256": file_sha256(folder / f), "size": (folder / f).stat().st_size} for f in files}
+    evaluations = results.get("evaluations", [])
+    found["facts"] = {
+        "head": head_of(results, config),
+        "data": (results.get("data") or (made or {}).get("provenance", {}).get("data") or {}).get("name"),
+        "parameters": sum(p.numel() for p in load_folder(folder).parameters()),
+        "threat_model": [
+            f"{e['protocol']['norm']} {pixels(e['protocol']['eps'], e['protocol']['norm'])}" for e in evaluations[:1]
+        ],
+        "results": [_figures(e) for e in evaluations],
+        "provenance": {key: (made or {}).get("provenance", {}).get(key) for key in ("pseudo_labels", "versions", "hardware")},
+        "licence": LICENCE,
+    }
+    return found | ({"robustbench": robustbench} if robustbench else {})
+
+
+def _figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    accuracy, data, protocol = evaluation["accuracy"], evaluation["data"], evaluation["protocol"]
+    figures = {key: accuracy[key]["value"] for key in ("standard", "pgd", "autoattack") if key in accuracy}
+    about = {"model": evaluation["model"]["name"], "data": data["name"], "images": data["images"]}
+    return (
+        about | {"norm": protocol["norm"], "eps": pixels(protocol["eps"], protocol["norm"]), "seed": protocol["seed"]} | figures
+    )
+
+
+def cards() -> dict[Path, str]:
+    """By path the text of every card, and of the README with its table, as they should be."""
+    data = json.loads(RELEASED.read_text())["releases"]
+    texts = {CARDS / name / "README.md": card(source(name), name, name) for name in data}
+    before, _, rest = README.read_text().partition(_MARKS[0])
+    after = rest.partition(_MARKS[1])[2]
+    return {**texts, README: f"{before}{_MARKS[0]}{table(data)}\n{_MARKS[1]}{after}"}
+
+
+def source(name: str) -> Path:
+    """The folder that a card is made from: in the package, or, of weights on the Hub, what was kept beside the card."""
+    return BUNDLED / name if (BUNDLED / name).is_dir() else CARDS / name
+
+
+def table(data: Mapping[str, Any]) -> str:
+    """The README's table."""
+    lines = ["| name | head | SA | PGD-20 | AutoAttack | test images | where |", "|---|---|---:|---:|---:|---:|---|"]
+    for name, found in data.items():
+        best = (found["facts"]["results"] or [{}])[0]
+        figures = [f"{100 * best[key]:.1f} %" if key in best else "-" for key in ("standard", "pgd", "autoattack")]
+        where = "package" if found.get("bundled") else found["hub_id"]
+        cells = [
+            f"[`{name}`](model_cards/{name}/README.md)",
+            found["facts"]["head"],
+            *figures,
+            f"{best.get('images', 0):,}",
+            where,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def release(folder: Path, name: str, *, hub: str | None, robustbench: str | None) -> None:
+    """Adds a release, or replaces it."""
+    verify_folder(folder)
+    add_to_results(folder)  # whatever it was exported with, no local path is published
+    data = json.loads(RELEASED.read_text())
+    found = entry(folder, hub=hub, robustbench=robustbench)
+    if found["config"]["architecture"] != name.partition(".")[0]:
+        raise ValueError(f"{folder} holds a {found['config']['architecture']}, not {name}.")
+    kept = {RESULTS, CONFIG, PICTURE} | (set() if hub else {WEIGHTS, GOLDEN})
+    home = CARDS / name if hub else BUNDLED / name
+    home.mkdir(parents=True, exist_ok=True)
+    for file in kept:
+        if (folder / file).is_file():
+            shutil.copyfile(folder / file, home / file)
+    data["releases"][name] = found
+    with replacing(RELEASED) as draft:
+        draft.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="exported folder with its evaluations (advcl-hub card)")
+    parser.add_argument("name", nargs="?", help="ARCHITECTURE.TAG")
+    parser.add_argument("--hub", metavar="ORG/NAME@COMMIT", help="where it was pushed; by default it is bundled")
+    parser.add_argument("--robustbench", metavar="MODEL_DATASET_THREAT", help="name for RobustBench, of a classifier")
+    args = parser.parse_args()
+    try:
+        if args.folder:
+            if not args.name:
+                parser.error("a folder needs a name")
+            release(args.folder, args.name, hub=args.hub, robustbench=args.robustbench)
+        for path, text in cards().items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as draft:
+                draft.write_text(text)
+            picture = source(path.parent.name) / PICTURE
+            if path != README and picture.is_file() and picture.parent != path.parent:
+                shutil.copyfile(picture, path.parent / PICTURE)
+            print(path.relative_to(ROOT))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
