@@ -53,7 +53,7 @@ def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
             found.append(without_local_paths(json.loads((folder / name).read_text())))
         except ValueError as error:
             raise ValueError(f"{folder / name} is damaged ({error}): export or pull it again.") from None
-    if not isinstance(found[0].get("sha256"), dict):
+    if not all(isinstance(record, dict) for record in found) or not isinstance(found[0].get("sha256"), dict):
         raise ValueError(f"{folder / RESULTS} names no sha256 of the weights: not a folder that advcl-hub exported.")
     return found[0], found[1]
 

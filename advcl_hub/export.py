@@ -27,7 +27,7 @@ CONFIG = "config.json"
 CARD = "README.md"
 PICTURE = "examples.png"
 _INDEX = "model.safetensors.index.json"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def export_folder(
@@ -61,8 +61,8 @@ def export_folder(
         OSError: the folder cannot be written (a full disk); nothing is left behind.
     """
     folder = Path(folder)
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -70,7 +70,7 @@ def export_folder(
         tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as temporary,
     ):
         draft = Path(temporary)
-        state = {k: _stored(v, _DTYPES[dtype]) for k, v in model.state_dict().items()}
+        state = {k: _stored(v, DTYPES[dtype]) for k, v in model.state_dict().items()}
         save_file(state, draft / WEIGHTS, metadata={"format": "pt"})
         save_config_for_hf(
             model,
@@ -90,6 +90,33 @@ def export_folder(
         draft.chmod(0o755)
         replace_folder(draft, folder)
     return folder
+
+
+def export_again(source: str | Path, folder: str | Path, *, dtype: str) -> Path:
+    """Writes an export again with its weights in another dtype.
+
+    Its evaluations stay behind: they are of the weights as they were.
+
+    Args:
+        source: an exported folder, which is verified.
+        folder, dtype: see `export_folder`.
+
+    Raises:
+        ValueError, OSError: see `verify_folder` and `export_folder`.
+    """
+    source = Path(source)
+    verify_folder(source)
+    results, config = (json.loads((source / name).read_text()) for name in (RESULTS, CONFIG))
+    earlier = {"dtype": results.get("dtype"), "sha256": results["sha256"][WEIGHTS]}
+    kept = {key: value for key, value in results.items() if key not in ("dtype", "sha256", "evaluations")}
+    return export_folder(
+        load_folder(source),
+        folder,
+        results=kept | {"rounded_from": earlier},
+        model_args={key: value for key, value in (config.get("model_args") or {}).items() if key != "num_classes"},
+        label_names=config.get("label_names") or (),
+        dtype=dtype,
+    )
 
 
 def load_folder(folder: str | Path) -> nn.Module:

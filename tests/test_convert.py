@@ -68,7 +68,7 @@ def test_the_published_advcl_encoder(tmp_path: Path) -> None:
     file = save(tmp_path, {"model": {f"module.{k}": v for k, v in state.items()}, "epoch": 1000, "rng_state": torch.zeros(9)})
     done = convert(file, tmp_path / "folder")
     assert (done.layout, done.branch, done.record["kind"]) == ("advcl", "adv", "encoder")
-    assert done.record["source"]["other_entries"] == ["epoch", "rng_state"]
+    assert done.record["other_entries"] == ["epoch", "rng_state"]
     smooth = F.avg_pool2d(F.pad(ramp((8, 3, 32, 32), "xo"), (2, 2, 2, 2), mode="reflect"), 5, stride=1)
     with torch.no_grad():
         features = load_folder(done.folder).double()(smooth)
@@ -129,7 +129,7 @@ def test_acl_after_finetuning(tmp_path: Path, make: Any) -> None:
     assert model.num_classes == 3
     assert class_names(model) == ("a", "b", "c")
     assert done.record["normalisation"]["mean"] == list(IMAGENET[0])
-    assert any("pseudo-labels" in note for note in done.record["notes"])
+    assert any("pseudo-labels" in hint for hint in done.hints)
     encoder = convert(save(tmp_path, network.state_dict()), tmp_path / "encoder", keep_head=False)
     network.head = ""
     check(encoder, network, 1)
@@ -149,7 +149,7 @@ def test_of_dynacls_two_copies_the_averaged_one_is_taken(tmp_path: Path) -> None
     file = save(tmp_path, {"state_dict": state, "epoch": 1000})
     done = convert(file, tmp_path / "averaged")
     check(done, copies["encoder_k"], 1)
-    assert done.record["source"]["entry"] == "state_dict/encoder_k"
+    assert done.record["entry"] == "state_dict/encoder_k"
     assert len(done.record["dropped"]["another copy of the network (encoder_q)"]) == len(state) / 2
     check(convert(file, tmp_path / "trained", entry="encoder_q"), copies["encoder_q"], 1)
 
@@ -192,7 +192,7 @@ def test_wrapped_checkpoints(tmp_path: Path, wrap: Any, entry: str) -> None:
         network.normalize.load_state_dict({k: v.half() for k, v in network.normalize.state_dict().items()})
     done = convert(save(tmp_path, wrap(network.state_dict())), tmp_path / "folder")
     check(done, network)
-    assert done.record["source"]["entry"] == entry
+    assert done.record["entry"] == entry
 
 
 def test_safetensors_and_files_of_old_pytorch(tmp_path: Path) -> None:
@@ -225,12 +225,9 @@ def test_the_record_says_what_was_done(tmp_path: Path, caplog: pytest.LogCapture
     done = convert(file, tmp_path / "folder", origin="somebody's ACL", dtype="float16")
     written = json.loads((done.folder / "results.json").read_text())
     assert {key: written[key] for key in done.record} == done.record
-    assert written["source"] == {
-        "file": "model.pt",
-        "sha256": file_sha256(file),
-        "entry": "state_dict",
-        "other_entries": ["optim"],
-    }
+    assert (written["file"], written["file_sha256"]) == ("model.pt", file_sha256(file))
+    assert (written["entry"], written["other_entries"], written["notes"]) == ("state_dict", ["optim"], [])
+    assert written["normalisation"]["from"] == "the file's normalize.mean and normalize.std"
     assert (written["kind"], written["origin"], written["layout"]) == ("classifier", "somebody's ACL", "acl")
     assert 0 <= written["output_check"]["largest_difference"] < 1e-12
     assert (written["dtype"], written["versions"]["torch"]) == ("float16", torch.__version__)
@@ -246,7 +243,7 @@ def test_a_given_normalisation_replaces_the_files(tmp_path: Path) -> None:
     done = convert(save(tmp_path, network.state_dict()), tmp_path / "folder", mean=0, std=(1, 1, 2))
     network.normalize = Normalize((0, 0, 0), (1, 1, 2))
     check(done, network)
-    assert any("mean 0.485 0.456 0.406 and std 0.229 0.224 0.225, was replaced" in note for note in done.record["notes"])
+    assert any("mean 0.485 0.456 0.406 and std 0.229 0.224 0.225, was replaced on" in note for note in done.record["notes"])
 
 
 def test_a_head_of_zeros_is_no_classifier(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""timm's own tests/test_models.py, of the installed version, run on our architectures.
+"""timm's own tests/test_models.py, of the installed version, run on our architectures and weights.
 
 timm ships its tests in the source distribution only, which pip downloads once into `.cache/`.
 """
@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import timm
 
+from advcl_hub import releases
+from tests.hub_server import serve_hub
+from tests.small_encoders import SMALL_VIT, export_encoder
 from tests.timm_suite_plugin import OURS
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +34,7 @@ ON_EVERY_MODEL = {
     "test_model_backward_fx",
     "test_model_forward_fx_torchscript",
 }
+ON_ALL_WEIGHTS = {"test_model_load_pretrained", "test_model_features_pretrained"}
 # timm calls this test slow and leaves it out of its own CI. wrn28_10_cifar, of the same class, runs it.
 LEFT_OUT = "test_prune_intermediate_layers_contract[wrn34_10_cifar]"
 
@@ -69,17 +73,25 @@ def passed_tests(report: Path) -> dict[str, set[str]]:
 
 
 def test_timm_suite_passes_on_our_models(tmp_path: Path) -> None:
+    """Also on weights that lie on a Hub, of an architecture of ours and of one of timm's own."""
     suite = unpack_suite(tmp_path)
+    export_encoder(tmp_path / "hub/acme/resnet", "resnet20_cifar", num_classes=10)
+    export_encoder(tmp_path / "hub/acme/vit", "vit_tiny_patch16_224", **SMALL_VIT)
+    tags = {"resnet20_cifar.hub": "hf-hub:acme/resnet", "vit_tiny_patch16_224.hub": "hf-hub:acme/vit"}
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
     command += ["-p", "timm_suite_plugin", "--deselect", f"tests/test_models.py::{LEFT_OUT}"]
     command += ["--disable-warnings", f"--junitxml={report}", str(suite)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_"))}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent), *sys.path])
-    run = subprocess.run(command, cwd=suite.parents[1], env=environment, capture_output=True, text=True)
+    environment |= {"HF_HOME": str(tmp_path / "home"), "ADVCL_TEST_TAGS": " ".join(f"{n}={s}" for n, s in tags.items())}
+    with serve_hub(tmp_path / "hub") as address:
+        environment["HF_ENDPOINT"] = address
+        run = subprocess.run(command, cwd=suite.parents[1], env=environment, capture_output=True, text=True)
 
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     passed = passed_tests(report)
-    assert passed.keys() == OURS
+    assert passed.keys() == OURS | tags.keys() | releases().keys()
     for name, functions in passed.items():
-        assert functions >= ON_EVERY_MODEL, f"did not run on {name}: {sorted(ON_EVERY_MODEL - functions)}"
+        expected = ON_EVERY_MODEL if name in OURS else ON_ALL_WEIGHTS
+        assert functions >= expected, f"did not run on {name}: {sorted(expected - functions)}"

@@ -9,7 +9,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from advcl_hub.cli.common import user_errors
+from advcl_hub.cli.common import numbers, user_errors, words
+from advcl_hub.export import DTYPES, export_again
 from advcl_hub.registry import Release, releases
 
 
@@ -207,6 +208,43 @@ def _as_json(release: Release) -> dict[str, Any]:
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--layout", default="auto", show_default=True, help="advcl, acl (also DynACL), kuangliu, or auto.")
+@click.option("--entry", help="Of a file that holds several networks, such as model and ema.")
+@click.option("--branch", help="Batch norms to take: clean, adv or adv_ce.  [default: adv]")
+@click.option("--architecture", help="timm model that it has to be.  [default: the one that fits]")
+@click.option("--mean", type=numbers, help="What the network subtracts from images in [0, 1], such as 0.49,0.48,0.45 or 0.")
+@click.option("--std", type=numbers, help="What it divides them by, such as 0.2,0.2,0.2 or 1.")
+@click.option("--size", type=int, help="Side of the images.  [default: 32, of ACL's networks for STL-10 96]")
+@click.option("--keep-head/--drop-head", default=True, help="Whether a linear head makes it a classifier.")
+@click.option("--label-names", type=words, help="Names of the head's classes, in order, with commas between them.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the stored weights.")
+@click.option("--origin", help="Where the file comes from, for the record.")
 @user_errors
-def convert(source: Path, folder: Path) -> None:
-    """Placeholder until the converters are there."""
+def convert(source: Path, folder: Path, dtype: str, label_names: tuple[str, ...] | None, **options: Any) -> None:
+    """Converts a published checkpoint to a FOLDER that timm opens; or an exported folder to another --dtype.
+
+    SOURCE is a file of torch.save or safetensors, which is never unpickled. Every key is used, or left out for a stated reason,
+    and the outputs are compared with those of the published network; otherwise nothing is written.
+
+    \b
+    Examples:
+      advcl-hub convert cifar10_pretrain.pth encoders/advcl --origin "github.com/LijieFan/AdvCL"
+      advcl-hub convert ckpt.pth encoders/plain --layout kuangliu --mean 0 --std 1
+      advcl-hub convert runs/pets/classifier classifiers/pets --dtype float16
+    """
+    if source.is_dir():
+        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, "auto", True)]
+        if given or label_names:
+            raise ValueError(
+                f"{source} is a folder, of which only --dtype can be changed, not {', '.join(given) or '--label-names'}."
+            )
+        click.echo(f"{export_again(source, folder, dtype=dtype)}: {dtype}, verified. Its evaluations were left behind.")
+        return
+    from advcl_hub.converters import convert
+
+    done = convert(source, folder, dtype=dtype, label_names=label_names or (), **options)
+    click.echo(
+        f"{done.describe()}\n"
+        "Use it:  import advcl_hub, timm\n"
+        f'         model = timm.create_model("local-dir:{folder}", pretrained=True)'
+    )

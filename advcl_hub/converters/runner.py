@@ -32,28 +32,30 @@ class Conversion:
         layout: which published layout the file has.
         branch: the batch-norm branch that was taken, None for a network with one batch norm.
         record: its results.json, but for the sha256 of its files.
+        hints: what the file cannot tell, and whoever knows where it is from should think of.
     """
 
     folder: Path
     layout: str
     branch: str | None
     record: dict[str, Any]
+    hints: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """What was made of the file, for people to read."""
-        record, source, norm = self.record, self.record["source"], self.record["normalisation"]
-        entry = f", entry {source['entry']}" if source["entry"] else ""
+        record, norm = self.record, self.record["normalisation"]
+        entry = f", entry {record['entry']}" if record["entry"] else ""
         outputs = f"{record['outputs']} {'classes' if record['kind'] == 'classifier' else 'features'}"
         branch = f", batch-norm branch {self.branch}" if self.branch else ""
         lines = [
-            f"{source['file']}{entry}: layout {self.layout}{branch}",
+            f"{record['file']}{entry}: layout {self.layout}{branch}",
             f"{self.folder}: {record['architecture']}, {record['kind']} with {outputs}",
             f"images: mean {_short(norm['mean'])}, std {_short(norm['std'])} ({norm['from']})",
         ]
         lines += [f"left out: {len(keys)} keys, {reason}" for reason, keys in record["dropped"].items()]
-        if source["other_entries"]:
-            lines.append(f"not read: {', '.join(source['other_entries'])}")
-        lines += [f"note: {note}" for note in record["notes"]]
+        if record["other_entries"]:
+            lines.append(f"not read: {', '.join(record['other_entries'])}")
+        lines += [f"note: {note}" for note in (*record["notes"], *self.hints)]
         check = record["output_check"]
         lines.append(
             f"outputs: those of the published network, computed from its own keys, to {check['largest_difference']:.1e} of the "
@@ -148,19 +150,17 @@ def convert(
     record = {
         "kind": "classifier" if classes else "encoder",
         "origin": origin,
-        "source": {
-            "file": checkpoint.file,
-            "sha256": checkpoint.sha256,
-            "entry": checkpoint.entry,
-            "other_entries": list(checkpoint.others),
-        },
+        "file": checkpoint.file,
+        "file_sha256": checkpoint.sha256,
+        "entry": checkpoint.entry,
+        "other_entries": list(checkpoint.others),
         "layout": found.name,
         "branch": taken,
         "architecture": shape.architecture,
         "outputs": classes or model.num_features,
         "normalisation": normalisation,
         "dropped": checkpoint.left | placement.dropped,
-        "notes": _notes(state, found, normalisation, classes),
+        "notes": _notes(state, normalisation),
         "output_check": {"images": _IMAGES, "seed": _SEED, "largest_difference": difference},
         "versions": versions(),
     }
@@ -168,7 +168,7 @@ def convert(
         model, folder, results=record, model_args=shape.arguments, label_names=label_names if classes else (), dtype=dtype
     )
     verify_folder(folder)
-    conversion = Conversion(Path(folder), found.name, taken, record)
+    conversion = Conversion(Path(folder), found.name, taken, record, tuple(_hints(found, normalisation, classes)))
     log.info("%s", conversion.describe())
     return conversion
 
@@ -314,16 +314,20 @@ def _build(shape: Outline, classes: int, normalisation: Mapping[str, Any]) -> nn
     return timm.create_model(shape.architecture, num_classes=classes, pretrained_cfg=cfg, **shape.arguments).eval()
 
 
-def _notes(state: Mapping[str, Tensor], layout: Layout, normalisation: Mapping[str, Any], classes: int) -> list[str]:
-    notes = []
-    if NORMALIZE[0] in state and normalisation["from"] != _BUFFERS:
-        mean, std = (_short(_decimal(state[key].flatten().float())) for key in NORMALIZE)
-        notes.append(f"the file's own normalisation, mean {mean} and std {std}, was replaced as asked")
+def _notes(state: Mapping[str, Tensor], normalisation: Mapping[str, Any]) -> list[str]:
+    if NORMALIZE[0] not in state or normalisation["from"] == _BUFFERS:
+        return []
+    mean, std = (_short(_decimal(state[key].flatten().float())) for key in NORMALIZE)
+    return [f"The file's own normalisation, mean {mean} and std {std}, was replaced on request."]
+
+
+def _hints(layout: Layout, normalisation: Mapping[str, Any], classes: int) -> list[str]:
+    hints = []
     if layout.name == "acl" and classes:
-        notes.append(f"DynACL++ saves a head of pseudo-labels: if these {classes} outputs are such, leave it out (keep_head)")
+        hints.append(f"DynACL++ saves a head of pseudo-labels: if these {classes} outputs are such, leave it out (keep_head)")
     if layout.name == "acl" and not layout.branches and normalisation["from"] == _BUFFERS:
-        notes.append("RobustSSL_Benchmark saves mean and std also for AdvCL and DeACL, unused: if it made this, give 0 and 1")
-    return notes
+        hints.append("RobustSSL_Benchmark saves mean and std also for AdvCL and DeACL, unused: if it made this, give 0 and 1")
+    return hints
 
 
 def _short(values: Sequence[float]) -> str:
