@@ -27,7 +27,7 @@ class _Name(click.ParamType[str]):
         ]
 
 
-@click.command("list")
+@click.command("list", short_help="Lists the released weights.")
 @click.argument("pattern", default="")
 @click.option("--json", "as_json", is_flag=True, help="Print everything that is known of them.")
 @user_errors
@@ -48,7 +48,7 @@ def list_command(pattern: str, as_json: bool) -> None:
         raise ValueError(f"No released weights have {pattern!r} in their name; there are {', '.join(releases()) or 'none'}.")
 
 
-@click.command()
+@click.command(short_help="Says what weights are and what was measured.")
 @click.argument("name", type=_Name())
 @click.option("--json", "as_json", is_flag=True, help="Print config.json and results.json.")
 @user_errors
@@ -72,7 +72,7 @@ def info(name: str, as_json: bool) -> None:
             click.echo(text.split("---\n", 2)[2].strip())
 
 
-@click.command()
+@click.command(short_help="Downloads weights from the Hub to a folder.")
 @click.argument("name", type=_Name())
 @click.argument("folder", type=click.Path(path_type=Path))
 @user_errors
@@ -93,7 +93,7 @@ def pull(name: str, folder: Path) -> None:
     )
 
 
-@click.command()
+@click.command(short_help="Checks weights against their sha256 and golden output.")
 @click.argument("name", type=_Name())
 @user_errors
 def verify(name: str) -> None:
@@ -109,7 +109,7 @@ def verify(name: str) -> None:
     click.echo(f"{name}: every sha256 is right; the output differs from the golden one by {verify(name):.1e} of its size")
 
 
-@click.command()
+@click.command(short_help="Writes a model card, with the figures of evaluations.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
     "--evaluation", "-e", "evaluations", multiple=True, type=click.Path(path_type=Path), help="From advcl-hub evaluate."
@@ -133,7 +133,7 @@ def card(folder: Path, evaluations: tuple[Path, ...], notes: tuple[str, ...], na
     click.echo(f"Card: {write_card(folder, name)}")
 
 
-@click.command()
+@click.command(short_help="Uploads an exported folder to the Hub.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("repository")
 @click.option("--version", default="v1", show_default=True, help="Tag on the Hub. It names these weights for good.")
@@ -205,7 +205,7 @@ def _as_json(release: Release) -> dict[str, Any]:
     }
 
 
-@click.command()
+@click.command(short_help="Converts a published checkpoint to a folder for timm.")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--layout", default="auto", show_default=True, help="advcl, acl (also DynACL), kuangliu, or auto.")

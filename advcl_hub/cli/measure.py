@@ -21,7 +21,7 @@ from advcl_hub.export import RESULTS
 from advcl_hub.files import slug
 
 
-@click.command()
+@click.command(short_help="Measures clean accuracy, PGD and AutoAttack.")
 @click.argument("model")
 @click.option("--data", required=True, help=DATA)
 @click.option("--root", type=click.Path(path_type=Path), help="Folder that holds the data set.")
@@ -71,7 +71,7 @@ def evaluate(model: str, data: str, bf16: bool, as_json: bool, output: Path | No
         click.echo(json.dumps(result.record, indent=2) if as_json else f"\n{report([result.record])}\n\nResults: {output}")
 
 
-@click.command("report")
+@click.command("report", short_help="Puts evaluations side by side.")
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--format", "style", type=click.Choice(["text", "markdown", "latex"]), default="text", show_default=True)
 @click.option("--literature", is_flag=True, help="Add published figures on the same data, marked as quoted.")

@@ -55,7 +55,7 @@ def _overrides(function: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-@click.command()
+@click.command(short_help="Finetunes an encoder: SLF, ALF, AFF, SFF.")
 @click.argument("model")
 @click.option("--data", required=True, help=DATA)
 @click.option("--protocol", type=click.Choice(list(PROTOCOLS)), default="slf", show_default=True)
@@ -109,13 +109,13 @@ def finetune(model: str, root: Path | None, overrides: dict[str, Any], **options
     )
 
 
-@click.command()
+@click.command(short_help="Lists the presets of finetuning.")
 def presets() -> None:
     """Lists the presets of finetuning with all their values, as markdown."""
     click.echo(table())
 
 
-@click.command()
+@click.command(short_help="Finetunes and evaluates encoders side by side.")
 @click.argument("models", nargs=-1, required=True)
 @click.option("--to", type=words, required=True, help="Data sets, such as cifar10,fashion-mnist,folder:PATH.")
 @click.option("--protocols", type=words, default="slf", show_default=True, help="Such as slf,alf,aff.")
