@@ -1,10 +1,10 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and records without local paths."""
 
 from pathlib import Path
 
 import pytest
 
-from advcl_hub.files import check_writable, replacing
+from advcl_hub.files import check_writable, replacing, without_local_paths
 
 
 def test_the_earlier_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -32,3 +32,22 @@ def test_a_folder_is_tried_without_a_trace(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"run cannot be written \(Not a directory\); choose another folder"):
         check_writable(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("text", "published"),
+    [
+        (
+            "advcl-hub evaluate /home/me/runs/slf --root /data/cifar10/ --eps 8/255",
+            "advcl-hub evaluate slf --root cifar10 --eps 8/255",
+        ),
+        ("folder:/home/me/pets", "folder:pets"),
+        ("data.root=/home/me/c10,/home/me/labels.safetensors", "data.root=c10,labels.safetensors"),
+        ("~/data/cifar10", "cifar10"),
+        (r"C:\Users\me\pets", "pets"),
+        ("https://github.com/LijieFan/AdvCL", "https://github.com/LijieFan/AdvCL"),
+        ("runs/advcl/export and ./here and ../there, and/or 1/2", "runs/advcl/export and ./here and ../there, and/or 1/2"),
+    ],
+)
+def test_of_absolute_paths_the_last_part_stays(text: str, published: str) -> None:
+    assert without_local_paths({"a": [text, 1, None], "b": {"c": text}}) == {"a": [published, 1, None], "b": {"c": published}}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.hub_server import Hub
 from tests.image_files import encode, pixels, write
 from tests.small_encoders import SMALL_RESNET, export_encoder
 
@@ -19,7 +20,7 @@ def blocks(section: str) -> list[tuple[str, str]]:
     return re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
 
 
-def test_finetuning_on_own_images(tmp_path: Path) -> None:
+def test_finetuning_on_own_images_and_sharing_what_came_out(tmp_path: Path) -> None:
     (shell, typed), (python, program), *_ = blocks("Finetune it")
     assert (shell, python) == ("sh", "python") and "pets" in typed and "pets" in program
     export_encoder(tmp_path / "runs/demo/advcl/export", **SMALL_RESNET)
@@ -31,12 +32,24 @@ def test_finetuning_on_own_images(tmp_path: Path) -> None:
     command = shutil.which("advcl-hub", path=str(Path(sys.executable).parent))
     assert command, "the package is installed in the environment of the tests"
     environment = os.environ | {"PATH": f"{Path(command).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    for typed_line in ("set -e\n" + typed, f"{sys.executable} program.py"):
+
+    def run(typed: str) -> str:
         done = subprocess.run(
-            ["bash", "-c", typed_line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+            ["bash", "-c", f"set -e\n{typed}"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    standard, robust = map(float, done.stdout.split()[-2:])
+        return done.stdout
+
+    run(typed)
+    standard, robust = map(float, run(f"{sys.executable} program.py").split()[-2:])
     assert 0 <= robust <= standard <= 1
     assert (tmp_path / "runs/pets/classifier/model.safetensors").is_file()
     assert (tmp_path / "evaluations/pets-classifier").is_dir()
+
+    (_, typed), (_, program), *_ = blocks("Share it")
+    (tmp_path / "program.py").write_text(f"{program}\nprint(model.num_classes)\n")
+    with Hub({"hf_alice": ("alice", ["ORG"])}).serve() as hub:
+        environment |= hub.environment(tmp_path / "home", "hf_alice")
+        environment["PATH"] = f"{Path(command).parent}:{environment['PATH']}"
+        assert "has (commit" in run(typed) and hub.repos["ORG/resnet8_cifar.pets"].private
+        assert run(f"{sys.executable} program.py").split()[-1] == "2"
