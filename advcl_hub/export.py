@@ -3,6 +3,7 @@
 timm.create_model("local-dir:FOLDER", pretrained=True)     # after `import advcl_hub`
 """
 
+import copy
 import json
 import re
 import shutil
@@ -78,6 +79,7 @@ def export_folder(
             model_config={"label_names": list(label_names)} if label_names else {},
             model_args={k: v for k, v in (model_args or {}).items() if v is not None},
         )
+        _correct_pool_size(model, draft / CONFIG)
         _save_golden(load_folder(draft), draft / GOLDEN)
         sha256 = {name: file_sha256(draft / name) for name in (WEIGHTS, CONFIG, GOLDEN)}
         record = {**without_local_paths(results), "dtype": dtype, "sha256": sha256}
@@ -201,6 +203,18 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if stored.is_floating_point() and not stored.isfinite().all():
         raise ValueError(f"Some weights are not finite as {str(dtype).removeprefix('torch.')}: export them as float32.")
     return stored
+
+
+def _correct_pool_size(model: nn.Module, path: Path) -> None:
+    """timm's cfg has the size of the last feature map for images of the architecture's usual size; ours may have others."""
+    config = json.loads(path.read_text())
+    cfg = config["pretrained_cfg"]
+    if cfg.get("pool_size"):
+        with torch.no_grad():
+            features = copy.deepcopy(model).eval().forward_features(torch.zeros(1, *cfg["input_size"]))  # type: ignore[operator]
+        if features.ndim == 4 and str(getattr(model, "output_fmt", "NCHW")) == "NCHW":
+            cfg["pool_size"] = list(features.shape[-2:])
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _save_golden(model: nn.Module, path: Path) -> None:

@@ -35,6 +35,13 @@ def _start() -> None:
     setattr(_http, "time", _Impatient())  # noqa: B010  # a module is no module of ours
 
 
+def nobody() -> Hub:
+    """The address of a Hub at which nothing listens."""
+    hub = Hub()
+    hub.endpoint = "http://127.0.0.1:9"
+    return hub
+
+
 def _call(environment: Mapping[str, str], function: Callable[..., Any], args: Any, options: Any) -> Any:
     os.environ.pop("HF_TOKEN", None)
     os.environ.update(environment)

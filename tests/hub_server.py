@@ -225,7 +225,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             length, limit = int(self.headers.get("Content-Length", 0)), self.fault.cut_request
             self.body = self.rfile.read(length if limit is None else min(length, limit))
-            if limit is not None or len(self.body) < length:
+            if limit is not None or len(self.body) < length:  # the next request would begin with the rest
                 raise ConnectionError
             try:
                 with self.hub.lock:
@@ -262,7 +262,7 @@ class Handler(BaseHTTPRequestHandler):
         self.user = self.hub.tokens.get(token)
         self.namespaces = [self.user.name, *self.user.orgs] if self.user else []
         stores = self.server.server_address[1] == urlsplit(self.hub.storage).port
-        if token and stores:  # as with S3, where a signed address and a token exclude each other
+        if token and stores:  # as with S3: an address of the storage and a token exclude each other
             raise Refused(400, "Only one auth mechanism allowed")
         if token and not self.user:
             raise Refused(401, "Invalid credentials in Authorization header")
@@ -322,8 +322,7 @@ class Handler(BaseHTTPRequestHandler):
                 data, _ = read_card(commit.files.get("README.md", File(b"")).content.decode())
                 named = {key: data[key] for key in ("library_name", "pipeline_tag") if key in data}
                 tags = [*named.values(), *data.get("tags", []), *([f"license:{data['license']}"] if "license" in data else [])]
-                blobs = {path: file.about if "blobs" in self.query else {} for path, file in sorted(commit.files.items())}
-                siblings = [{"rfilename": path} | blob for path, blob in blobs.items()]
+                siblings = [{"rfilename": p} | (f.about if "blobs" in self.query else {}) for p, f in commit.files.items()]
                 info = {"id": repo.id, "sha": commit.sha, "private": repo.private, "tags": tags, "siblings": siblings}
                 return info | named | {"cardData": data, "model-index": data.get("model-index")}
             case ["GET", "tree", rev, *_] | ["POST", "paths-info", rev]:

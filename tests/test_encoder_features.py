@@ -1,9 +1,5 @@
 """Features of a timm model at its own size and normalisation, from a folder or the Hub; never of random weights."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +8,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from tests.hub_server import serve_hub
+from tests.hub_client import nobody, open_client
+from tests.hub_server import Hub
 from tests.small_encoders import blobs, pixels, save_encoder
 from train.encoder_features import open_encoder
 from train.pseudo_labels import make_pseudo_labels
@@ -74,39 +72,27 @@ def test_encoder_errors(tmp_path: Path, tiny_encoder: Path) -> None:
         make_pseudo_labels(data, f"local-dir:{overflow}", (2,))
 
 
-def ask_the_hub(endpoint: str, cache: Path, name: str) -> subprocess.CompletedProcess[str]:
-    """Opens an encoder in a process of its own: the Hub client reads its environment when it is imported."""
-    program = f"""if True:
-        import json, torch
-        from tests.small_encoders import blobs
-        from train.encoder_features import open_encoder
-        data = blobs()
-        encoder = open_encoder({name!r}, data)
-        with torch.no_grad():
-            features = encoder.features(data.images)
-        print(json.dumps([encoder.identity, features.tolist()]))
-    """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+def opened(name: str) -> tuple[dict[str, str], Tensor]:
+    """An encoder's identity and features; called in a process of its own, as the Hub client reads its addresses at import."""
+    data = blobs()
+    encoder = open_encoder(name, data)
+    with torch.no_grad():
+        return encoder.identity, encoder.features(pixels(data))
 
 
 def test_an_encoder_on_the_hub_is_the_one_in_the_folder(tmp_path: Path) -> None:
-    folder = save_encoder(tmp_path / "hub" / "org" / "tiny")
-    with serve_hub(tmp_path / "hub") as endpoint:
-        done = ask_the_hub(endpoint, tmp_path / "cache", "hf-hub:org/tiny")
-        absent = ask_the_hub(endpoint, tmp_path / "cache", "hf-hub:org/absent")
-    assert done.returncode == 0, done.stderr[-3000:]
-    identity, features = json.loads(done.stdout.splitlines()[-1])
-    data, local = blobs(), open_encoder(f"local-dir:{folder}", blobs())
-    assert identity == local.identity | {"encoder": "hf-hub:org/tiny"}
-    with torch.no_grad():
-        torch.testing.assert_close(torch.tensor(features), local.features(pixels(data)))
-    assert "ValueError: Cannot open the encoder 'hf-hub:org/absent'" in absent.stderr
+    folder = save_encoder(tmp_path / "tiny")
+    with Hub().serve() as hub, open_client(hub, tmp_path / "home") as client:
+        hub.add("org/tiny", {path.name: path.read_bytes() for path in folder.iterdir()})
+        identity, features = client(opened, "hf-hub:org/tiny", token=None)
+        with pytest.raises(ValueError, match="Cannot open the encoder 'hf-hub:org/absent'"):
+            client(opened, "hf-hub:org/absent", token=None)
+    expected, local = opened(f"local-dir:{folder}")
+    assert identity == expected | {"encoder": "hf-hub:org/tiny"}
+    torch.testing.assert_close(features, local)
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
-    said = ask_the_hub("http://127.0.0.1:9", tmp_path, "hf-hub:org/tiny").stderr.splitlines()[-1]
-    assert said.startswith("ValueError: Cannot open the encoder 'hf-hub:org/tiny'")
+    said = "Cannot open the encoder 'hf-hub:org/tiny'"
+    with open_client(nobody(), tmp_path / "home") as client, pytest.raises(ValueError, match=said):
+        client(opened, "hf-hub:org/tiny", token=None)

@@ -24,6 +24,7 @@ from advcl_hub.evaluation.journal import Journal
 from advcl_hub.evaluation.processes import ALONE
 from advcl_hub.export import export_folder
 from advcl_hub.models import resnet_cifar  # noqa: F401
+from tests.hub_client import nobody, open_client
 from tests.hub_server import serve_hub
 from train.probe import linear_probe
 
@@ -278,12 +279,15 @@ def test_a_model_of_the_hub_brings_its_provenance(model: Path, tmp_path: Path) -
     assert json.loads(local.output)["accuracy"] == record["accuracy"]
 
 
+def typed(*arguments: str) -> tuple[int, str]:
+    result = run(*arguments)
+    return result.exit_code, result.output
+
+
 def test_no_network_is_said(tmp_path: Path) -> None:
-    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "advcl_hub.cli", "evaluate", "hf-hub:someone/something", *DATA]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 1 and "someone/something cannot be fetched from the Hub" in done.stderr
-    assert "Traceback" not in done.stderr
+    with open_client(nobody(), tmp_path / "home") as client:
+        code, said = client(typed, "evaluate", "hf-hub:someone/something", *DATA, "--output", str(tmp_path / "out"))
+    assert code == 1 and "someone/something cannot be fetched from the Hub" in said and "check the network" in said
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"kind": "encoder"}', "[]"])

@@ -10,7 +10,7 @@ import pytest
 
 import advcl_hub
 from advcl_hub.export import GOLDEN, RESULTS, WEIGHTS, verify_folder
-from tests.hub_client import TOKENS, Client, open_client
+from tests.hub_client import TOKENS, Client, nobody, open_client
 from tests.hub_server import Fault, Hub, flipped
 from tests.small_encoders import export_encoder
 
@@ -273,10 +273,7 @@ def test_pull_says_what_is_wrong(hub: Hub, client: Client, folder: Path, tmp_pat
 
 
 def test_without_a_network(tmp_path: Path, folder: Path) -> None:
-    """Nothing listens where the Hub should be."""
-    nobody = Hub()
-    nobody.endpoint = "http://127.0.0.1:9"
-    with open_client(nobody, tmp_path / "home") as client:
+    with open_client(nobody(), tmp_path / "home") as client:
         for call in (
             lambda: client(advcl_hub.push, folder, NAME),
             lambda: client(advcl_hub.pull, NAME, tmp_path / "copy"),
