@@ -115,9 +115,9 @@ class Repo:
         return self.commits.setdefault(sha, Commit(sha, files))
 
 
-def read_card(text: str) -> tuple[dict[str, Any], list[str]]:
+def read_card(readme: bytes) -> tuple[dict[str, Any], list[str]]:
     """The metadata and what the Hub finds wrong with it."""
-    found = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---(\s|$)", text, re.DOTALL)
+    found = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---(\s|$)", readme.decode(), re.DOTALL)
     try:
         data = dict(yaml.safe_load(found[1]) if found else {})
     except (yaml.YAMLError, TypeError, ValueError) as error:
@@ -284,7 +284,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.hub.create(id, wanted.get("visibility") == "private" or wanted.get("private", False))
                 return {"url": f"{self.hub.endpoint}/{id}", "name": id}
             case ["POST", "api", "validate-yaml"]:
-                _, errors = read_card(json.loads(self.body)["content"])
+                _, errors = read_card(json.loads(self.body)["content"].encode())
                 found = {"errors": [{"message": error} for error in errors], "warnings": []}
                 return Answer(json.dumps(found).encode(), 400 if errors else 200)
             case [_, "api", "models", org, name, *rest]:
@@ -319,7 +319,7 @@ class Handler(BaseHTTPRequestHandler):
         match [method, *rest]:
             case ["GET"] | ["GET", "revision", _]:
                 commit = repo.resolve(rest[1] if rest else "main")
-                data, _ = read_card(commit.files.get("README.md", File(b"")).content.decode())
+                data, _ = read_card(commit.files.get("README.md", File(b"")).content)
                 named = {key: data[key] for key in ("library_name", "pipeline_tag") if key in data}
                 tags = [*named.values(), *data.get("tags", []), *([f"license:{data['license']}"] if "license" in data else [])]
                 siblings = [{"rfilename": p} | (f.about if "blobs" in self.query else {}) for p, f in commit.files.items()]
@@ -372,7 +372,7 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = File(content, lfs=True)
             elif files.pop(value["path"], None) is None:  # deletedFile
                 raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
-        for error in read_card(files.get("README.md", File(b"")).content.decode())[1]:
+        for error in read_card(files.get("README.md", File(b"")).content)[1]:
             raise Refused(400, error)
         if "create_pr" in self.query:
             number = 1 + sum(name.startswith("refs/pr/") for name in repo.refs)
