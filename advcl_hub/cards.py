@@ -107,22 +107,28 @@ def card(folder: str | Path, name: str | None = None, load: str | None = None) -
         load: what `timm.create_model` opens, by default the folder.
 
     Raises:
-        ValueError, OSError: see `read_export`.
+        ValueError, OSError: see `read_export`; or what results.json says is not what `advcl_hub` writes.
     """
     folder = Path(folder)
     results, config = read_export(folder)
+    try:
+        return _render(folder, results, config, name or folder.absolute().name, load or f"local-dir:{folder}")
+    except (KeyError, TypeError, AttributeError, IndexError) as error:  # of others' files
+        raise ValueError(f"{folder / RESULTS} cannot be made a card of ({error!r}): export or pull it again.") from error
+
+
+def _render(folder: Path, results: Mapping[str, Any], config: Mapping[str, Any], title: str, load: str) -> str:
     cfg, classes = config.get("pretrained_cfg", {}), tuple(config.get("label_names") or ())
     if not classes and config.get("num_classes"):
         classes = tuple(str(i) for i in range(config["num_classes"]))
-    title = name or folder.absolute().name
     evaluations = results.get("evaluations", [])
     mean, std = cfg.get("mean", [0.0]), cfg.get("std", [1.0])
     plain = not any(mean) and all(value == 1 for value in std)
     made = pretraining(results)
     fields = {
         "name": title,
-        "load": load or f"local-dir:{folder}",
-        "summary": _summary(results, config, made),
+        "load": load,
+        "summary": summary(results, config),
         "classes": classes,
         "features": config.get("num_features"),
         "size": "x".join(map(str, cfg.get("input_size", ())[1:])),
@@ -149,10 +155,9 @@ def _compact(record: dict[str, Any], results: Mapping[str, Any], path: str | Pat
     """What a card needs of an evaluation's record; ValueError if it is of other weights than the export's."""
     ours, model = results["sha256"][WEIGHTS], record["model"]
     tuned = model.get("provenance") or {}
-    encoder = ((tuned.get("encoder") or {}).get("provenance") or {}).get("sha256") or {}
     if model.get("file_sha256") == ours:
         name = "this model"
-    elif encoder.get(WEIGHTS) == ours:
+    elif ours in _ancestors(tuned) and tuned.get("settings"):
         name = _PROTOCOLS[tuned["settings"]["protocol"]]
     else:
         raise ValueError(f"{path} is an evaluation of {model['name']}, which is neither these weights nor finetuned from them.")
@@ -161,6 +166,16 @@ def _compact(record: dict[str, Any], results: Mapping[str, Any], path: str | Pat
     if name != "this model":
         kept["finetuning"] = {key: tuned.get(key) for key in ("settings", "data", "seconds", "command")}
     return without_local_paths(kept)
+
+
+def _ancestors(tuned: Mapping[str, Any]) -> set[str]:
+    """sha256 of the weights that a finetuned classifier comes from."""
+    found: set[Any] = set()
+    record = (tuned.get("encoder") or {}).get("provenance")
+    while record:
+        found |= {(record.get("sha256") or {}).get(WEIGHTS), (record.get("rounded_from") or {}).get("sha256")}
+        record = (record.get("encoder") or {}).get("provenance")
+    return found - {None}
 
 
 def _identity(record: Mapping[str, Any]) -> str:
@@ -193,8 +208,9 @@ def _method(recipe: Mapping[str, Any]) -> str:
     )
 
 
-def _summary(results: Mapping[str, Any], config: Mapping[str, Any], made: Mapping[str, Any] | None) -> str:
-    architecture = config["architecture"]
+def summary(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """What an export is, in one sentence, from its results.json and config.json."""
+    architecture, made = config["architecture"], pretraining(results)
     if made:
         origin = f"pretrained with {_method(made['recipe'])} on {made['provenance']['data']['name']} without its labels"
     elif results.get("origin"):
@@ -323,7 +339,6 @@ def _metadata(
     used += [results["data"]["name"]] if isinstance(results.get("data"), Mapping) else []
     datasets = [_DATASETS[name] for name in dict.fromkeys(map(_dataset, used)) if name in _DATASETS]
     classifier = bool(config.get("num_classes"))
-    # Unlike a metric list of one's own, an empty one is refused by the client.
     measured = [result for evaluation in evaluations for result in _eval_results(evaluation)]
     return ModelCardData(
         library_name="timm",
@@ -332,7 +347,7 @@ def _metadata(
         tags=["timm", "advcl-hub", "adversarial-robustness", "contrastive-learning", config["architecture"]],
         datasets=datasets or None,
         model_name=title,
-        eval_results=measured or None,
+        eval_results=measured or None,  # the client refuses an empty list
     )
 
 

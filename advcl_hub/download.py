@@ -1,13 +1,12 @@
 """Files from the Hugging Face Hub, checked, and its errors as one sentence that says what to do."""
 
 import errno
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -23,6 +22,11 @@ from huggingface_hub.errors import (
 from advcl_hub.files import file_sha256
 
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+
+
+def commit_of(path: Path) -> str:
+    """The commit that a file in the Hub client's cache belongs to: it keeps a folder for each."""
+    return path.parent.name
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
@@ -56,8 +60,17 @@ def fetch(
         OSError: no network, no such repository, no access.
         ValueError: not the file that was expected.
     """
-    with hub_errors(repository, f"{repository} cannot be read"):
-        path = Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir))
+    what = f"{repository} cannot be fetched from the Hub"
+    try:
+        with hub_errors(repository, what):
+            path = Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{what}: it has no {file}.") from error
+    except OSError as error:
+        # Without a network, the cache may still know that there is no such file.
+        if try_to_load_from_cache(repository, file, cache_dir=cache_dir, revision=revision) is _CACHED_NO_EXIST:
+            raise FileNotFoundError(f"{what}: it has no {file}.") from error
+        raise
     if expected:
         try:
             check_file(path, expected)
@@ -91,7 +104,7 @@ def hub_errors(repository: str, what: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise ValueError(f"{repository!r} is no name of a Hub repository (ORG/NAME): {_first_line(error)}") from error
+        raise ValueError(f"{repository!r} is no name of a Hub repository (ORG/NAME): {first_line(error)}") from error
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:  # the client wraps some errors in others, which say less
@@ -121,7 +134,7 @@ def _reason(error: BaseException, repository: str) -> str | None:
     if isinstance(error, RevisionNotFoundError):
         return f"{repository} has no such revision"
     if _is_missing(error):
-        return f"it has no {_file_of(error)}"
+        return "it has no such file"
     if isinstance(error, HfHubHTTPError):
         return _http_reason(error, repository, endpoint)
     if _is_network(error):
@@ -157,10 +170,6 @@ def _is_network(error: BaseException) -> bool:
     return isinstance(error, ConnectionError | TimeoutError) or module in ("httpx", "httpx2", "httpcore", "httpcore2")
 
 
-def _file_of(error: BaseException) -> str:
-    found = re.search(r"/resolve/[^/]+/(\S+?)\.?(?:\s|$)", str(error))
-    return found[1] if found else "such file"
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of an error's message."""
     return (str(error).strip() or repr(error)).splitlines()[0]

@@ -3,12 +3,12 @@
 timm.create_model("local-dir:FOLDER", pretrained=True)     # after `import advcl_hub`
 """
 
-import copy
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,8 @@ RESULTS = "results.json"
 CONFIG = "config.json"
 CARD = "README.md"
 PICTURE = "examples.png"
+CHECKED = (CONFIG, GOLDEN, WEIGHTS)  # whose sha256 results.json tells
+EXTRAS = (CARD, PICTURE)  # what an export may have besides
 _INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -64,13 +66,7 @@ def export_folder(
     folder = Path(folder)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        write_errors(folder),
-        tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as temporary,
-    ):
-        draft = Path(temporary)
+    with replacing_folder(folder) as draft:
         state = {k: _stored(v, DTYPES[dtype]) for k, v in model.state_dict().items()}
         save_file(state, draft / WEIGHTS, metadata={"format": "pt"})
         save_config_for_hf(
@@ -79,25 +75,22 @@ def export_folder(
             model_config={"label_names": list(label_names)} if label_names else {},
             model_args={k: v for k, v in (model_args or {}).items() if v is not None},
         )
-        _correct_pool_size(model, draft / CONFIG)
-        _save_golden(load_folder(draft), draft / GOLDEN)
-        sha256 = {name: file_sha256(draft / name) for name in (WEIGHTS, CONFIG, GOLDEN)}
+        exported = load_folder(draft)
+        _correct_pool_size(exported, draft / CONFIG)
+        _save_golden(exported, draft / GOLDEN)
+        sha256 = {name: file_sha256(draft / name) for name in CHECKED}
         record = {**without_local_paths(results), "dtype": dtype, "sha256": sha256}
         (draft / RESULTS).write_text(json.dumps(record, indent=2) + "\n")
         if max_shard_size:
             (draft / WEIGHTS).unlink()
             huggingface_hub.save_torch_state_dict(state, draft, max_shard_size=max_shard_size)
-        for path in draft.iterdir():
-            make_readable(path)
-        draft.chmod(0o755)
-        replace_folder(draft, folder)
     return folder
 
 
 def export_again(source: str | Path, folder: str | Path, *, dtype: str) -> Path:
-    """Writes an export again with its weights in another dtype.
+    """Writes an export again with its weights in another dtype, and verifies it.
 
-    Its evaluations stay behind: they are of the weights as they were.
+    Evaluations, their picture and the card stay behind: they are of the weights as they were.
 
     Args:
         source: an exported folder, which is verified.
@@ -111,7 +104,7 @@ def export_again(source: str | Path, folder: str | Path, *, dtype: str) -> Path:
     results, config = (json.loads((source / name).read_text()) for name in (RESULTS, CONFIG))
     earlier = {"dtype": results.get("dtype"), "sha256": results["sha256"][WEIGHTS]}
     kept = {key: value for key, value in results.items() if key not in ("dtype", "sha256", "evaluations")}
-    return export_folder(
+    again = export_folder(
         load_folder(source),
         folder,
         results=kept | {"rounded_from": earlier},
@@ -119,6 +112,8 @@ def export_again(source: str | Path, folder: str | Path, *, dtype: str) -> Path:
         label_names=config.get("label_names") or (),
         dtype=dtype,
     )
+    verify_folder(again)
+    return again
 
 
 def load_folder(folder: str | Path) -> nn.Module:
@@ -134,10 +129,11 @@ def verify_folder(folder: str | Path) -> float:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is not the one that was exported, or the output differs by more than 1e-3.
+        ValueError: a file is not the one that was exported, the architecture is not known here, or the output differs by more
+            than 1e-3.
     """
     folder = Path(folder)
-    for name in (CONFIG, RESULTS, WEIGHTS, GOLDEN):
+    for name in (RESULTS, *CHECKED):
         if not (folder / name).is_file():
             hint = " Join its shards first: advcl_hub.export.join_shards." if (folder / _INDEX).exists() else ""
             raise FileNotFoundError(f"{folder} has no {name}: not a complete export.{hint}")
@@ -145,8 +141,13 @@ def verify_folder(folder: str | Path) -> float:
         if file_sha256(folder / name) != expected:
             raise ValueError(f"{folder / name} is not the file that was exported (its sha256 differs): copy it again.")
     golden = load_file(folder / GOLDEN)
+    try:
+        model = load_folder(folder)
+    except RuntimeError as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"{folder} cannot be opened by timm: {reason}") from error
     with torch.no_grad():
-        output = load_folder(folder)(golden["input"])
+        output = model(golden["input"])
     difference = ((output - golden["output"]).abs().max() / golden["output"].abs().max()).item()
     if not difference < 1e-3:  # float32 on another device or library stays far below
         raise ValueError(f"{folder} computes something else than when it was exported (relative difference {difference:.1e}).")
@@ -182,7 +183,7 @@ def join_shards(folder: str | Path) -> Path:
 def _recorded_sha256(folder: Path) -> dict[str, str]:
     try:
         recorded = json.loads((folder / RESULTS).read_text())["sha256"]
-        return {name: recorded[name] for name in (WEIGHTS, CONFIG, GOLDEN)}
+        return {name: recorded[name] for name in CHECKED}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'results.json'} is damaged ({error!r}): copy it again.") from None
 
@@ -192,7 +193,7 @@ def check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    ours = {CONFIG, RESULTS, CARD, PICTURE, GOLDEN, WEIGHTS, _INDEX}
+    ours = {RESULTS, *CHECKED, *EXTRAS, _INDEX}
     foreign = {name for name in names - ours if not re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
     if foreign or (names and RESULTS not in names):
         raise ValueError(f"{folder} exists and is not an earlier export: choose another folder.")
@@ -211,7 +212,7 @@ def _correct_pool_size(model: nn.Module, path: Path) -> None:
     cfg = config["pretrained_cfg"]
     if cfg.get("pool_size"):
         with torch.no_grad():
-            features = copy.deepcopy(model).eval().forward_features(torch.zeros(1, *cfg["input_size"]))  # type: ignore[operator]
+            features = model.forward_features(torch.zeros(1, *cfg["input_size"]))  # type: ignore[operator]
         if features.ndim == 4 and str(getattr(model, "output_fmt", "NCHW")) == "NCHW":
             cfg["pool_size"] = list(features.shape[-2:])
             path.write_text(json.dumps(config, indent=2) + "\n")
@@ -225,7 +226,32 @@ def _save_golden(model: nn.Module, path: Path) -> None:
         save_file({"input": images, "output": model(images).contiguous()}, path)
 
 
-def replace_folder(draft: Path, folder: Path) -> None:
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Fills a folder beside its place and renames it over the earlier export.
+
+    Yields:
+        The folder to write to in the `with` block. If the block fails it is removed, and the earlier one stays.
+
+    Raises:
+        ValueError: the folder holds anything but an earlier export.
+        OSError: it cannot be written, because the disk is full or for other reasons.
+    """
+    check_replaceable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        write_errors(folder),
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as temporary,
+    ):
+        draft = Path(temporary)
+        yield draft
+        for path in draft.iterdir():
+            make_readable(path)
+        draft.chmod(0o755)
+        _replace_folder(draft, folder)
+
+
+def _replace_folder(draft: Path, folder: Path) -> None:
     """Puts `draft` in the place of `folder`; the earlier folder goes only when the new one stands."""
     earlier = draft.with_name(f"{draft.name}-earlier")
     if folder.exists():

@@ -24,8 +24,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# A slash that starts a path follows no word (8/255), no slash and no dot (./runs); two of them are a URL.
-_ABSOLUTE = re.compile(r"""(?<![\w./~])(?:~?/(?!/)|[A-Za-z]:\\)[^\s"',;=()\[\]{}]+""")
+_ABSOLUTE = re.compile(
+    r"""
+    (?: file://
+      | (?<![\w./~)\]%])  # no fraction (8/255), no relative path (./runs)
+        (?: (?:~\w*)?/(?!/) | [A-Za-z]:\\ | \\\\(?=\w) )  # no URL, whose slashes are two
+    )
+    [^\s"',;=()\[\]{}]+
+    """,
+    re.VERBOSE,
+)
 
 
 def without_local_paths(record: Any) -> Any:
@@ -36,7 +44,7 @@ def without_local_paths(record: Any) -> Any:
     if isinstance(record, str):
         return _ABSOLUTE.sub(lambda path: re.split(r"[/\\]", path[0].rstrip("/\\"))[-1], record)
     if isinstance(record, Mapping):
-        return {key: without_local_paths(value) for key, value in record.items()}
+        return {without_local_paths(key): without_local_paths(value) for key, value in record.items()}
     if isinstance(record, list | tuple):
         return [without_local_paths(value) for value in record]
     return record

@@ -10,22 +10,30 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 
 from advcl_hub.cards import card, read_export
-from advcl_hub.download import fetch, hub_errors, split_revision
-from advcl_hub.export import CARD, CONFIG, GOLDEN, PICTURE, RESULTS, WEIGHTS, check_replaceable, replace_folder, verify_folder
-from advcl_hub.files import check_writable, make_readable, write_errors
-from advcl_hub.registry import releases
+from advcl_hub.download import hub_errors
+from advcl_hub.export import (
+    CARD,
+    CHECKED,
+    CONFIG,
+    EXTRAS,
+    PICTURE,
+    RESULTS,
+    WEIGHTS,
+    check_replaceable,
+    replacing_folder,
+    verify_folder,
+)
+from advcl_hub.files import check_writable, file_sha256
+from advcl_hub.registry import open_source, releases
 
-_NEEDED = (CONFIG, GOLDEN, WEIGHTS)  # and results.json, which says what they are
-_OPTIONAL = (CARD, PICTURE)
 FIRST_VERSION = "v1"
 
 
@@ -55,11 +63,27 @@ class Push:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """A file to upload, with its names on the Hub: sha256 of large files, git's own of others."""
+
+    content: bytes | Path
+    size: int
+    sha256: str
+    blob: str
+
+    @classmethod
+    def of(cls, content: bytes | Path) -> "_Part":
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        return cls(content, len(data), hashlib.sha256(data).hexdigest(), blob)
+
+
+@dataclass(frozen=True)
 class _Remote:
     """What the Hub has: the head of main, and by tag its commit."""
 
     info: ModelInfo
-    tags: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str]
 
 
 def push(
@@ -85,7 +109,7 @@ def push(
         repository: `ORG/NAME`; made if there is none.
         version: tag of the commit.
         private: make the repository private.
-        create_pr: open a pull request instead of committing to main; no tag is made.
+        create_pr: open a pull request instead of committing to main, a new one with every call; no tag is made.
         dry_run: only check, and say what would be uploaded; needs no network and no token.
 
     Raises:
@@ -93,10 +117,11 @@ def push(
         OSError: no token, no permission, no network, or the Hub refused.
     """
     folder = Path(folder)
-    content = _content(folder, repository)
-    left_out = tuple(sorted(path.name for path in folder.iterdir() if path.name not in content))
-    sizes = {name: len(part) if isinstance(part, bytes) else part.stat().st_size for name, part in content.items()}
-    done = Push(repository, None if create_pr else version, sizes, left_out, _text(content[CARD]))
+    text = card(folder, repository, f"hf-hub:{repository}")
+    parts = _parts(folder, text)
+    left_out = tuple(sorted(path.name for path in folder.iterdir() if path.name not in parts))
+    sizes = {name: part.size for name, part in parts.items()}
+    done = Push(repository, None if create_pr else version, sizes, left_out, text)
     if dry_run:
         return done
     if get_token() is None:
@@ -108,27 +133,28 @@ def push(
             api.create_repo(repository, private=private)
             remote = _remote(api, repository)
             assert remote is not None
-        else:
-            _check_remote(api, remote, repository, content, None if create_pr else version, private)
-        unchanged = not _differing(remote.info, content)
+        different = _differing(remote.info, parts)
+        _check_remote(api, remote, repository, parts, different, done.version, private)
         commit, url = remote.info.sha, None
-        if not unchanged:
+        if different:
+            what = "Weights and card" if WEIGHTS in different else "Card"
             # As of here the Hub has to be as it was looked at: two people who push at once do not mix their files.
             made = api.create_commit(
                 repository,
-                [CommitOperationAdd(name, part) for name, part in content.items()],
-                commit_message=f"{'Weights and card' if WEIGHTS in _differing(remote.info, content) else 'Card'} ({version})",
+                [CommitOperationAdd(name, part.content) for name, part in parts.items()],
+                commit_message=f"{what} ({done.version})" if done.version else what,
                 create_pr=create_pr,
                 parent_commit=remote.info.sha,
             )
             commit, url = made.oid, made.pr_url or made.commit_url
     assert commit is not None
-    _verify_uploaded(repository, commit, content)
-    with hub_errors(repository, f"{repository} cannot be tagged {version}"):
-        if not create_pr and version not in remote.tags:
-            api.create_tag(repository, tag=version, revision=commit, exist_ok=True)
-            unchanged = False
-    return Push(repository, done.version, sizes, left_out, done.card, commit, url, unchanged)
+    tagged = create_pr or version in remote.tags
+    if different or not tagged:
+        _verify_uploaded(repository, commit, parts)
+    if not tagged:
+        with hub_errors(repository, f"{repository} cannot be tagged {version}"):
+            api.create_tag(repository, tag=version, revision=commit)
+    return replace(done, commit=commit, url=url, unchanged=tagged and not different)
 
 
 def pull(name: str, folder: str | Path, *, cache_dir: str | Path | None = None) -> Path:
@@ -146,19 +172,11 @@ def pull(name: str, folder: str | Path, *, cache_dir: str | Path | None = None) 
     folder = Path(folder)
     check_replaceable(folder)
     check_writable(folder)
-    files = _files(name, cache_dir)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        write_errors(folder),
-        tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as temporary,
-    ):
-        draft = Path(temporary)
+    files = _files(name, (*CHECKED, *EXTRAS), cache_dir)
+    with replacing_folder(folder) as draft:
         for file, path in files.items():
             shutil.copyfile(path, draft / file)
-            make_readable(draft / file)
         verify_folder(draft)
-        draft.chmod(0o755)
-        replace_folder(draft, folder)
     return folder
 
 
@@ -202,62 +220,39 @@ def described(name: str, *, cache_dir: str | Path | None = None) -> Iterator[tup
         yield release.folder, name
     else:
         with tempfile.TemporaryDirectory() as temporary:
-            for file, path in _files(name, cache_dir, (CONFIG,), (PICTURE,)).items():
+            for file, path in _files(name, (CONFIG, PICTURE), cache_dir).items():
                 shutil.copyfile(path, Path(temporary) / file)
             yield Path(temporary), name if release else f"hf-hub:{name.removeprefix('hf-hub:')}"
 
 
-def _files(
-    name: str, cache_dir: str | Path | None, needed: Sequence[str] = _NEEDED, optional: Sequence[str] = _OPTIONAL
-) -> dict[str, Path]:
-    """Where results.json and other files of an export lie, checked; those that were asked for."""
+def _files(name: str, wanted: Sequence[str], cache_dir: str | Path | None) -> dict[str, Path]:
+    """Where results.json and other files of an export lie, checked; the `EXTRAS` only if it has them."""
     release = releases().get(name)
-    if release is not None:
-        if release.folder is not None:
-            here = [file for file in (RESULTS, *needed, *optional) if file in needed or (release.folder / file).is_file()]
-            return {file: release.fetch(file) for file in here}
-        name = f"{release.hub_id}@{release.revision}"
-    repository, revision = split_revision(name)
-    if "/" not in repository:
-        raise ValueError(f"{name} is no folder, no released weights and no repository on the Hub (ORG/NAME).")
-    try:
-        results = fetch(repository, RESULTS, revision=revision, cache_dir=cache_dir)
-    except FileNotFoundError:
-        raise ValueError(
-            f'{repository} has no {RESULTS}: not pushed by advcl-hub. timm may open it: "hf-hub:{repository}".'
-        ) from None
-    commit = results.parent.name  # the cache keeps a folder a commit: all files come from the same
-    try:
-        expected: dict[str, Any] = {f: {"sha256": d} for f, d in json.loads(results.read_text())["sha256"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{RESULTS} of {repository} names no sha256 of the weights: not pushed by advcl-hub.") from None
-    if release is not None:
-        expected |= release.files
-    files = {RESULTS: results}
-    for file in (*needed, *optional):
+    if release is None:
+        if "/" not in name.partition("@")[0]:
+            raise ValueError(f"{name} is no folder here, no released weights, and no repository on the Hub (ORG/NAME).")
+        release = open_source(f"hf-hub:{name.removeprefix('hf-hub:')}", cache_dir=cache_dir)
+    if not release.files:
+        raise ValueError(f'{name} has no {RESULTS}: not pushed by advcl-hub. timm may open it: "hf-hub:{release.hub_id}".')
+    files = {}
+    for file in (RESULTS, *wanted):
         try:
-            files[file] = fetch(repository, file, revision=commit, cache_dir=cache_dir, expected=expected.get(file))
+            files[file] = release.fetch(file, cache_dir)
         except FileNotFoundError:
-            if file not in optional:
+            if file not in EXTRAS:
                 raise
     return files
 
 
-def _content(folder: Path, repository: str) -> dict[str, bytes | Path]:
+def _parts(folder: Path, text: str) -> dict[str, _Part]:
     """By name in the repository what is uploaded; the folder is verified first."""
     results, _ = read_export(folder)
     verify_folder(folder)
-    text = card(folder, repository, f"hf-hub:{repository}")
-    content: dict[str, bytes | Path] = {name: folder / name for name in (CONFIG, WEIGHTS, GOLDEN)}
-    content[RESULTS] = (json.dumps(results, indent=2) + "\n").encode()
-    content[CARD] = text.encode()
+    content: dict[str, bytes | Path] = {name: folder / name for name in CHECKED}
+    content |= {RESULTS: (json.dumps(results, indent=2) + "\n").encode(), CARD: text.encode()}
     if (folder / PICTURE).is_file():
         content[PICTURE] = folder / PICTURE
-    return content
-
-
-def _text(part: bytes | Path) -> str:
-    return part.decode() if isinstance(part, bytes) else part.read_text()
+    return {name: _Part.of(part) for name, part in content.items()}
 
 
 def _remote(api: HfApi, repository: str) -> _Remote | None:
@@ -270,7 +265,13 @@ def _remote(api: HfApi, repository: str) -> _Remote | None:
 
 
 def _check_remote(
-    api: HfApi, remote: _Remote, repository: str, content: Mapping[str, bytes | Path], version: str | None, private: bool
+    api: HfApi,
+    remote: _Remote,
+    repository: str,
+    parts: Mapping[str, _Part],
+    different: set[str],
+    version: str | None,
+    private: bool,
 ) -> None:
     """Raises ValueError where a push would hide or replace what somebody relies on."""
     names = {sibling.rfilename for sibling in remote.info.siblings or ()}
@@ -278,46 +279,39 @@ def _check_remote(
         raise ValueError(f"{repository} holds something else ({', '.join(sorted(names)[:5])}): choose another name.")
     if private and not remote.info.private:
         raise ValueError(f"{repository} is public already: make it private on the Hub first, or choose another name.")
-    if version is not None and version in remote.tags:
-        try:
-            there = api.model_info(repository, revision=remote.tags[version], files_metadata=True)
-        except RevisionNotFoundError:
-            return
-        if {WEIGHTS, CONFIG} & _differing(there, content):
-            raise ValueError(
-                f"{repository} has other weights under version {version}, on which people may rely: give these another "
-                f"(there are {', '.join(sorted(remote.tags))})."
-            )
-        if WEIGHTS in _differing(remote.info, content):
-            raise ValueError(
-                f"{repository} has these weights under version {version} already and newer ones on main: give them a new "
-                "version to publish them again."
-            )
+    if version is None or version not in remote.tags:
+        return
+    there = api.model_info(repository, revision=remote.tags[version], files_metadata=True)
+    if {WEIGHTS, CONFIG} & _differing(there, parts):
+        raise ValueError(
+            f"{repository} has other weights under version {version}, on which people may rely: give these another "
+            f"(there are {', '.join(sorted(remote.tags))})."
+        )
+    if WEIGHTS in different:
+        raise ValueError(
+            f"{repository} has these weights under version {version} already and newer ones on main: give them a new "
+            "version to publish them again."
+        )
 
 
-def _differing(info: ModelInfo, content: Mapping[str, bytes | Path]) -> set[str]:
+def _differing(info: ModelInfo, parts: Mapping[str, _Part]) -> set[str]:
     """Names of files that the Hub does not have as they are here."""
     there = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     different = set()
-    for name, part in content.items():
+    for name, part in parts.items():
         sibling = there.get(name)
-        data = part if isinstance(part, bytes) else part.read_bytes()
-        if sibling is not None and sibling.lfs is not None:
-            same = sibling.lfs.sha256 == hashlib.sha256(data).hexdigest()
-        else:  # git's own name of a file
-            same = sibling is not None and sibling.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        if not same:
+        if sibling is None or (sibling.lfs.sha256 != part.sha256 if sibling.lfs else sibling.blob_id != part.blob):
             different.add(name)
     return different
 
 
-def _verify_uploaded(repository: str, commit: str, content: Mapping[str, bytes | Path]) -> None:
-    """Downloads what the Hub has at a commit, and checks it as a user would."""
+def _verify_uploaded(repository: str, commit: str, parts: Mapping[str, _Part]) -> None:
+    """Downloads what the Hub has at a commit, and checks it as a user would, and what has no sha256 in results.json too."""
     with tempfile.TemporaryDirectory() as temporary:
         try:
             folder = pull(f"{repository}@{commit}", Path(temporary) / "export", cache_dir=Path(temporary) / "cache")
-            for name, part in content.items():
-                if (folder / name).read_bytes() != (part if isinstance(part, bytes) else part.read_bytes()):
+            for name in parts.keys() - {*CHECKED}:
+                if file_sha256(folder / name) != parts[name].sha256:
                     raise ValueError(f"{name} came back changed.")
         except (ValueError, OSError) as error:
             raise OSError(

@@ -5,7 +5,6 @@
 """
 
 import functools
-import inspect
 import json
 import os
 from collections import deque
@@ -15,18 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import DefaultCfg, PretrainedCfg, _registry, build_model_with_cfg
+from timm.models import DefaultCfg, PretrainedCfg, _registry
 from torch import nn
 
 import advcl_hub.models  # noqa: F401  # whose architectures released weights belong to
-from advcl_hub.download import check_file, fetch, split_revision
+from advcl_hub.download import check_file, commit_of, fetch, split_revision
 from advcl_hub.export import CONFIG, RESULTS, WEIGHTS, verify_folder
+
+__all__ = ["Release", "load_releases", "open_source", "register", "releases", "row"]  # timm adds the models of this module
 
 RELEASED = Path(__file__).with_name("released.json")
 BUNDLED = Path(__file__).with_name("weights")  # folders of exports, named like their releases
 
 _CFG_FIELDS = {f.name for f in fields(PretrainedCfg)}
-_SOURCES = {"url", "file", "state_dict", "hf_hub_id"}  # of timm's cfg: who overlays one of them brings other weights
+# Of timm's cfg: who overlays one of them brings other weights.
+_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Release:
             return fetch(self.hub_id, file, revision=self.revision, cache_dir=cache_dir, expected=expected)
         path = self.folder / file
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: install advcl-hub again, or register the folder's new place.")
+            what = "is gone: register its new place" if not self.folder.is_dir() else f"has no {file}"
+            raise FileNotFoundError(f"{self.folder} {what}.")
         try:
             if expected:
                 check_file(path, expected)
@@ -166,8 +169,8 @@ def register(name: str, source: str | Path, *, cache_dir: str | Path | None = No
         ValueError: another architecture, a name that is taken, or files that are not what their results.json says.
         OSError: no such folder or repository, or no network.
     """
-    release = open_source(name, source, cache_dir=cache_dir)
-    architecture = release.config.get("architecture")
+    release = open_source(source, name, cache_dir=cache_dir)
+    architecture = release.config["architecture"]
     if name.partition(".")[0] != architecture or not name.partition(".")[2]:
         raise ValueError(f"{source} holds a {architecture}: register it as {architecture}.TAG.")
     earlier = _releases.get(name)
@@ -177,7 +180,7 @@ def register(name: str, source: str | Path, *, cache_dir: str | Path | None = No
     return release
 
 
-def open_source(name: str, source: str | Path, *, cache_dir: str | Path | None = None) -> Release:
+def open_source(source: str | Path, name: str | None = None, *, cache_dir: str | Path | None = None) -> Release:
     """The weights in a folder or a Hub repository, pinned to what they are now, without registering them; see `register`."""
     folder: Path | None = None
     hub_id = revision = None
@@ -185,7 +188,7 @@ def open_source(name: str, source: str | Path, *, cache_dir: str | Path | None =
     if str(source).startswith("hf-hub:"):
         hub_id, revision = split_revision(str(source))
         config_file = fetch(hub_id, CONFIG, revision=revision, cache_dir=cache_dir)
-        revision = config_file.parent.name  # the cache keeps a folder a commit
+        revision = commit_of(config_file)
         try:
             results_file = fetch(hub_id, RESULTS, revision=revision, cache_dir=cache_dir)
         except FileNotFoundError:  # timm's own push writes none
@@ -195,18 +198,34 @@ def open_source(name: str, source: str | Path, *, cache_dir: str | Path | None =
         config_file, results_file = folder / CONFIG, folder / RESULTS
         if not config_file.is_file() or not (folder / WEIGHTS).is_file():
             raise FileNotFoundError(f"{source} is no folder with {CONFIG} and {WEIGHTS}; for the Hub, write hf-hub:ORG/NAME.")
-        if not results_file.is_file():
-            results_file = None
-        else:
+        if results_file.is_file():
             verify_folder(folder)
+        else:
+            results_file = None
     try:
         config = json.loads(config_file.read_text())
         results = json.loads(results_file.read_text()) if results_file else {}
         files = {file: {"sha256": sha256} for file, sha256 in results.get("sha256", {}).items()}
         facts = {"own": True, "head": head_of(results, config)}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{source} has a damaged {CONFIG} or {RESULTS}: {error}.") from None
-    return Release(name, config, files, hub_id, revision, folder, facts)
+        return Release(name or config["architecture"], config, files, hub_id, revision, folder, facts)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} has a damaged {CONFIG} or {RESULTS}: {error!r}.") from None
+
+
+def row(release: Release) -> dict[str, str]:
+    """What a table of released weights says of one, by column; of an encoder, the figures of its first classifier."""
+    facts = release.facts
+    best = (facts.get("results") or [{}])[0]
+    figures = {column: best.get(key) for column, key in (("SA", "standard"), ("PGD", "pgd"), ("AutoAttack", "autoattack"))}
+    return {
+        "name": release.name,
+        "head": facts.get("head") or "-",
+        "data": facts.get("data") or "-",
+        **{column: "-" if value is None else f"{100 * value:.1f}" for column, value in figures.items()},
+        "attack": f"{best['norm']} {best['eps']}" if best else "-",
+        "images": f"{best['images']:,}" if best else "-",
+        "where": "package" if release.folder and not facts.get("own") else str(release.folder or release.hub_id),
+    }
 
 
 def head_of(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -239,6 +258,8 @@ def _register(release: Release) -> None:
     _timm._model_has_pretrained.add(release.name)
     _tags[architecture][tag] = _releases[release.name] = release
     if release.robustbench:
+        if timm.is_model(release.robustbench):
+            raise ValueError(f"{release.name}: the name {release.robustbench} is taken.")
         _register_alias(release.robustbench, release.name)
 
 
@@ -250,29 +271,35 @@ def _with_releases(original: Callable[..., nn.Module], tags: Mapping[str, Releas
         tags: our weights of the architecture, which may become more.
         ours: whether the first of them is meant where no tag is named.
     """
-    takes_source_args = "pretrained_model_args" in inspect.signature(build_model_with_cfg).parameters  # timm 1.0.31
 
     @functools.wraps(original)
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        asked = kwargs.get("pretrained_cfg")
-        if isinstance(asked, str):
-            release = tags.get(asked)
-        elif asked is None and pretrained and ours:
-            release = next(iter(tags.values()))
-        else:
-            release = next((r for r in tags.values() if r.cfg == asked), None)
+        release, cfg = _asked_for(kwargs.get("pretrained_cfg"), tags, first=ours and pretrained)
         if release is None:
             return original(pretrained=pretrained, **kwargs)
-        cfg, arguments = release.cfg, release.model_args
-        if pretrained and not _SOURCES & (kwargs.get("pretrained_cfg_overlay") or {}).keys():
+        if any((kwargs.get("pretrained_cfg_overlay") or {}).get(key) for key in _SOURCES):
+            cfg = replace(cfg, file=None)
+        elif pretrained:
             cfg = replace(cfg, file=str(release.fetch(cache_dir=kwargs.get("cache_dir"))))
-        if arguments and takes_source_args:
-            kwargs.setdefault("pretrained_model_args", dict(arguments))
-        model = original(pretrained=pretrained, **{**arguments, **kwargs, "pretrained_cfg": cfg})
-        model._model_args = dict(arguments)  # type: ignore[assignment]  # from which timm saves a model
+        model = original(pretrained=pretrained, **{**release.model_args, **kwargs, "pretrained_cfg": cfg})
+        model._model_args = release.model_args  # type: ignore[assignment]  # from which timm saves a model
         return model
 
     return create
+
+
+def _asked_for(asked: Any, tags: Mapping[str, Release], first: bool) -> tuple[Release | None, PretrainedCfg]:
+    """Which weights a `pretrained_cfg` of timm means: a tag, or a cfg (also as a dict) that names where ours lie."""
+    none = None, PretrainedCfg()
+    if asked is None:
+        release = next(iter(tags.values())) if first else None
+        return (release, release.cfg) if release else none
+    if isinstance(asked, str):
+        return (tags[asked], tags[asked].cfg) if asked in tags else none
+    cfg = PretrainedCfg(**asked) if isinstance(asked, dict) else asked
+    release = tags.get(cfg.tag or "")
+    ours = release is not None and all(getattr(cfg, key) == getattr(release.cfg, key) for key in _SOURCES)
+    return (release, cfg) if ours else none
 
 
 def _register_alias(alias: str, name: str) -> None:
@@ -285,8 +312,8 @@ def _register_alias(alias: str, name: str) -> None:
 
     create.__name__ = create.__qualname__ = alias
     create.__module__ = __name__
-    if not timm.is_model(alias):
-        timm.models.register_model(create)
+    timm.models.register_model(create)
+    _timm._model_has_pretrained.add(alias)
 
 
 for _release in load_releases():

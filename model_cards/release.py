@@ -10,15 +10,16 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from advcl_hub.cards import LICENCE, add_to_results, card, pretraining, read_export
+from advcl_hub.cards import LICENCE, add_to_results, card, pretraining, read_export, summary
 from advcl_hub.evaluation.protocol import pixels
 from advcl_hub.export import CONFIG, GOLDEN, PICTURE, RESULTS, WEIGHTS, load_folder, verify_folder
 from advcl_hub.files import file_sha256, replacing
-from advcl_hub.registry import BUNDLED, RELEASED, head_of
+from advcl_hub.hub import verify
+from advcl_hub.registry import BUNDLED, RELEASED, Release, head_of, load_releases, open_source, row
 
 ROOT = Path(__file__).parents[1]
 CARDS = Path(__file__).parent
@@ -30,6 +31,7 @@ def entry(folder: Path, *, hub: str | None = None, robustbench: str | None = Non
     """What released.json says of an exported folder, all of it read from there."""
     results, config = read_export(folder)
     repository, _, commit = (hub or "").partition("@")
+    repository = repository.removeprefix(f"{json.loads(RELEASED.read_text())['organisation']}/")
     made = pretraining(results)
     found: dict[str, Any] = {"config": config}
     if hub:
@@ -42,6 +44,7 @@ def entry(folder: Path, *, hub: str | None = None, robustbench: str | None = Non
     found["files"] = {f: {"sha256": file_sha256(folder / f), "size": (folder / f).stat().st_size} for f in files}
     evaluations = results.get("evaluations", [])
     found["facts"] = {
+        "summary": summary(results, config),
         "head": head_of(results, config),
         "data": (results.get("data") or (made or {}).get("provenance", {}).get("data") or {}).get("name"),
         "parameters": sum(p.numel() for p in load_folder(folder).parameters()),
@@ -66,50 +69,51 @@ def _figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 def cards() -> dict[Path, str]:
     """By path the text of every card, and of the README with its table, as they should be."""
-    data = json.loads(RELEASED.read_text())["releases"]
-    texts = {CARDS / name / "README.md": card(source(name), name, name) for name in data}
+    found = load_releases()
+    texts = {CARDS / r.name / "README.md": card(source(r), r.name, r.name) for r in found}
     before, _, rest = README.read_text().partition(_MARKS[0])
     after = rest.partition(_MARKS[1])[2]
-    return {**texts, README: f"{before}{_MARKS[0]}{table(data)}\n{_MARKS[1]}{after}"}
+    return {**texts, README: f"{before}{_MARKS[0]}{table(found)}{_MARKS[1]}{after}"}
 
 
-def source(name: str) -> Path:
+def source(found: Release) -> Path:
     """The folder that a card is made from: in the package, or, of weights on the Hub, what was kept beside the card."""
-    return BUNDLED / name if (BUNDLED / name).is_dir() else CARDS / name
+    return found.folder or CARDS / found.name
 
 
-def table(data: Mapping[str, Any]) -> str:
-    """The README's table."""
-    lines = ["| name | head | SA | PGD-20 | AutoAttack | test images | where |", "|---|---|---:|---:|---:|---:|---|"]
-    for name, found in data.items():
-        best = (found["facts"]["results"] or [{}])[0]
-        figures = [f"{100 * best[key]:.1f} %" if key in best else "-" for key in ("standard", "pgd", "autoattack")]
-        where = "package" if found.get("bundled") else found["hub_id"]
-        cells = [
-            f"[`{name}`](model_cards/{name}/README.md)",
-            found["facts"]["head"],
-            *figures,
-            f"{best.get('images', 0):,}",
-            where,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def table(found: Sequence[Release]) -> str:
+    """The README's table, empty if there is nothing to show."""
+    rows = [row(r) | {"name": f"[`{r.name}`](model_cards/{r.name}/README.md)"} for r in found]
+    if not rows:
+        return ""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([*r.values()] for r in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 def release(folder: Path, name: str, *, hub: str | None, robustbench: str | None) -> None:
-    """Adds a release, or replaces it."""
-    verify_folder(folder)
-    add_to_results(folder)  # whatever it was exported with, no local path is published
-    data = json.loads(RELEASED.read_text())
+    """Adds a release, or replaces it.
+
+    Raises:
+        ValueError: another architecture, or the Hub has other weights at that commit.
+    """
     found = entry(folder, hub=hub, robustbench=robustbench)
     if found["config"]["architecture"] != name.partition(".")[0]:
         raise ValueError(f"{folder} holds a {found['config']['architecture']}, not {name}.")
-    kept = {RESULTS, CONFIG, PICTURE} | (set() if hub else {WEIGHTS, GOLDEN})
+    verify_folder(folder)
+    if hub:
+        there = open_source(f"hf-hub:{hub}")
+        if there.files[WEIGHTS]["sha256"] != found["files"][WEIGHTS]["sha256"]:
+            raise ValueError(f"{hub} has other weights than {folder}.")
+        verify(hub)
+    data = json.loads(RELEASED.read_text())
+    for home in (CARDS / name, BUNDLED / name):
+        shutil.rmtree(home, ignore_errors=True)
     home = CARDS / name if hub else BUNDLED / name
-    home.mkdir(parents=True, exist_ok=True)
-    for file in kept:
+    home.mkdir(parents=True)
+    for file in (RESULTS, CONFIG, PICTURE, *(() if hub else (WEIGHTS, GOLDEN))):
         if (folder / file).is_file():
             shutil.copyfile(folder / file, home / file)
+    add_to_results(home)  # an older export may name local paths
     data["releases"][name] = found
     with replacing(RELEASED) as draft:
         draft.write_text(json.dumps(data, indent=2) + "\n")
@@ -132,10 +136,10 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as draft:
                 draft.write_text(text)
-            picture = source(path.parent.name) / PICTURE
-            if path != README and picture.is_file() and picture.parent != path.parent:
-                shutil.copyfile(picture, path.parent / PICTURE)
             print(path.relative_to(ROOT))
+        for found in load_releases():
+            if found.folder and (found.folder / PICTURE).is_file():
+                shutil.copyfile(found.folder / PICTURE, CARDS / found.name / PICTURE)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

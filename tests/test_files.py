@@ -45,9 +45,13 @@ def test_a_folder_is_tried_without_a_trace(tmp_path: Path) -> None:
         ("data.root=/home/me/c10,/home/me/labels.safetensors", "data.root=c10,labels.safetensors"),
         ("~/data/cifar10", "cifar10"),
         (r"C:\Users\me\pets", "pets"),
+        ("file:///home/me/x ~me/y", "x y"),
+        (r"\\server\me\pets", "pets"),
+        ("sqrt(d)/2, 5 %/10 %, [a]/b", "sqrt(d)/2, 5 %/10 %, [a]/b"),
         ("https://github.com/LijieFan/AdvCL", "https://github.com/LijieFan/AdvCL"),
         ("runs/advcl/export and ./here and ../there, and/or 1/2", "runs/advcl/export and ./here and ../there, and/or 1/2"),
     ],
 )
 def test_of_absolute_paths_the_last_part_stays(text: str, published: str) -> None:
-    assert without_local_paths({"a": [text, 1, None], "b": {"c": text}}) == {"a": [published, 1, None], "b": {"c": published}}
+    record = {"a": [text, 1, None], text: {"c": text}}
+    assert without_local_paths(record) == {"a": [published, 1, None], published: {"c": published}}

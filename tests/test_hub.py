@@ -78,8 +78,12 @@ def test_push_is_one_commit_with_a_card_and_a_tag(hub: Hub, client: Client, fold
     assert head.files["README.md"].content.decode() == done.card and f'timm.create_model("hf-hub:{NAME}"' in done.card
     assert ("POST", "/api/validate-yaml") in [(m, p.partition("?")[0]) for m, p in hub.requests]
 
+    hub.requests = []
     again = client(advcl_hub.push, folder, NAME)
     assert again.unchanged and again.commit == done.commit and len(repo.commits) == 2
+    assert {path.partition("?")[0] for _, path in hub.requests} == {f"/api/models/{NAME}", f"/api/models/{NAME}/refs"} | {
+        f"/api/models/{NAME}/revision/{done.commit}"
+    }
 
 
 def test_dry_run_talks_to_nobody(hub: Hub, client: Client, folder: Path) -> None:
@@ -170,8 +174,9 @@ def test_names_that_cannot_be_pushed_to(hub: Hub, client: Client, folder: Path) 
         (Fault("POST .*/commit/.*", status=503), "has trouble (HTTP 503)"),
         (Fault("POST .*/tag/.*", status=500), "cannot be tagged v1"),
         (Fault("GET /storage/.*", change=flipped), "could not be verified"),
+        (Fault("GET .*/README.md", change=flipped), "README.md came back changed"),
     ],
-    ids=["upload cut", "commit refused", "tag refused", "other bytes come back"],
+    ids=["upload cut", "commit refused", "tag refused", "other weights come back", "another card comes back"],
 )
 def test_an_interrupted_push_shows_nothing_half_finished_and_is_finished_by_the_same_call(
     hub: Hub, client: Client, folder: Path, fault: Fault, said: str
@@ -189,21 +194,41 @@ def test_an_interrupted_push_shows_nothing_half_finished_and_is_finished_by_the_
     assert repo.refs["refs/tags/v1"] == done.commit == repo.resolve("main").sha and len(repo.commits) == 2
 
 
+class Meanwhile(list[Any]):
+    """Requests of a Hub, after each of which somebody else does something."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.act = act
+
+    def append(self, request: Any) -> None:
+        super().append(request)
+        self.act(request[1])
+
+
 def test_two_who_push_at_once_do_not_mix_their_files(hub: Hub, client: Client, folder: Path) -> None:
     client(advcl_hub.push, folder, NAME)
     results = json.loads((folder / RESULTS).read_text())
     (folder / RESULTS).write_text(json.dumps(results | {"notes": ["Mine."]}))
 
-    class Meanwhile(list[Any]):
-        def append(self, request: Any) -> None:
-            super().append(request)
-            if "/preupload/" in request[1]:
-                hub.add(NAME, {"README.md": b"---\nlicense: mit\n---\ntheirs"})
+    def theirs(path: str) -> None:
+        if "/preupload/" in path:
+            hub.add(NAME, {"README.md": b"---\nlicense: mit\n---\ntheirs"})
 
-    hub.requests = Meanwhile()
+    hub.requests = Meanwhile(theirs)
     with pytest.raises(OSError, match="changed by somebody else"):
         client(advcl_hub.push, folder, NAME)
     assert hub.files(NAME)["README.md"].endswith(b"theirs") and b"Mine" not in hub.files(NAME)[RESULTS]
+
+
+def test_a_version_that_somebody_else_takes_meanwhile_is_not_reported_as_ours(hub: Hub, client: Client, folder: Path) -> None:
+    def theirs(path: str) -> None:
+        if "/tag/" in path:
+            hub.repos[NAME].refs["refs/tags/v1"] = next(iter(hub.repos[NAME].commits))
+
+    hub.requests = Meanwhile(theirs)
+    with pytest.raises(OSError, match="cannot be tagged v1: it was changed by somebody else"):
+        client(advcl_hub.push, folder, NAME)
 
 
 # ------------------------------------------------------------------------------------------------------ pull, verify
@@ -251,12 +276,12 @@ class _Change:
 
 def test_pull_says_what_is_wrong(hub: Hub, client: Client, folder: Path, tmp_path: Path) -> None:
     client(advcl_hub.push, folder, NAME)
-    hub.add("acme/plain", {"config.json": b"{}", "model.safetensors": b"x"})
+    hub.add("acme/plain", {"config.json": (folder / "config.json").read_bytes(), "model.safetensors": b"x"})
     cases = {
         "acme/absent": (OSError, "is not on http"),
         f"{NAME}@v9": (OSError, "has no such revision"),
         "acme/plain": (ValueError, "not pushed by advcl-hub"),
-        "resnet8_cifar.absent": (ValueError, "no folder, no released weights and no repository"),
+        "resnet8_cifar.absent": (ValueError, "no folder here, no released weights, and no repository"),
     }
     for name, (kind, said) in cases.items():
         with pytest.raises(kind, match=said) as error:

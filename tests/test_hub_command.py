@@ -101,7 +101,7 @@ def test_info_card_and_verify_of_a_folder(export: Path, tmp_path: Path) -> None:
     assert "not the file that was exported" in refused("verify", folder)
     assert "has no results.json" in refused("card", tmp_path)
     assert "no folder, no released weights and no repository" in refused("info", "resnet8")
-    assert "has no results.json" in refused("card", folder, "-e", tmp_path)
+    assert "has no results.json" in refused("card", folder, tmp_path)
 
 
 def test_an_export_in_another_dtype(export: Path, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_an_export_in_another_dtype(export: Path, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "half" / RESULTS).read_text())
     assert record["notes"] == ["kept"] and "evaluations" not in record
     assert record["rounded_from"] == {"dtype": "float32", "sha256": results["sha256"][WEIGHTS]}
-    assert "only --dtype can be changed, not --mean" in refused("convert", source, tmp_path / "x", "--mean", "0")
+    assert "only --dtype can be changed (given: size)" in refused("convert", source, tmp_path / "x", "--size", "1")
 
 
 def test_convert_a_published_checkpoint(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ def clean_registry() -> Iterator[None]:
     """What a test registers is gone afterwards."""
     kept = {name: getattr(timm_registry, name) for name in vars(timm_registry) if name.startswith(("_model_", "_module_to"))}
     saved = {name: copy.deepcopy(value) for name, value in kept.items() if name != "_model_entrypoints"}
-    entry_points, releases, tags = dict(timm_registry._model_entrypoints), dict(registry._releases), dict(registry._tags)
+    entry_points, releases = dict(timm_registry._model_entrypoints), dict(registry._releases)
+    tags = {architecture: dict(found) for architecture, found in registry._tags.items()}
     yield
     for name, value in saved.items():
         kept[name].clear()
@@ -39,8 +40,10 @@ def clean_registry() -> Iterator[None]:
     for store, value in ((timm_registry._model_entrypoints, entry_points), (registry._releases, releases)):
         store.clear()
         store.update(value)
-    registry._tags.clear()
-    registry._tags.update(tags)
+    for architecture in list(registry._tags):  # the entry points hold the inner dictionaries
+        found = registry._tags[architecture] if architecture in tags else registry._tags.pop(architecture)
+        found.clear()
+        found.update(tags.get(architecture, {}))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,8 @@ def test_a_registered_folder_is_a_name_in_timm(encoder: Path) -> None:
     assert (model.pretrained_cfg["tag"], model.pretrained_cfg["input_size"], model.num_classes) == ("mine", (3, 16, 16), 0)
     assert torch.equal(output(timm.create_model("resnet8_cifar", pretrained=True, pretrained_cfg="mine")), expected)
     cfg = timm.models.get_pretrained_cfg("resnet8_cifar.mine")
-    assert torch.equal(output(timm.create_model("resnet8_cifar", pretrained=True, pretrained_cfg=cfg)), expected)
+    for given in (cfg, cfg.to_dict()):
+        assert torch.equal(output(timm.create_model("resnet8_cifar", pretrained=True, pretrained_cfg=given)), expected)
     untrained = timm.create_model("resnet8_cifar.mine")
     assert untrained.num_classes == 0 and not torch.equal(output(untrained), expected)
     plain = timm.create_model("resnet8_cifar")
@@ -95,6 +99,9 @@ def test_the_usual_arguments_of_timm_work(encoder: Path, tmp_path: Path) -> None
     overlay = {"file": str(other / WEIGHTS)}  # timm's way to bring other weights
     brought = timm.create_model("resnet8_cifar.mine", pretrained=True, pretrained_cfg_overlay=overlay)
     assert torch.equal(output(brought), output(load_folder(other)))
+    state = {"state_dict": load_folder(other).state_dict()}
+    brought = timm.create_model("resnet8_cifar.mine", pretrained=True, pretrained_cfg_overlay=state)
+    assert torch.equal(output(brought), output(load_folder(other)))
 
 
 def test_a_stock_architecture_keeps_its_own_weights_and_defaults(vit: Path) -> None:
@@ -111,6 +118,15 @@ def test_a_stock_architecture_keeps_its_own_weights_and_defaults(vit: Path) -> N
     assert (now.__name__, now.__module__) == (entry_point.__name__, entry_point.__module__)
     larger = timm.create_model(f"{VIT}.mine", pretrained=True, img_size=32)
     assert larger(images(32)).shape == (2, 16)
+    given = timm.models.resolve_model_input_args(f"{VIT}.mine")
+    assert torch.equal(output(timm.create_model(**given, pretrained=True)), output(load_folder(vit)))
+
+
+def test_what_timm_saves_of_a_registered_model_opens_again(vit: Path, tmp_path: Path) -> None:
+    advcl_hub.register(f"{VIT}.mine", vit)
+    model = timm.create_model(f"{VIT}.mine", pretrained=True)
+    timm.models.save_for_hf(model, tmp_path / "saved", safe_serialization=True)
+    assert torch.equal(output(timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)), output(load_folder(vit)))
 
 
 def test_without_a_tag_an_architecture_of_ours_takes_the_first_weights(encoder: Path, tmp_path: Path) -> None:
@@ -169,8 +185,11 @@ def test_a_byte_that_changes_after_registration_is_refused(encoder: Path, tmp_pa
     folder = Path(shutil.copytree(encoder, tmp_path / "copy"))
     advcl_hub.register("resnet8_cifar.mine", folder)
     (folder / WEIGHTS).write_bytes(flipped((folder / WEIGHTS).read_bytes()))
-    with pytest.raises(ValueError, match="is not the file that was registered: its sha256 is"):
-        timm.create_model("resnet8_cifar.mine", pretrained=True)
+    cfg = timm.models.get_pretrained_cfg("resnet8_cifar.mine")
+    for options in ({}, {"features_only": True}, {"pretrained_cfg": cfg}, {"pretrained_cfg": cfg.to_dict()}):
+        name = "resnet8_cifar" if "pretrained_cfg" in options else "resnet8_cifar.mine"
+        with pytest.raises(ValueError, match="is not the file that was registered: its sha256 is"):
+            timm.create_model(name, pretrained=True, **options)
     timm.create_model("resnet8_cifar.mine")  # without weights it does not matter
 
 
@@ -223,6 +242,8 @@ def test_robustbench_finds_a_classifier(tmp_path: Path, encoder: Path) -> None:
     (release,) = registry.load_releases(path)
     registry._register(replace(release, folder=classifier))
     assert timm.is_model("advcl_test_cifar10_linf")
+    with pytest.raises(ValueError, match="the name advcl_test_cifar10_linf is taken"):
+        registry._register(replace(release, name="resnet8_cifar.again", folder=classifier))
     model = timm.create_model("advcl_test_cifar10_linf", num_classes=10, pretrained=True, checkpoint_path="")
     assert torch.equal(output(model), output(load_folder(classifier))) and output(model).shape == (2, 10)
 
@@ -252,6 +273,10 @@ def load_released(path: Path, **options: Any) -> Any:
 def load_registered(source: str, name: str = "resnet8_cifar.hub", **options: Any) -> Any:
     advcl_hub.register(name, source)
     return output(timm.create_model(name, pretrained=True, **options))
+
+
+def opened(name: str) -> Any:
+    return output(load_model(name).model)
 
 
 def load_plain(name: str) -> Any:
@@ -292,9 +317,12 @@ def test_private_weights_and_offline(hub: Hub, client: Client, encoder: Path, tm
     home = tmp_path / "home"
     with open_client(hub, home) as other:
         assert torch.equal(other(load_registered, f"hf-hub:{name}@v1", token="hf_reader"), expected)
+        hub.add("bob/plain", {file: (encoder / file).read_bytes() for file in ("config.json", WEIGHTS)})
+        assert torch.equal(other(opened, "hf-hub:bob/plain"), expected)
     requests = len(hub.requests)
     with open_client(hub, home, HF_HUB_OFFLINE="1") as offline:
         assert torch.equal(offline(load_registered, f"hf-hub:{name}@v1", token=None), expected)
+        assert torch.equal(offline(opened, "hf-hub:bob/plain"), expected)
         with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
             offline(load_registered, "hf-hub:alice/another", token=None)
     assert len(hub.requests) == requests

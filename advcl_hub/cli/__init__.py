@@ -24,8 +24,8 @@ def main() -> None:
 
 
 for _command in (
-    *(hub.list_command, hub.info, hub.pull, hub.verify),
+    *(hub.list_command, hub.info_command, hub.pull_command, hub.verify_command),
     *(tune.finetune, tune.presets, measure.evaluate, measure.report_command, tune.transfer),
-    *(hub.card, hub.push, hub.convert),
+    *(hub.card_command, hub.push_command, hub.convert_command),
 ):
     main.add_command(_command)

@@ -55,7 +55,7 @@ def user_errors(function: Callable[..., None]) -> Callable[..., None]:
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
-            click.echo("\nStopped. The same command goes on from there.", err=True)
+            click.echo("\nStopped. What takes long goes on from there with the same command.", err=True)
             sys.exit(130)
 
     return wrapped

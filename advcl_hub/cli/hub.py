@@ -1,17 +1,22 @@
 """`advcl-hub list`, `info`, `pull`, `verify`, `card`, `push` and `convert`."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
+from huggingface_hub import ModelCard
 
+from advcl_hub.cards import add_to_results, card, read_export, write_card
 from advcl_hub.cli.common import numbers, user_errors, words
+from advcl_hub.converters import convert
+from advcl_hub.converters.layouts import LAYOUTS
 from advcl_hub.export import DTYPES, export_again
-from advcl_hub.registry import Release, releases
+from advcl_hub.hub import FIRST_VERSION, described, pull, push, verify
+from advcl_hub.registry import Release, releases, row
 
 
 class _Name(click.ParamType[str]):
@@ -44,15 +49,17 @@ def list_command(pattern: str, as_json: bool) -> None:
         click.echo(json.dumps({name: _as_json(release) for name, release in found.items()}, indent=2))
     elif found:
         click.echo(table(found))
-    else:
+    elif pattern:
         raise ValueError(f"No released weights have {pattern!r} in their name; there are {', '.join(releases()) or 'none'}.")
+    else:
+        click.echo("There are no released weights.")
 
 
-@click.command(short_help="Says what weights are and what was measured.")
+@click.command("info", short_help="Says what weights are and what was measured.")
 @click.argument("name", type=_Name())
 @click.option("--json", "as_json", is_flag=True, help="Print config.json and results.json.")
 @user_errors
-def info(name: str, as_json: bool) -> None:
+def info_command(name: str, as_json: bool) -> None:
     """Says what weights are, how they were made and what was measured: released ones, a folder, or ORG/NAME on the Hub.
 
     \b
@@ -60,31 +67,25 @@ def info(name: str, as_json: bool) -> None:
       advcl-hub info resnet8_cifar.advcl_c10
       advcl-hub info runs/resnet18/export --json
     """
-    from advcl_hub.cards import card, read_export
-    from advcl_hub.hub import described
-
     with described(name) as (folder, load):
         if as_json:
             results, config = read_export(folder)
             click.echo(json.dumps({"config": config, "results": results}, indent=2))
         else:
-            text = card(folder, name, load)
-            click.echo(text.split("---\n", 2)[2].strip())
+            click.echo(ModelCard(card(folder, name, load)).text.strip())
 
 
-@click.command(short_help="Downloads weights from the Hub to a folder.")
+@click.command("pull", short_help="Downloads weights from the Hub to a folder.")
 @click.argument("name", type=_Name())
 @click.argument("folder", type=click.Path(path_type=Path))
 @user_errors
-def pull(name: str, folder: Path) -> None:
+def pull_command(name: str, folder: Path) -> None:
     """Downloads ORG/NAME[@REVISION] or released weights to FOLDER, verified.
 
     \b
     Example:
       advcl-hub pull ORG/resnet18_cifar.advcl_c10@v1 encoders/resnet18
     """
-    from advcl_hub.hub import pull
-
     pull(name, folder)
     click.echo(
         f"{folder}: complete and verified\n"
@@ -93,10 +94,10 @@ def pull(name: str, folder: Path) -> None:
     )
 
 
-@click.command(short_help="Checks weights against their sha256 and golden output.")
+@click.command("verify", short_help="Checks weights against their sha256 and golden output.")
 @click.argument("name", type=_Name())
 @user_errors
-def verify(name: str) -> None:
+def verify_command(name: str) -> None:
     """Checks weights against their sha256 and their golden output: a folder, released weights, or ORG/NAME[@REVISION].
 
     \b
@@ -104,45 +105,39 @@ def verify(name: str) -> None:
       advcl-hub verify resnet8_cifar.advcl_c10
       advcl-hub verify runs/resnet18/export
     """
-    from advcl_hub.hub import verify
-
     click.echo(f"{name}: every sha256 is right; the output differs from the golden one by {verify(name):.1e} of its size")
 
 
-@click.command(short_help="Writes a model card, with the figures of evaluations.")
+@click.command("card", short_help="Writes a model card, with the figures of evaluations.")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--evaluation", "-e", "evaluations", multiple=True, type=click.Path(path_type=Path), help="From advcl-hub evaluate."
-)
+@click.argument("evaluations", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--note", "notes", multiple=True, help="A sentence for the section on limits.")
 @click.option("--name", help="Title.  [default: the folder's name]")
 @user_errors
-def card(folder: Path, evaluations: tuple[Path, ...], notes: tuple[str, ...], name: str | None) -> None:
-    """Writes the model card of an exported FOLDER (README.md), with the figures of evaluations, which its results.json keeps.
+def card_command(folder: Path, evaluations: tuple[Path, ...], notes: tuple[str, ...], name: str | None) -> None:
+    """Writes the model card of an exported FOLDER (README.md), with the figures of EVALUATIONS, which its results.json keeps.
 
-    The evaluations are of these very weights or of a classifier finetuned from them.
+    EVALUATIONS are folders that advcl-hub evaluate wrote, of these very weights or of a classifier finetuned from them.
 
     \b
     Example:
-      advcl-hub card runs/resnet18/export -e evaluations/resnet18-slf/cifar10-linf-8-255 --note "One seed."
+      advcl-hub card runs/resnet18/export evaluations/resnet18-slf/* --note "One seed."
     """
-    from advcl_hub.cards import add_to_results, write_card
-
     if evaluations or notes:
         add_to_results(folder, evaluations, notes)
     click.echo(f"Card: {write_card(folder, name)}")
 
 
-@click.command(short_help="Uploads an exported folder to the Hub.")
+@click.command("push", short_help="Uploads an exported folder to the Hub.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("repository")
-@click.option("--version", default="v1", show_default=True, help="Tag on the Hub. It names these weights for good.")
+@click.option("--version", default=FIRST_VERSION, show_default=True, help="Tag on the Hub. It names these weights for good.")
 @click.option("--private", is_flag=True, help="Make the repository private.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to main.")
 @click.option("--dry-run", is_flag=True, help="Only check, and print what would be uploaded, with the card.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done.")
 @user_errors
-def push(folder: Path, repository: str, as_json: bool, **options: Any) -> None:
+def push_command(folder: Path, repository: str, as_json: bool, **options: Any) -> None:
     """Uploads an exported FOLDER to ORG/NAME on the Hugging Face Hub: one commit, a card, a tag; then checks what is there.
 
     Stop it whenever you like: the same command finishes the job. Log in first: hf auth login.
@@ -152,8 +147,6 @@ def push(folder: Path, repository: str, as_json: bool, **options: Any) -> None:
       advcl-hub push runs/resnet18/export ORG/resnet18_cifar.advcl_c10 --dry-run
       advcl-hub push runs/resnet18/export ORG/resnet18_cifar.advcl_c10 --private
     """
-    from advcl_hub.hub import push
-
     done = push(folder, repository, **options)
     if as_json:
         click.echo(json.dumps(vars(done), indent=2))
@@ -174,23 +167,16 @@ def push(folder: Path, repository: str, as_json: bool, **options: Any) -> None:
 
 def table(found: Mapping[str, Release]) -> str:
     """Weights by name: head, data, figures, and where they lie."""
-    rows = [("name", "head", "data", "SA", "PGD-20", "AA", "images", "where")]
-    for name, release in found.items():
-        facts = release.facts
-        best = (facts.get("results") or [{}])[0]
-        figures = [f"{100 * best[key]:.1f}" if best.get(key) is not None else "-" for key in ("standard", "pgd", "autoattack")]
-        where = "package" if release.folder and not facts.get("own") else str(release.folder or release.hub_id)
-        images = f"{best['images']:,}" if best else "-"
-        rows.append((name, facts.get("head", "-"), facts.get("data", "-"), *figures, images, where))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    right = {3, 4, 5, 6}
+    rows = [row(release) for release in found.values()]
+    cells = [list(rows[0]), *([*r.values()] for r in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    right = {list(rows[0]).index(column) for column in ("SA", "PGD", "AutoAttack", "images")}
     lines = [
-        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in rows
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        for line in cells
     ]
-    width = min(len(lines[0]) + 8, shutil.get_terminal_size().columns)
-    note = "Accuracies in percent, l_inf 8/255; of an encoder, those of its first classifier. advcl-hub info NAME tells more."
-    return "\n".join([lines[0], "-" * width, *lines[1:], "", note])
+    note = "Accuracies in percent; of an encoder, those of its first classifier. advcl-hub info NAME tells more."
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:], "", note])
 
 
 def _as_json(release: Release) -> dict[str, Any]:
@@ -205,10 +191,10 @@ def _as_json(release: Release) -> dict[str, Any]:
     }
 
 
-@click.command(short_help="Converts a published checkpoint to a folder for timm.")
+@click.command("convert", short_help="Converts a published checkpoint to a folder for timm.")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--layout", default="auto", show_default=True, help="advcl, acl (also DynACL), kuangliu, or auto.")
+@click.option("--layout", default="auto", show_default=True, help=f"auto, {', '.join(LAYOUTS)} (acl: also DynACL).")
 @click.option("--entry", help="Of a file that holds several networks, such as model and ema.")
 @click.option("--branch", help="Batch norms to take: clean, adv or adv_ce.  [default: adv]")
 @click.option("--architecture", help="timm model that it has to be.  [default: the one that fits]")
@@ -220,7 +206,7 @@ def _as_json(release: Release) -> dict[str, Any]:
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the stored weights.")
 @click.option("--origin", help="Where the file comes from, for the record.")
 @user_errors
-def convert(source: Path, folder: Path, dtype: str, label_names: tuple[str, ...] | None, **options: Any) -> None:
+def convert_command(source: Path, folder: Path, dtype: str, label_names: tuple[str, ...] | None, **options: Any) -> None:
     """Converts a published checkpoint to a FOLDER that timm opens; or an exported folder to another --dtype.
 
     SOURCE is a file of torch.save or safetensors, which is never unpickled. Every key is used, or left out for a stated reason,
@@ -233,15 +219,15 @@ def convert(source: Path, folder: Path, dtype: str, label_names: tuple[str, ...]
       advcl-hub convert runs/pets/classifier classifiers/pets --dtype float16
     """
     if source.is_dir():
-        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, "auto", True)]
-        if given or label_names:
-            raise ValueError(
-                f"{source} is a folder, of which only --dtype can be changed, not {', '.join(given) or '--label-names'}."
-            )
-        click.echo(f"{export_again(source, folder, dtype=dtype)}: {dtype}, verified. Its evaluations were left behind.")
+        context = click.get_current_context()
+        given = [
+            name for name in (*options, "label_names") if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        ]
+        if given:
+            raise ValueError(f"{source} is a folder, of which only --dtype can be changed (given: {', '.join(given)}).")
+        export_again(source, folder, dtype=dtype)
+        click.echo(f"{folder}: {dtype}, verified. Evaluations and the card of the other weights do not come along.")
         return
-    from advcl_hub.converters import convert
-
     done = convert(source, folder, dtype=dtype, label_names=label_names or (), **options)
     click.echo(
         f"{done.describe()}\n"

@@ -12,10 +12,10 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop
 
+from advcl_hub.download import first_line, hub_errors
 from advcl_hub.export import CONFIG, RESULTS, WEIGHTS, verify_folder
 from advcl_hub.files import file_sha256
 from advcl_hub.registry import open_source, releases
@@ -77,7 +77,7 @@ class LoadedModel:
         source: what `timm.create_model` opens.
         arguments: that its config passes to the architecture.
         provenance: results.json of an exported folder or Hub repository, else None.
-        file_sha256: of a local folder's model.safetensors, else None.
+        file_sha256: of model.safetensors, where that is known.
     """
 
     name: str
@@ -106,20 +106,21 @@ def load_model(name: str | Path) -> LoadedModel:
         return _load_folder(Path(text).expanduser())
     if not text.startswith("hf-hub:"):
         _check_name(text)
+    hub = text.startswith("hf-hub:")
     try:
-        release = open_source(text, text) if text.startswith("hf-hub:") else releases().get(text)
+        release = open_source(text) if hub else releases().get(text)
         if release is None:
-            return LoadedModel(text, timm.create_model(text, pretrained=True).eval(), text)
-        release.fetch()  # checked here, where timm only looks at the size
+            with hub_errors(text, f"{text} cannot be fetched from the Hub"):
+                return LoadedModel(text, timm.create_model(text, pretrained=True).eval(), text)
+        source = f"hf-hub:{release.hub_id}@{release.revision}" if hub else text
+        if hub and release.files:  # names are checked when they are opened; of hf-hub: timm looks at the size only
+            release.fetch()
+        with hub_errors(text, f"{text} cannot be fetched from the Hub"):
+            model = timm.create_model(source, pretrained=True).eval()
         provenance = json.loads(release.fetch(RESULTS).read_text()) if release.files else None
-        source = f"hf-hub:{release.hub_id}@{release.revision}" if text.startswith("hf-hub:") else text
-        model = timm.create_model(source, pretrained=True).eval()
-        sha256 = release.files.get(WEIGHTS, {}).get("sha256")
-        return LoadedModel(text, model, source, release.model_args, provenance, sha256)
-    except (OSError, EntryNotFoundError, HfHubHTTPError) as error:
-        raise OSError(f"{text} cannot be fetched from the Hub: {_first_line(error)}") from error
+        return LoadedModel(text, model, source, release.model_args, provenance, release.files.get(WEIGHTS, {}).get("sha256"))
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{text} cannot be opened: {_first_line(error)}") from error
+        raise ValueError(f"{text} cannot be opened: {first_line(error)}") from error
 
 
 def _load_folder(folder: Path) -> LoadedModel:
@@ -136,7 +137,7 @@ def _load_folder(folder: Path) -> LoadedModel:
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except Exception as error:
-        raise ValueError(f"{folder} cannot be opened by timm: {_first_line(error)}") from error
+        raise ValueError(f"{folder} cannot be opened by timm: {first_line(error)}") from error
     sha256 = provenance["sha256"][WEIGHTS] if provenance else file_sha256(weights)  # just verified
     arguments = json.loads((folder / CONFIG).read_text()).get("model_args") or {}
     return LoadedModel(_short_name(folder), model, f"local-dir:{folder}", arguments, provenance, sha256)
@@ -158,10 +159,6 @@ def _check_name(name: str) -> None:
     if not known or (tag and name not in known):
         has = f"has {', '.join(known[:8])}" if known else "has no weights to download"
         raise ValueError(f"{name} has no weights: {architecture} {has}.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def weights_sha256(model: nn.Module) -> str:

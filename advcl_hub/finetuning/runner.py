@@ -204,7 +204,8 @@ def finished(output: Path, folder: Path, facts: dict[str, Any]) -> dict[str, Any
     if (output / FILE).is_file() or not (folder / RESULTS).is_file():
         return None
     record = json.loads((folder / RESULTS).read_text())
-    if found := differences({key: record.get(key) for key in facts}, without_local_paths(facts)):
+    recorded = {key: record.get(key) for key in facts}
+    if found := differences(without_local_paths(recorded), without_local_paths(facts)):  # exports name no local paths
         raise ValueError(
             f"{output} holds a run of something else; choose another output, or remove that folder:\n  "
             + "\n  ".join(found.values())
