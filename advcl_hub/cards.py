@@ -136,6 +136,9 @@ def _render(folder: Path, results: Mapping[str, Any], config: Mapping[str, Any],
         "table": report(evaluations, "markdown") if evaluations else None,
         "corruptions": _corruptions(evaluations),
         "checks": _checks(evaluations),
+        "commands": [
+            f"`{e['command']}`, {e['seconds']:,.0f} s on {e['hardware']['name']}" for e in evaluations if e["command"]
+        ],
         "picture": PICTURE if (folder / PICTURE).is_file() else None,
         "caption": _caption(evaluations),
         "threat": _threat(evaluations, results, made),
@@ -258,6 +261,8 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
                 f"l_inf, eps {pixels(settings['eps'])}, {settings['steps']} steps of {pixels(settings['step_size'])}"
             )
         lines["Finetuning images"] = f"{data['images']:,} of {data['of']:,}, {data['name']} {data['split'] or ''}{shots}"
+        if command := results.get("command"):
+            lines["Finetuning command"] = f"`{command}`"
         lines["Finetuning took"] = f"{results['seconds']:,.0f} s on {place['hardware']['name']}"
         lines["Finetuning versions"] = _listed(place["versions"])
     if not lines:

@@ -1,6 +1,7 @@
 """The commands list, info, pull, push, verify, card and convert, as they are typed."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -78,14 +79,10 @@ def test_completion_offers_the_names() -> None:
     names = list(releases())
     command = [sys.executable, "-m", "advcl_hub.cli"]
     words = {"COMP_WORDS": "advcl-hub info resnet8", "COMP_CWORD": "2", "_ADVCL_HUB_COMPLETE": "bash_complete"}
-    out = subprocess.run(command, capture_output=True, text=True, env={**_environment(), **words}).stdout
-    assert {line.partition(",")[2] for line in out.splitlines()} == {name for name in names if name.startswith("resnet8")}
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **words})
+    assert done.returncode == 0, done.stderr
+    offered = {line.partition(",")[2] for line in done.stdout.splitlines()}
+    assert offered == {name for name in names if name.startswith("resnet8")} != set()
 
 
 def test_info_card_and_verify_of_a_folder(export: Path, tmp_path: Path) -> None:
@@ -100,7 +97,7 @@ def test_info_card_and_verify_of_a_folder(export: Path, tmp_path: Path) -> None:
     (folder / WEIGHTS).write_bytes(flipped((folder / WEIGHTS).read_bytes()))
     assert "not the file that was exported" in refused("verify", folder)
     assert "has no results.json" in refused("card", tmp_path)
-    assert "no folder, no released weights and no repository" in refused("info", "resnet8")
+    assert "no folder here, no released weights, and no repository" in refused("info", "resnet8")
     assert "has no results.json" in refused("card", folder, tmp_path)
 
 
