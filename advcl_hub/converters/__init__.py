@@ -3,7 +3,7 @@
 convert("epoch_1000.ckpt", "exports/advcl")     # a checkpoint file becomes a folder that timm opens
 """
 
-from .renaming import convert_advcl, convert_kuangliu
+from .layouts import LAYOUTS
 from .runner import Conversion, convert
 
-__all__ = ["Conversion", "convert", "convert_advcl", "convert_kuangliu"]
+__all__ = ["LAYOUTS", "Conversion", "convert"]

@@ -1,8 +1,10 @@
 """Reads checkpoint files that others published: tensors only, whatever they are wrapped in. Nothing is ever unpickled."""
 
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,6 +21,12 @@ from advcl_hub.files import file_sha256
 HEAD_ENTRY = "classifier"  # where AdvCL's finetuning saves its linear head, beside `model`
 _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 _QUERY, _KEY = "encoder_q", "encoder_k"  # DynACL trains one and averages its weights in the other
+# What the parsers raise at damaged files (found by damaging some thousands): Python's unpickling is driven by the bytes of the
+# file, and torch.load turns few of its errors into UnpicklingError. OSError and MemoryError say nothing about the file.
+_DAMAGE = (
+    *(UnpicklingError, SafetensorError, zipfile.BadZipFile, zlib.error, struct.error),
+    *(AssertionError, AttributeError, EOFError, LookupError, OverflowError, RuntimeError, TypeError, ValueError),
+)
 
 
 @dataclass(frozen=True)
@@ -132,12 +141,12 @@ def _load(file: Path) -> Any:
             with zipfile.ZipFile(file) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"the checksum of its part {damaged} differs")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings():  # of these two the refusal below says more
+            warnings.filterwarnings("ignore", "Detected pickle protocol|'torch.load' received a zip file", UserWarning)
             return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file can break a parser anywhere
+    except _DAMAGE as error:
+        if "DefaultCPUAllocator" in str(error):  # torch's MemoryError, a RuntimeError
+            raise
         if carried := _carried_code(start, error):
             raise ValueError(
                 f"{file.name} holds more than tensors ({carried}): opening it would run code that came with it, so it is not "
@@ -145,12 +154,12 @@ def _load(file: Path) -> Any:
                 "convert the new file:\n"
                 f"  loaded = torch.load({file.name!r}, map_location='cpu', weights_only=False)\n"
                 "  torch.save(loaded['state_dict'], 'weights.pt')    # or its entry 'model', 'net' ..."
-            ) from None
+            ) from None  # torch's own message says how to run the code
         reason = "" if isinstance(error, UnpicklingError) else f": {' '.join(str(error).split())[:200]}".rstrip(": ")
         raise ValueError(
             f"{file.name} is damaged or incomplete, or neither a checkpoint of torch.save nor safetensors (it starts with "
             f"{start!r}{reason}). Download it again."
-        ) from None
+        ) from error
 
 
 def _carried_code(start: bytes, error: Exception) -> str:

@@ -1,7 +1,6 @@
 """From a published checkpoint file to a folder that timm opens: `advcl_hub.converters.convert`."""
 
 import copy
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +15,27 @@ from advcl_hub.converters.checkpoint import Checkpoint, read_checkpoint
 from advcl_hub.converters.layouts import LAYOUTS, NORMALIZE, Layout, Outline, detect_layout, outline, place
 from advcl_hub.converters.reference import published_features
 from advcl_hub.evaluation.results import versions
-from advcl_hub.export import check_replaceable, export_folder, verify_folder
+from advcl_hub.export import DTYPES, check_replaceable, export_folder
+from advcl_hub.files import check_writable
 
-log = logging.getLogger("advcl")
 _IMAGES, _SEED, _TOLERANCE = 4, 0, 1e-9  # of the output check, which computes in float64
 _PUBLISHED = {"clean": "normal", "adv": "pgd", "adv_ce": "pgd_ce"}
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What the network subtracts from images in [0, 1] and divides them by, one number a channel.
+
+    Attributes:
+        mean, std: the numbers.
+        origin: where they are from, for people to read.
+        in_file: whether they are the file's own (`normalize.mean`, `normalize.std`).
+    """
+
+    mean: list[float]
+    std: list[float]
+    origin: str
+    in_file: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,10 @@ def convert(
     """
     if layout not in ("auto", *LAYOUTS):
         raise ValueError(f"layout must be auto, {', '.join(LAYOUTS)}; got {layout!r}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     check_replaceable(Path(folder))
+    check_writable(Path(folder).absolute().parent)  # where the new folder is filled, and takes the place of an earlier one
     checkpoint = read_checkpoint(file, entry)
     state = checkpoint.state
     try:
@@ -158,7 +176,7 @@ def convert(
         "branch": taken,
         "architecture": shape.architecture,
         "outputs": classes or model.num_features,
-        "normalisation": normalisation,
+        "normalisation": {"mean": normalisation.mean, "std": normalisation.std, "from": normalisation.origin},
         "dropped": checkpoint.left | placement.dropped,
         "notes": _notes(state, normalisation),
         "output_check": {"images": _IMAGES, "seed": _SEED, "largest_difference": difference},
@@ -167,10 +185,7 @@ def convert(
     export_folder(
         model, folder, results=record, model_args=shape.arguments, label_names=label_names if classes else (), dtype=dtype
     )
-    verify_folder(folder)
-    conversion = Conversion(Path(folder), found.name, taken, record, tuple(_hints(found, normalisation, classes)))
-    log.info("%s", conversion.describe())
-    return conversion
+    return Conversion(Path(folder), found.name, taken, record, tuple(_hints(found, normalisation, classes)))
 
 
 def check_outputs(
@@ -178,7 +193,7 @@ def check_outputs(
     checkpoint: Checkpoint,
     layout: Layout,
     branch: str | None,
-    normalisation: Mapping[str, Any],
+    normalisation: Normalisation,
     classifier: bool,
 ) -> float:
     """Compares a converted model with the published network on random images in [0, 1], in float64.
@@ -194,10 +209,10 @@ def check_outputs(
     cfg: Any = model.pretrained_cfg
     images = torch.rand(_IMAGES, *cfg["input_size"], generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64)
     with torch.no_grad():
-        if normalisation["from"] == _BUFFERS:
+        if normalisation.in_file:
             mean, std = (state[key] for key in NORMALIZE)
         else:
-            mean, std = (torch.tensor(normalisation[key]).double() for key in ("mean", "std"))
+            mean, std = (torch.tensor(values).double() for values in (normalisation.mean, normalisation.std))
         inputs = (images - mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1)
         theirs = published_features(state, inputs, None if branch is None else layout.branches.index(branch))
         if classifier:
@@ -241,16 +256,12 @@ def _branch(layout: Layout, asked: str | None) -> str | None:
     return asked
 
 
-_BUFFERS = "the file's normalize.mean and normalize.std"
-
-
 def _normalisation(
     state: Mapping[str, Tensor],
     layout: Layout,
     mean: float | Sequence[float] | None,
     std: float | Sequence[float] | None,
-) -> dict[str, Any]:
-    """Mean and std, and where they are from."""
+) -> Normalisation:
     if (mean is None) != (std is None):
         raise ValueError("needs both mean and std, or neither")
     if len(there := [key for key in NORMALIZE if key in state]) == 1:
@@ -260,14 +271,15 @@ def _normalisation(
         given = [value * 3 if len(value) == 1 else value for value in given]
         if any(len(value) != 3 or not all(map(math.isfinite, value)) for value in given) or min(given[1]) <= 0:
             raise ValueError(f"cannot take mean {mean} and std {std}: give one number or three, std above 0")
-        return {"mean": given[0], "std": given[1], "from": "as given"}
+        return Normalisation(given[0], given[1], "as given")
     if there:
         buffers = [state[key].flatten().float() for key in NORMALIZE]
         if any(len(b) != 3 or not b.isfinite().all() for b in buffers) or buffers[1].min() <= 0:
             raise ValueError(f"holds a {NORMALIZE[0]} and {NORMALIZE[1]} that are no normalisation of three channels")
-        return {"mean": _decimal(buffers[0]), "std": _decimal(buffers[1]), "from": _BUFFERS}
+        origin = f"the file's {NORMALIZE[0]} and {NORMALIZE[1]}"
+        return Normalisation(_decimal(buffers[0]), _decimal(buffers[1]), origin, in_file=True)
     if layout.name == "advcl":
-        return {"mean": [0.0] * 3, "std": [1.0] * 3, "from": "none, as AdvCL publishes it"}
+        return Normalisation([0.0] * 3, [1.0] * 3, "none, as AdvCL publishes it")
     if layout.name == "kuangliu":
         usual = (
             "kuangliu's main.py takes mean (0.4914, 0.4822, 0.4465) and std (0.2023, 0.1994, 0.2010), adversarially trained "
@@ -298,7 +310,7 @@ def _head(state: Mapping[str, Tensor], layout: Layout, keep: bool) -> tuple[int,
     return tensors[0].shape[0], ""
 
 
-def _build(shape: Outline, classes: int, normalisation: Mapping[str, Any]) -> nn.Module:
+def _build(shape: Outline, classes: int, normalisation: Normalisation) -> nn.Module:
     side = max(1, math.ceil(shape.size / shape.reduction))
     cfg = {
         "num_classes": classes,
@@ -306,26 +318,26 @@ def _build(shape: Outline, classes: int, normalisation: Mapping[str, Any]) -> nn
         "pool_size": (side, side),
         "crop_pct": 1.0,
         "interpolation": "bilinear",
-        "mean": tuple(normalisation["mean"]),
-        "std": tuple(normalisation["std"]),
+        "mean": tuple(normalisation.mean),
+        "std": tuple(normalisation.std),
         "first_conv": "conv1",
         "classifier": "fc",
     }
     return timm.create_model(shape.architecture, num_classes=classes, pretrained_cfg=cfg, **shape.arguments).eval()
 
 
-def _notes(state: Mapping[str, Tensor], normalisation: Mapping[str, Any]) -> list[str]:
-    if NORMALIZE[0] not in state or normalisation["from"] == _BUFFERS:
+def _notes(state: Mapping[str, Tensor], normalisation: Normalisation) -> list[str]:
+    if NORMALIZE[0] not in state or normalisation.in_file:
         return []
     mean, std = (_short(_decimal(state[key].flatten().float())) for key in NORMALIZE)
     return [f"The file's own normalisation, mean {mean} and std {std}, was replaced on request."]
 
 
-def _hints(layout: Layout, normalisation: Mapping[str, Any], classes: int) -> list[str]:
+def _hints(layout: Layout, normalisation: Normalisation, classes: int) -> list[str]:
     hints = []
     if layout.name == "acl" and classes:
         hints.append(f"DynACL++ saves a head of pseudo-labels: if these {classes} outputs are such, leave it out (keep_head)")
-    if layout.name == "acl" and not layout.branches and normalisation["from"] == _BUFFERS:
+    if layout.name == "acl" and not layout.branches and normalisation.in_file:
         hints.append("RobustSSL_Benchmark saves mean and std also for AdvCL and DeACL, unused: if it made this, give 0 and 1")
     return hints
 
