@@ -1,9 +1,11 @@
 """Published checkpoints become folders with the same outputs."""
 
 import copy
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from advcl_hub.evaluation.inputs import class_names
 from advcl_hub.export import load_folder
 from advcl_hub.files import file_sha256
 from tests.golden import load_golden, published_state, ramp
-from tests.test_convert_networks import (
+from tests.published_networks import (
     DEPTHS,
     IMAGENET,
     KUANGLIU,
@@ -81,7 +83,11 @@ def test_each_branch_of_advcl(tmp_path: Path, number: int) -> None:
     done = convert(save(tmp_path, network.state_dict()), tmp_path / "folder", "advcl", branch=branch)
     check(done, network, number)
     assert done.branch == branch
-    others = {reason for reason in done.record["dropped"] if reason.startswith("batch norms")}
+    heads = {reason: {key.split(".")[0] for key in keys} for reason, keys in done.record["dropped"].items()}
+    assert heads["pseudo-label heads"] == {"fc_002", "fc_010", "fc_050", "fc_100", "fc_500"}
+    assert heads["projection head"] == {"head_proj"}
+    assert sorted(keys for reason, keys in heads.items() if "losses never use" in reason) == [{"head_ce"}, {"head_pred"}]
+    others = {reason for reason in heads if reason.startswith("batch norms")}
     assert others == {f"batch norms of branch {name}" for name in ("clean", "adv", "adv_ce") if name != branch}
     assert (done.record["normalisation"]["mean"], done.record["normalisation"]["std"]) == ([0.0] * 3, [1.0] * 3)
 
@@ -164,6 +170,32 @@ def test_kuangliu(tmp_path: Path, depth: int) -> None:
     assert (done.layout, done.record["architecture"]) == ("kuangliu", f"resnet{depth}_cifar")
     config = timm.data.resolve_model_data_config(load_folder(done.folder))
     assert (*map(tuple, (config["mean"], config["std"])), config["crop_pct"]) == (*KUANGLIU, 1.0)
+    counter = load_folder(done.folder).state_dict()["layer2.0.downsample.1.num_batches_tracked"]
+    assert counter == network.state_dict()["layer2.0.shortcut.1.num_batches_tracked"] > 0  # does not show in the outputs
+
+
+def load_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"published_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_real_checkpoint(tmp_path: Path) -> None:
+    """The ResNet-18 that AutoAttack's example attacks, and the network that it is published with."""
+    spec = importlib.util.find_spec("pyautoattack")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    examples = Path(spec.submodule_search_locations[0]) / "examples"
+    theirs = load_module(examples / "resnet.py").ResNet18()
+    theirs.load_state_dict(torch.load(examples / "model_test.pt", map_location="cpu", weights_only=True))
+    done = convert(examples / "model_test.pt", tmp_path / "folder", mean=0, std=1)
+    assert (done.layout, done.record["outputs"]) == ("kuangliu", 10)
+    with torch.no_grad():
+        expected = theirs.double().eval()(images())
+    torch.testing.assert_close(outputs(done.folder), expected, rtol=1e-9, atol=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------------ wrappers
@@ -218,8 +250,7 @@ def test_one_of_several_networks_has_to_be_chosen(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- record
 
 
-def test_the_record_says_what_was_done(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "advcl")
+def test_the_record_says_what_was_done(tmp_path: Path) -> None:
     network = acl_finetuned()
     file = save(tmp_path, {"state_dict": network.state_dict(), "optim": {}})
     done = convert(file, tmp_path / "folder", origin="somebody's ACL", dtype="float16")
@@ -232,8 +263,8 @@ def test_the_record_says_what_was_done(tmp_path: Path, caplog: pytest.LogCapture
     assert 0 <= written["output_check"]["largest_difference"] < 1e-12
     assert (written["dtype"], written["versions"]["torch"]) == ("float16", torch.__version__)
     assert str(tmp_path) not in json.dumps(written)
-    assert "layout acl" in caplog.text
-    assert done.describe() in caplog.text
+    assert done.describe().startswith("model.pt, entry state_dict: layout acl\n")
+    assert "resnet18_cifar, classifier with 3 classes" in done.describe()
     torch.testing.assert_close(outputs(done.folder), network.double()(images()), rtol=0.02, atol=0.02)
     assert not torch.equal(outputs(done.folder), network(images()))
 

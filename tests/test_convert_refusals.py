@@ -1,6 +1,7 @@
 """What `convert` does not take: one error that says why, no code of the file run, nothing written."""
 
 import argparse
+import errno
 import os
 import pickle
 import re
@@ -14,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from advcl_hub.converters import convert
-from tests.test_convert_networks import acl, acl_finetuned, advcl, kuangliu
+from advcl_hub.converters import convert, runner
+from tests.published_networks import acl, acl_finetuned, advcl, kuangliu
 
 State = dict[str, Tensor]
 
@@ -72,8 +73,9 @@ def test_a_namespace_is_refused_with_the_way_out(tmp_path: Path, monkeypatch: py
     convert("weights.pt", "folder")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("error::UserWarning", "ignore:.*torch.jit")
 def test_other_pickles_are_refused(tmp_path: Path) -> None:
+    """Without the warnings that torch has about them."""
     file = tmp_path / "model.pkl"
     file.write_bytes(pickle.dumps(kuangliu().state_dict()))
     assert refusal(file).startswith("model.pkl holds more than tensors (a pickle)")
@@ -105,6 +107,9 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     file.write_bytes(content)
     torch.load(file, weights_only=True)
     assert "checksum" in refusal(file, mean=0, std=1)
+    content[content.rindex(b"PK\x05\x06") + 17] ^= 0x40  # where the table of contents starts: before the file does
+    file.write_bytes(content)
+    assert "damaged" in refusal(file, mean=0, std=1)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +122,31 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
 def test_files_of_something_else(tmp_path: Path, content: bytes, expected: str) -> None:
     (tmp_path / "model.pt").write_bytes(content)
     assert expected in refusal(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), MemoryError),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+            RuntimeError,
+        ),
+        (OSError(errno.EIO, "Input/output error"), OSError),
+        (ImportError("a broken installation"), ImportError),
+    ],
+)
+def test_errors_of_the_machine_are_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: type[Exception]
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise error
+
+    file = save(tmp_path, acl().state_dict())
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(expected) as raised:
+        convert(file, tmp_path / "folder")
+    assert raised.value is error
 
 
 def test_missing_files(tmp_path: Path) -> None:
@@ -146,6 +176,29 @@ def test_a_folder_of_something_else_stays(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not an earlier export"):
         convert(save(tmp_path, acl().state_dict()), tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("folder", "arguments", "error", "expected"),
+    [
+        ("folder", {"dtype": "int8"}, ValueError, "dtype must be one of float32, float16, got 'int8'"),
+        ("folder", {"layout": "dynacl"}, ValueError, "layout must be auto, advcl, acl, kuangliu; got 'dynacl'"),
+        ("file/folder", {}, OSError, "cannot be written"),
+        (".", {}, ValueError, "not an earlier export"),
+    ],
+)
+def test_what_can_be_known_is_said_before_the_file_is_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+    arguments: dict[str, Any],
+    error: type[Exception],
+    expected: str,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(runner, "read_checkpoint", lambda *_: pytest.fail("the file was read"))
+    with pytest.raises(error, match=expected):
+        convert(tmp_path / "model.pt", tmp_path / folder, **arguments)
 
 
 # --------------------------------------------------------------------------------------------------------- keys
@@ -202,7 +255,10 @@ def test_a_branch_too_many_is_refused(tmp_path: Path) -> None:
 
 
 def test_heads_of_other_sizes_are_refused(tmp_path: Path) -> None:
-    state = kuangliu().state_dict() | {"linear.weight": torch.ones(3, 11)}
+    state = kuangliu().state_dict()
+    message = refusal(save(tmp_path, state | {"fc.bias": torch.ones(3)}), mean=0, std=1)
+    assert message.splitlines()[1:] == ["  unknown key fc.bias"]
+    state["linear.weight"] = torch.ones(3, 11)
     assert "shape of linear.weight: (3, 11), the model has (3, 10)" in refusal(save(tmp_path, state), mean=0, std=1)
 
 
@@ -213,6 +269,29 @@ def test_an_architecture_can_be_asked_for(tmp_path: Path) -> None:
     assert "converted to resnet18_cifar, resnet34_cifar, resnet50_cifar, not to resnet18" in refusal(
         file, architecture="resnet18"
     )
+
+
+@pytest.mark.parametrize("depth", [34, 50])
+def test_of_another_architecture_every_key_is_listed(tmp_path: Path, depth: int) -> None:
+    state = kuangliu(depth=depth).state_dict()
+    file = save(tmp_path, state)
+    problems = [line.strip() for line in refusal(file, architecture="resnet18_cifar", mean=0, std=1).splitlines()[1:]]
+    deeper = ("layer1.2.", "layer2.2.", "layer2.3.", "layer3.2.", "layer3.3.", "layer3.4.", "layer3.5.", "layer4.2.")
+    surplus = [f"unknown key {key}" for key in state if key.startswith(deeper)]
+    if depth == 34:
+        assert problems == surplus
+    else:
+        others = {"unknown key layer1.0.conv3.weight", "unknown key layer1.0.shortcut.0.weight"}
+        shapes = {
+            "shape of layer1.0.conv1.weight: (4, 4, 1, 1), the model has (4, 4, 3, 3)",
+            "shape of linear.weight: (3, 40), the model has (3, 10)",
+        }
+        assert {*surplus, *others, *shapes} <= set(problems)
+
+
+def test_a_prefix_of_some_keys_is_not_removed(tmp_path: Path) -> None:
+    state = {f"module.{k}": v for k, v in kuangliu().state_dict().items()} | {"linear.bias": torch.ones(3)}
+    assert "none of the layouts" in refusal(save(tmp_path, state), mean=0, std=1)
 
 
 # ------------------------------------------------------------------------------------------- layouts and choices
@@ -275,8 +354,6 @@ def test_networks_of_other_codes_are_named(tmp_path: Path, make: Callable[[], St
         (acl_finetuned, {"label_names": ("a", "b")}, "has a head of 3 classes, but 2 label names were given"),
         (acl, {"label_names": ("a", "b")}, "has no head, but 2 label names"),
         (acl, {"entry": "ema"}, "has no entry 'ema'; it has nothing to choose"),
-        (acl, {"layout": "dynacl"}, "layout must be auto, advcl, acl, kuangliu; got 'dynacl'"),
-        (acl, {"dtype": "int8"}, "dtype must be one of"),
     ],
 )
 def test_choices_that_do_not_fit(tmp_path: Path, make: Any, arguments: dict[str, Any], expected: str) -> None:

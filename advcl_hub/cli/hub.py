@@ -12,8 +12,7 @@ from huggingface_hub import ModelCard
 
 from advcl_hub.cards import add_to_results, card, read_export, write_card
 from advcl_hub.cli.common import numbers, user_errors, words
-from advcl_hub.converters import convert
-from advcl_hub.converters.layouts import LAYOUTS
+from advcl_hub.converters import LAYOUTS, convert
 from advcl_hub.export import DTYPES, export_again
 from advcl_hub.hub import FIRST_VERSION, described, pull, push, verify
 from advcl_hub.registry import Release, releases, row

@@ -1,5 +1,6 @@
 """Reads checkpoint files that others published: tensors only, whatever they are wrapped in. Nothing is ever unpickled."""
 
+import errno
 import re
 import struct
 import warnings
@@ -22,7 +23,7 @@ HEAD_ENTRY = "classifier"  # where AdvCL's finetuning saves its linear head, bes
 _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 _QUERY, _KEY = "encoder_q", "encoder_k"  # DynACL trains one and averages its weights in the other
 # What the parsers raise at damaged files (found by damaging some thousands): Python's unpickling is driven by the bytes of the
-# file, and torch.load turns few of its errors into UnpicklingError. OSError and MemoryError say nothing about the file.
+# file, and torch.load turns few of its errors into UnpicklingError.
 _DAMAGE = (
     *(UnpicklingError, SafetensorError, zipfile.BadZipFile, zlib.error, struct.error),
     *(AssertionError, AttributeError, EOFError, LookupError, OverflowError, RuntimeError, TypeError, ValueError),
@@ -144,8 +145,8 @@ def _load(file: Path) -> Any:
         with warnings.catch_warnings():  # of these two the refusal below says more
             warnings.filterwarnings("ignore", "Detected pickle protocol|'torch.load' received a zip file", UserWarning)
             return torch.load(file, map_location="cpu", weights_only=True)
-    except _DAMAGE as error:
-        if "DefaultCPUAllocator" in str(error):  # torch's MemoryError, a RuntimeError
+    except Exception as error:
+        if not _is_damage(error):
             raise
         if carried := _carried_code(start, error):
             raise ValueError(
@@ -160,6 +161,13 @@ def _load(file: Path) -> Any:
             f"{file.name} is damaged or incomplete, or neither a checkpoint of torch.save nor safetensors (it starts with "
             f"{start!r}{reason}). Download it again."
         ) from error
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error is about what the file holds, not about the machine: its memory, its disk, a broken installation."""
+    if isinstance(error, OSError):  # zipfile seeks to wherever a damaged table of contents sends it
+        return error.errno == errno.EINVAL
+    return isinstance(error, _DAMAGE) and "DefaultCPUAllocator" not in str(error)  # torch's MemoryError, a RuntimeError
 
 
 def _carried_code(start: bytes, error: Exception) -> str:
