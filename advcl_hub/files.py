@@ -1,11 +1,12 @@
 """Files that appear complete or not at all, their names and hashes, and what of a record may be published."""
 
+import contextlib
 import hashlib
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +25,45 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_ABSOLUTE = re.compile(
-    r"""
-    (?: file://
-      | (?<![\w./~)\]%])  # no fraction (8/255), no relative path (./runs)
-        (?: (?:~\w*)?/(?!/) | [A-Za-z]:\\ | \\\\(?=\w) )  # no URL, whose slashes are two
-    )
-    [^\s"',;=()\[\]{}]+
-    """,
-    re.VERBOSE,
-)
+# Where a path starts that tells about its owner: /x, ~/x, ~me/x, ../x, $HOME/x, C:\\x, \\\\server, file://x.
+_START = r"(?:file://|//?(?<!://)(?=[\w.~])|~\w*/|(?:\.\./)+|\$\{?\w+\}?/|[A-Za-z]:\\|\\\\(?=\w))"
+# Within a text it follows no fraction (8/255) and no relative path (runs/x), and is no URL.
+_PATH = re.compile(rf"""(?<![\w./~)\]%<]){_START}[^\s"',;=()\[\]{{}}]+""")
+_SECRET = re.compile(r"(?<=://)[^/@\s]+@|hf_\w{20,}")
 
 
 def without_local_paths(record: Any) -> Any:
-    """A record of JSON in which every absolute path, also within commands, is replaced by its last part.
+    """A record of JSON in which every path that tells about its owner, also within commands, is replaced by its last part.
 
-    Records are published with the weights; how somebody's folders are called is nobody else's business.
+    Records are published with the weights; how somebody's folders are called is nobody else's business. Tokens and passwords
+    of addresses are left out, too.
     """
     if isinstance(record, str):
-        return _ABSOLUTE.sub(lambda path: re.split(r"[/\\]", path[0].rstrip("/\\"))[-1], record)
+        return _public(_SECRET.sub("", record))
     if isinstance(record, Mapping):
         return {without_local_paths(key): without_local_paths(value) for key, value in record.items()}
     if isinstance(record, list | tuple):
         return [without_local_paths(value) for value in record]
     return record
+
+
+def _public(text: str) -> str:
+    if re.match(r"(advcl-hub|python|torchrun|accelerate) ", text):
+        with contextlib.suppress(ValueError):  # quotes that do not match
+            return shlex.join(_public_word(word) for word in shlex.split(text))
+    if re.match(_START, text) or re.match(r"(folder|parquet|local-dir):", text):
+        return _public_word(text)
+    return _PATH.sub(lambda path: _last(path[0]), text)
+
+
+def _public_word(word: str) -> str:
+    """One path, or several after `folder:`, `--root=` and between commas; there may be blanks in them."""
+    pieces = [word] if re.match(_START, word) and "," not in word else re.split(r"([:=,])", word)
+    return "".join(_last(piece) if re.match(_START, piece) else piece for piece in pieces)
+
+
+def _last(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def make_readable(path: Path) -> None:
@@ -67,7 +83,7 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """Says which file or folder a `with` block could not write: OSError and safetensors' own errors become one OSError."""
     try:
@@ -76,7 +92,7 @@ def write_errors(path: Path) -> Iterator[None]:
         raise OSError(f"{path} could not be written: {error}. What was there before is untouched.") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Writes a file next to its place and renames it over the earlier one.
 
