@@ -100,6 +100,8 @@ def export_again(source: str | Path, folder: str | Path, *, dtype: str) -> Path:
         ValueError, OSError: see `verify_folder` and `export_folder`.
     """
     source = Path(source)
+    if source.resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
+        raise ValueError(f"{folder} would replace {source}, or lie inside it: choose another folder.")
     verify_folder(source)
     results, config = (json.loads((source / name).read_text()) for name in (RESULTS, CONFIG))
     earlier = {"dtype": results.get("dtype"), "sha256": results["sha256"][WEIGHTS]}
@@ -237,6 +239,9 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         ValueError: the folder holds anything but an earlier export.
         OSError: it cannot be written, because the disk is full or for other reasons.
     """
+    folder = folder.resolve()  # of a link, what it points to
+    if folder == Path.cwd():
+        raise ValueError("The current folder cannot be replaced: name another.")
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (

@@ -6,6 +6,7 @@ pull    download to the cache, each file against its sha256 -> a draft beside th
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported without saying so
 
 from advcl_hub.cards import card, read_export
 from advcl_hub.download import hub_errors
@@ -113,10 +115,17 @@ def push(
         dry_run: only check, and say what would be uploaded; needs no network and no token.
 
     Raises:
-        ValueError: a damaged folder; a version that names other weights; a repository of something else.
+        ValueError: a damaged folder; no name of a repository or a tag; a version that names other weights; a repository of
+            something else.
         OSError: no token, no permission, no network, or the Hub refused.
     """
-    folder = Path(folder)
+    folder, repository = Path(folder).expanduser(), repository.removeprefix("hf-hub:")
+    if repository.count("/") != 1:
+        raise ValueError(f"{repository!r} is no name of a Hub repository (ORG/NAME).")
+    with hub_errors(repository, ""):
+        validate_repo_id(repository)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", version, re.ASCII) or re.fullmatch(r"main|[0-9a-f]{40}", version):
+        raise ValueError(f"{version!r} cannot be a version: it is a tag such as v1, of letters, digits, . - and _.")
     text = card(folder, repository, f"hf-hub:{repository}")
     parts = _parts(folder, text)
     left_out = tuple(sorted(path.name for path in folder.iterdir() if path.name not in parts))
@@ -129,6 +138,8 @@ def push(
     api = HfApi()
     with hub_errors(repository, f"{repository} cannot be pushed to"):
         remote = _remote(api, repository)
+        if remote is None and create_pr:
+            raise ValueError(f"There is no {repository} yet for a pull request: push without one first.")
         if remote is None:
             api.create_repo(repository, private=private)
             remote = _remote(api, repository)
@@ -169,7 +180,7 @@ def pull(name: str, folder: str | Path, *, cache_dir: str | Path | None = None) 
         ValueError: a file is not what results.json says, or the folder holds something else.
         OSError: no such repository, no network, a full disk.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     check_replaceable(folder)
     check_writable(folder)
     files = _files(name, (*CHECKED, *EXTRAS), cache_dir)
@@ -195,8 +206,8 @@ def verify(name: str | Path, *, cache_dir: str | Path | None = None) -> float:
         OSError: no such folder or repository.
     """
     text = str(name).removeprefix("local-dir:")
-    if Path(text).is_dir() or isinstance(name, Path):
-        return verify_folder(text)
+    if Path(text).expanduser().is_dir() or isinstance(name, Path):
+        return verify_folder(Path(text).expanduser())
     with tempfile.TemporaryDirectory() as temporary:
         return verify_folder(pull(text, Path(temporary) / "export", cache_dir=cache_dir))
 

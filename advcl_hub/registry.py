@@ -7,6 +7,9 @@
 import functools
 import json
 import os
+import re
+import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -69,7 +72,9 @@ class Release:
     @property
     def cfg(self) -> PretrainedCfg:
         """As timm registers it."""
-        stored = {key: value for key, value in self.config.get("pretrained_cfg", {}).items() if key in _CFG_FIELDS}
+        # A config must not say where weights lie: they are those of this release.
+        known = _CFG_FIELDS - {*_SOURCES, "custom_load"}
+        stored = {key: value for key, value in self.config.get("pretrained_cfg", {}).items() if key in known}
         stored = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
         stored |= {"architecture": self.architecture, "tag": self.name.partition(".")[2], "license": self.facts.get("licence")}
         stored["num_classes"] = self.config.get("num_classes", 0)
@@ -171,8 +176,10 @@ def register(name: str, source: str | Path, *, cache_dir: str | Path | None = No
     """
     release = open_source(source, name, cache_dir=cache_dir)
     architecture = release.config["architecture"]
-    if name.partition(".")[0] != architecture or not name.partition(".")[2]:
-        raise ValueError(f"{source} holds a {architecture}: register it as {architecture}.TAG.")
+    if not re.fullmatch(re.escape(architecture) + r"\.[\w.-]+", name, re.ASCII):
+        raise ValueError(f"{source} holds a {architecture}: register it as {architecture}.TAG, of letters, digits, - and _.")
+    if not release.files:
+        warnings.warn(f"{source} tells no sha256: {name} is pinned, but its weights are not checked.", stacklevel=2)
     earlier = _releases.get(name)
     if not (earlier and earlier.facts.get("own")) and timm.models.is_model_pretrained(name):
         raise ValueError(f"{name} is taken by released weights: choose another tag.")
@@ -187,6 +194,8 @@ def open_source(source: str | Path, name: str | None = None, *, cache_dir: str |
     results_file: Path | None
     if str(source).startswith("hf-hub:"):
         hub_id, revision = split_revision(str(source))
+        if hub_id.count("/") != 1:
+            raise ValueError(f"{source} is no repository on the Hub: hf-hub:ORG/NAME[@REVISION].")
         config_file = fetch(hub_id, CONFIG, revision=revision, cache_dir=cache_dir)
         revision = commit_of(config_file)
         try:
@@ -245,9 +254,16 @@ def _register(release: Release) -> None:
     default = _timm._model_default_cfgs.setdefault(architecture, DefaultCfg(tags=deque(), cfgs={}))
     if architecture not in _tags:
         _tags[architecture] = {}
-        # Of an architecture without weights of its own, `pretrained=True` without a tag means our first ones.
+        # Of an architecture without weights of its own, `pretrained=True` without a tag means one of ours.
         ours = not default.is_pretrained
-        _timm._model_entrypoints[architecture] = _with_releases(timm.model_entrypoint(architecture), _tags[architecture], ours)
+        original = timm.model_entrypoint(architecture)
+        wrapped = _with_releases(original, _tags[architecture], default.default.num_classes if ours else None)
+        _timm._model_entrypoints[architecture] = wrapped
+        # Also where it is imported from, and where pickle looks for it.
+        module = original.__module__
+        for name in (module, module.rpartition(".")[0]):
+            if getattr(sys.modules.get(name), architecture, None) is original:
+                setattr(sys.modules[name], architecture, wrapped)
         if ours:
             _timm._model_has_pretrained.add(architecture)
     if tag not in default.tags:
@@ -263,18 +279,25 @@ def _register(release: Release) -> None:
         _register_alias(release.robustbench, release.name)
 
 
-def _with_releases(original: Callable[..., nn.Module], tags: Mapping[str, Release], ours: bool) -> Callable[..., nn.Module]:
+def _with_releases(
+    original: Callable[..., nn.Module], tags: Mapping[str, Release], num_classes: int | None
+) -> Callable[..., nn.Module]:
     """An entry point that knows our tags and hands everything else to timm's as it came.
 
     Args:
         original: timm's.
         tags: our weights of the architecture, which may become more.
-        ours: whether the first of them is meant where no tag is named.
+        num_classes: of the architecture's own cfg, if one of ours is meant where no tag is named: the first with so many
+            classes, which is what timm says of the bare name, else the first.
     """
 
     @functools.wraps(original)
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        release, cfg = _asked_for(kwargs.get("pretrained_cfg"), tags, first=ours and pretrained)
+        asked = kwargs.get("pretrained_cfg")
+        if asked is None and pretrained and num_classes is not None:
+            alike = [tag for tag, release in tags.items() if release.cfg.num_classes == num_classes]
+            asked = next(iter([*alike, *tags]))
+        release, cfg = _asked_for(asked, tags)
         if release is None:
             return original(pretrained=pretrained, **kwargs)
         if any((kwargs.get("pretrained_cfg_overlay") or {}).get(key) for key in _SOURCES):
@@ -288,14 +311,12 @@ def _with_releases(original: Callable[..., nn.Module], tags: Mapping[str, Releas
     return create
 
 
-def _asked_for(asked: Any, tags: Mapping[str, Release], first: bool) -> tuple[Release | None, PretrainedCfg]:
+def _asked_for(asked: Any, tags: Mapping[str, Release]) -> tuple[Release | None, PretrainedCfg]:
     """Which weights a `pretrained_cfg` of timm means: a tag, or a cfg (also as a dict) that names where ours lie."""
     none = None, PretrainedCfg()
-    if asked is None:
-        release = next(iter(tags.values())) if first else None
+    if asked is None or isinstance(asked, str):
+        release = tags.get(asked or "")
         return (release, release.cfg) if release else none
-    if isinstance(asked, str):
-        return (tags[asked], tags[asked].cfg) if asked in tags else none
     cfg = PretrainedCfg(**asked) if isinstance(asked, dict) else asked
     release = tags.get(cfg.tag or "")
     ours = release is not None and all(getattr(cfg, key) == getattr(release.cfg, key) for key in _SOURCES)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from advcl_hub.cards import LICENCE, add_to_results, card, pretraining, read_export, summary
+from advcl_hub.cards import add_to_results, card, pretraining, read_export, summary
 from advcl_hub.evaluation.protocol import pixels
 from advcl_hub.export import CONFIG, GOLDEN, PICTURE, RESULTS, WEIGHTS, load_folder, verify_folder
 from advcl_hub.files import file_sha256, replacing
@@ -53,7 +53,7 @@ def entry(folder: Path, *, hub: str | None = None, robustbench: str | None = Non
         ],
         "results": [_figures(e) for e in evaluations],
         "provenance": {key: (made or {}).get("provenance", {}).get(key) for key in ("pseudo_labels", "versions", "hardware")},
-        "licence": LICENCE,
+        "licence": results.get("licence"),
     }
     return found | ({"robustbench": robustbench} if robustbench else {})
 
@@ -69,7 +69,7 @@ def _figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 def cards() -> dict[Path, str]:
     """By path the text of every card, and of the README with its table, as they should be."""
-    found = load_releases()
+    found = load_releases(RELEASED)
     texts = {CARDS / r.name / "README.md": card(source(r), r.name, r.name) for r in found}
     before, _, rest = README.read_text().partition(_MARKS[0])
     after = rest.partition(_MARKS[1])[2]
@@ -137,7 +137,7 @@ def main() -> None:
             with replacing(path) as draft:
                 draft.write_text(text)
             print(path.relative_to(ROOT))
-        for found in load_releases():
+        for found in load_releases(RELEASED):
             if found.folder and (found.folder / PICTURE).is_file():
                 shutil.copyfile(found.folder / PICTURE, CARDS / found.name / PICTURE)
     except (ValueError, OSError) as error:

@@ -24,11 +24,9 @@ class _Name(click.ParamType[str]):
     name = "name"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [
-            CompletionItem(name, help=release.facts.get("summary"))
-            for name, release in releases().items()
-            if name.startswith(incomplete)
-        ]
+        found = {name: release for name, release in releases().items() if name.startswith(incomplete)}
+        items = [CompletionItem(name, help=release.facts.get("summary")) for name, release in found.items()]
+        return items or [CompletionItem(incomplete, type="file")]
 
 
 @click.command("list", short_help="Lists the released weights.")
@@ -111,9 +109,12 @@ def verify_command(name: str) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("evaluations", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--note", "notes", multiple=True, help="A sentence for the section on limits.")
+@click.option("--licence", help="Of the weights, as the Hub writes it: apache-2.0, mit, cc-by-nc-4.0 ...")
 @click.option("--name", help="Title.  [default: the folder's name]")
 @user_errors
-def card_command(folder: Path, evaluations: tuple[Path, ...], notes: tuple[str, ...], name: str | None) -> None:
+def card_command(
+    folder: Path, evaluations: tuple[Path, ...], notes: tuple[str, ...], licence: str | None, name: str | None
+) -> None:
     """Writes the model card of an exported FOLDER (README.md), with the figures of EVALUATIONS, which its results.json keeps.
 
     EVALUATIONS are folders that advcl-hub evaluate wrote, of these very weights or of a classifier finetuned from them.
@@ -122,8 +123,8 @@ def card_command(folder: Path, evaluations: tuple[Path, ...], notes: tuple[str, 
     Example:
       advcl-hub card runs/resnet18/export evaluations/resnet18-slf/* --note "One seed."
     """
-    if evaluations or notes:
-        add_to_results(folder, evaluations, notes)
+    if evaluations or notes or licence:
+        add_to_results(folder, evaluations, notes, licence)
     click.echo(f"Card: {write_card(folder, name)}")
 
 
@@ -139,7 +140,8 @@ def card_command(folder: Path, evaluations: tuple[Path, ...], notes: tuple[str, 
 def push_command(folder: Path, repository: str, as_json: bool, **options: Any) -> None:
     """Uploads an exported FOLDER to ORG/NAME on the Hugging Face Hub: one commit, a card, a tag; then checks what is there.
 
-    Stop it whenever you like: the same command finishes the job. Log in first: hf auth login.
+    Stop it whenever you like: the same command finishes the job (but that --create-pr opens a new one). Log in first: hf auth
+    login.
 
     \b
     Examples:
@@ -161,7 +163,8 @@ def push_command(folder: Path, repository: str, as_json: bool, **options: Any) -
         click.echo(f"  {'left out':>18}  {name}")
     if not options["dry_run"]:
         click.echo(f"Verified: downloaded again, every sha256 and the golden output are right.\n{done.url or ''}".strip())
-        click.echo(f'Use it:  import advcl_hub, timm\n         timm.create_model("hf-hub:{repository}", pretrained=True)')
+        if done.version:
+            click.echo(f'Use it:  import advcl_hub, timm\n         timm.create_model("hf-hub:{repository}", pretrained=True)')
 
 
 def table(found: Mapping[str, Release]) -> str:
