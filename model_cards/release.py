@@ -19,7 +19,9 @@ from advcl_hub.evaluation.protocol import pixels
 from advcl_hub.export import CONFIG, GOLDEN, PICTURE, RESULTS, WEIGHTS, load_folder, verify_folder
 from advcl_hub.files import file_sha256, replacing
 from advcl_hub.hub import verify
-from advcl_hub.registry import BUNDLED, RELEASED, Release, head_of, load_releases, open_source, row
+from advcl_hub.registry import BUNDLED as BUNDLED
+from advcl_hub.registry import RELEASED as RELEASED
+from advcl_hub.registry import Release, head_of, load_releases, open_source, row
 
 ROOT = Path(__file__).parents[1]
 CARDS = Path(__file__).parent

@@ -40,7 +40,7 @@ def evaluation_record(folder: Path) -> dict[str, Any]:
 
 def test_the_figures_of_an_evaluation_reach_card_and_metadata(copies: dict[str, Path]) -> None:
     folder = copies["classifier"]
-    add_to_results(folder, [copies["evaluation"]], ["Digits are easy."])
+    add_to_results(folder, [copies["evaluation"]], ["Digits are easy."], "cc-by-4.0")
     text = write_card(folder, "acme/digits", "hf-hub:acme/digits").read_text()
     record = evaluation_record(copies["evaluation"])
     for key in ("standard", "pgd", "autoattack"):
@@ -48,12 +48,12 @@ def test_the_figures_of_an_evaluation_reach_card_and_metadata(copies: dict[str, 
     header = next(line for line in text.splitlines() if line.startswith("| model | SA"))
     assert header == "| model | SA | PGD-2 | APGD-CE | APGD-T | FAB-T | Square | AA |"
     assert 'timm.create_model("hf-hub:acme/digits", pretrained=True)' in text and "import advcl_hub, timm" in text
-    for part in ("SLF", "8/255", "Digits are easy.", "20 test images of 359", "batch 179", "Apache-2.0", "2111.01124", PICTURE):
+    for part in ("SLF", "8/255", "Digits are easy.", "20 test images of 359", "batch 179", "cc-by-4.0", PICTURE):
         assert part in text, part
     assert (folder / PICTURE).is_file() and verify_folder(folder) < 1e-3
 
     data: Any = ModelCard(text).data
-    assert (data.library_name, data.license, data.pipeline_tag) == ("timm", "apache-2.0", "image-classification")
+    assert (data.library_name, data.license, data.pipeline_tag) == ("timm", "cc-by-4.0", "image-classification")
     metrics = {result.metric_args["attack"]: result for result in data.eval_results or ()}
     assert metrics.keys() == {"none", "PGD-2", "AutoAttack standard"}
     attacked = metrics["PGD-2"]
@@ -89,6 +89,29 @@ def test_adding_twice_changes_nothing_and_a_repetition_replaces(copies: dict[str
     record["accuracy"]["standard"]["value"] = 0.5
     (copies["evaluation"] / RESULTS).write_text(json.dumps(record))
     assert [e["accuracy"]["standard"]["value"] for e in add_to_results(folder, [copies["evaluation"]])["evaluations"]] == [0.5]
+
+
+def test_no_more_is_claimed_than_is_known(copies: dict[str, Path]) -> None:
+    text = card(copies["encoder"])  # nobody said how it was made, or under which licence it is
+    assert "Not stated." in text and "license:" not in text and "Citation" not in text
+    assert "adversarial-robustness" not in text and "contrastive-learning" not in text
+    record = evaluation_record(copies["evaluation"])
+    record["accuracy"] = {"standard": record["accuracy"]["standard"]}
+    record["protocol"]["precision"] = "bfloat16"
+    (copies["evaluation"] / RESULTS).write_text(json.dumps(record))
+    add_to_results(copies["classifier"], [copies["evaluation"], copies["evaluation"]])
+    text = card(copies["classifier"])
+    assert "Measured against an attacker" not in text and "model-index" not in text
+    assert text.count("| this model") == 1
+
+
+def test_what_people_type_stays_text(copies: dict[str, Path]) -> None:
+    folder = copies["encoder"]
+    results = evaluation_record(folder) | {"origin": "a\n---\n# b {{ 7 * 7 }}", "notes": ["x\n\n## y", "</script>, /a/b | c"]}
+    (folder / RESULTS).write_text(json.dumps(results))
+    text = card(folder, "title\n---\nname: x")
+    assert "converted from a --- # b {{ 7 * 7 }}." in text and "\n- x ## y\n- &lt;/script>, /a/b / c\n" in text
+    assert "\n# title --- name: x\n" in text and ModelCard(text).data.to_dict()["library_name"] == "timm"
 
 
 def test_warnings_of_an_evaluation_stand_in_the_card(copies: dict[str, Path]) -> None:
@@ -164,6 +187,7 @@ def test_released_cards_are_complete(name: str) -> None:
     data, errors = read_card(text.encode())[:2]
     assert not errors and data == yaml.safe_load(text.split("---\n")[1]) and data["model-index"]
     assert PICTURE in text and (release.CARDS / name / PICTURE).is_file()
+    assert data["license"] == "apache-2.0" and "2111.01124" in text
     for heading in ("Use it", "Results", "Threat model", "How it was made", "Intended use and limits", "Licence", "Citation"):
         assert f"## {heading}\n" in text
     assert "Nothing was measured" not in text and "not recorded" not in text

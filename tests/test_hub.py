@@ -159,8 +159,14 @@ def test_names_that_cannot_be_pushed_to(hub: Hub, client: Client, folder: Path) 
     hub.add("acme/taken", {"model.safetensors": b"of somebody else", "config.json": b"{}"})
     with pytest.raises(ValueError, match="holds something else"):
         client(advcl_hub.push, folder, "acme/taken")
-    with pytest.raises(ValueError, match="no name of a Hub repository"):
-        client(advcl_hub.push, folder, "not a name")
+    for name in ("not a name/x y", "acme", "https://hub/acme/x", "acme/x@v1"):
+        with pytest.raises(ValueError, match="no name of a Hub repository"):
+            client(advcl_hub.push, folder, name, dry_run=True)
+    for version in ("", "main", "v 1", "../x", "refs/heads/main", "-x", "a" * 40):
+        with pytest.raises(ValueError, match="cannot be a version"):
+            client(advcl_hub.push, folder, NAME, version=version, dry_run=True)
+    with pytest.raises(ValueError, match="push without one first"):
+        client(advcl_hub.push, folder, NAME, create_pr=True)
     (folder / WEIGHTS).write_bytes(flipped((folder / WEIGHTS).read_bytes()))
     with pytest.raises(ValueError, match="not the file that was exported"):
         client(advcl_hub.push, folder, NAME)
@@ -243,7 +249,9 @@ def test_pull_gives_the_same_folder(hub: Hub, client: Client, folder: Path, othe
     assert {name: content for name, content in tree(copy).items() if name != "README.md"} == tree(folder)
     assert (copy / WEIGHTS).stat().st_mode & 0o777 == 0o644 and not (copy / WEIGHTS).is_symlink()
 
-    client(advcl_hub.pull, NAME, copy, token=None)  # replaces an earlier export by main
+    (copy.parent / "link").symlink_to(copy)
+    client(advcl_hub.pull, NAME, copy.parent / "link", token=None)  # replaces an earlier export by main
+    (copy.parent / "link").unlink()
     assert tree(copy)[WEIGHTS] == tree(other)[WEIGHTS]
     assert client(advcl_hub.verify, f"{NAME}@v1", token=None) < 1e-6
     assert [path.name for path in copy.parent.iterdir()] == ["first"]

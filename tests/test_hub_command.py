@@ -114,6 +114,8 @@ def test_an_export_in_another_dtype(export: Path, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "half" / RESULTS).read_text())
     assert record["notes"] == ["kept"] and "evaluations" not in record
     assert record["rounded_from"] == {"dtype": "float32", "sha256": results["sha256"][WEIGHTS]}
+    assert "choose another folder" in refused("convert", source, source, "--dtype", "float16")
+    assert "choose another folder" in refused("convert", source, source / "half", "--dtype", "float16")
     assert "only --dtype can be changed (given: size)" in refused("convert", source, tmp_path / "x", "--size", "1")
 
 

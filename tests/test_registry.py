@@ -2,7 +2,9 @@
 
 import copy
 import json
+import pickle
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +36,11 @@ def clean_registry() -> Iterator[None]:
     entry_points, releases = dict(timm_registry._model_entrypoints), dict(registry._releases)
     tags = {architecture: dict(found) for architecture, found in registry._tags.items()}
     yield
+    for name, wrapper in timm_registry._model_entrypoints.items():
+        original = entry_points.get(name, wrapper)
+        for module in (original.__module__, original.__module__.rpartition(".")[0]):
+            if getattr(sys.modules.get(module), name, None) is wrapper:
+                setattr(sys.modules[module], name, original)
     for name, value in saved.items():
         kept[name].clear()
         kept[name].update(value)
@@ -129,7 +136,7 @@ def test_what_timm_saves_of_a_registered_model_opens_again(vit: Path, tmp_path: 
     assert torch.equal(output(timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)), output(load_folder(vit)))
 
 
-def test_without_a_tag_an_architecture_of_ours_takes_the_first_weights(encoder: Path, tmp_path: Path) -> None:
+def test_without_a_tag_an_architecture_of_ours_takes_the_first_classifier(encoder: Path, tmp_path: Path) -> None:
     first = next((name for name in advcl_hub.releases() if name.startswith("resnet20_cifar.")), None)
     assert first is None, "choose an architecture without released weights"
     folder = export_encoder(tmp_path / "resnet20", "resnet20_cifar")
@@ -138,6 +145,10 @@ def test_without_a_tag_an_architecture_of_ours_takes_the_first_weights(encoder: 
     advcl_hub.register("resnet20_cifar.a", folder)
     advcl_hub.register("resnet20_cifar.b", export_encoder(tmp_path / "other", "resnet20_cifar", seed=1))
     assert torch.equal(output(timm.create_model("resnet20_cifar", pretrained=True)), output(load_folder(folder)))
+    classifier = export_encoder(tmp_path / "classifier", "resnet20_cifar", num_classes=10)
+    advcl_hub.register("resnet20_cifar.c", classifier)  # as timm's cfg of the bare name says
+    assert timm.models.get_pretrained_cfg("resnet20_cifar").num_classes == 10
+    assert torch.equal(output(timm.create_model("resnet20_cifar", pretrained=True)), output(load_folder(classifier)))
 
 
 def test_registering_again_replaces_ones_own_only(encoder: Path, tmp_path: Path) -> None:
@@ -167,6 +178,7 @@ def _as(folder: Path, export: Path, architecture: str) -> Path:
     [
         ("resnet18_cifar.mine", "encoder", ValueError, "holds a resnet8_cifar: register it as resnet8_cifar.TAG"),
         ("resnet8_cifar", "encoder", ValueError, "register it as resnet8_cifar.TAG"),
+        ("resnet8_cifar.a/b", "encoder", ValueError, "of letters, digits"),
         ("resnet8_cifar.mine", "absent", FileNotFoundError, "for the Hub, write hf-hub:ORG/NAME"),
         ("resnet8_cifar.mine", "damaged", ValueError, "not the file that was exported"),
     ],
@@ -191,6 +203,31 @@ def test_a_byte_that_changes_after_registration_is_refused(encoder: Path, tmp_pa
         with pytest.raises(ValueError, match="is not the file that was registered: its sha256 is"):
             timm.create_model(name, pretrained=True, **options)
     timm.create_model("resnet8_cifar.mine")  # without weights it does not matter
+
+
+def test_a_config_cannot_point_to_other_weights(encoder: Path, tmp_path: Path) -> None:
+    folder, other = Path(shutil.copytree(encoder, tmp_path / "copy")), export_encoder(tmp_path / "other", seed=5)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= {"source": "local-dir", "file": str(other), "hf_hub_id": "acme/x", "custom_load": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    results = json.loads((folder / "results.json").read_text())
+    results["sha256"]["config.json"] = file_sha256(folder / "config.json")
+    (folder / "results.json").write_text(json.dumps(results))
+    advcl_hub.register("resnet8_cifar.mine", folder)
+    assert torch.equal(output(timm.create_model("resnet8_cifar.mine", pretrained=True)), output(load_folder(encoder)))
+
+
+def test_the_functions_of_architectures_know_the_weights_and_can_be_pickled(encoder: Path, vit: Path) -> None:
+    advcl_hub.register("resnet8_cifar.mine", encoder)
+    advcl_hub.register(f"{VIT}.mine", vit)
+    expected = output(load_folder(encoder))
+    assert torch.equal(output(advcl_hub.models.resnet8_cifar(pretrained=True, pretrained_cfg="mine")), expected)
+    assert torch.equal(
+        output(timm.models.vit_tiny_patch16_224(pretrained=True, pretrained_cfg="mine")), output(load_folder(vit))
+    )
+    for name in ("resnet8_cifar", VIT):
+        entry_point = timm.model_entrypoint(name)
+        assert pickle.loads(pickle.dumps(entry_point)) is entry_point
 
 
 def test_evaluation_and_finetuning_open_a_name(encoder: Path) -> None:

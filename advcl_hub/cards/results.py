@@ -16,8 +16,8 @@ PROTOCOLS = {
     "aff": "adversarial full finetuning (AFF)",
     "sff": "standard full finetuning (SFF)",
 }
-_LEFT_OUT = ("per_class", "curves", "classes", "corrupted")
 # Of an evaluation's record, what no card shows: every class and step, and how the model was made, which stands beside it.
+_LEFT_OUT = ("per_class", "curves", "classes", "corrupted")
 _TYPED = ("notes", "origin", "licence")  # of results.json, by people who mean it to be read
 
 
