@@ -222,9 +222,7 @@ def test_the_functions_of_architectures_know_the_weights_and_can_be_pickled(enco
     advcl_hub.register(f"{VIT}.mine", vit)
     expected = output(load_folder(encoder))
     assert torch.equal(output(advcl_hub.models.resnet8_cifar(pretrained=True, pretrained_cfg="mine")), expected)
-    assert torch.equal(
-        output(timm.models.vit_tiny_patch16_224(pretrained=True, pretrained_cfg="mine")), output(load_folder(vit))
-    )
+    assert torch.equal(output(vars(timm.models)[VIT](pretrained=True, pretrained_cfg="mine")), output(load_folder(vit)))
     for name in ("resnet8_cifar", VIT):
         entry_point = timm.model_entrypoint(name)
         assert pickle.loads(pickle.dumps(entry_point)) is entry_point

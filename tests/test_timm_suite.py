@@ -16,7 +16,7 @@ import timm
 
 from advcl_hub import releases
 from tests.hub_server import serve_hub
-from tests.small_encoders import SMALL_VIT, export_encoder
+from tests.small_encoders import export_encoder
 from tests.timm_suite_plugin import OURS
 
 ROOT = Path(__file__).parents[1]
@@ -76,8 +76,8 @@ def test_timm_suite_passes_on_our_models(tmp_path: Path) -> None:
     """Also on weights that lie on a Hub, of an architecture of ours and of one of timm's own."""
     suite = unpack_suite(tmp_path)
     export_encoder(tmp_path / "hub/acme/resnet", "resnet20_cifar", num_classes=10)
-    export_encoder(tmp_path / "hub/acme/vit", "vit_tiny_patch16_224", **SMALL_VIT)
-    tags = {"resnet20_cifar.hub": "hf-hub:acme/resnet", "vit_tiny_patch16_224.hub": "hf-hub:acme/vit"}
+    export_encoder(tmp_path / "hub/acme/convnext", "convnext_atto", patch_size=1, depths=[1, 1, 1, 1], dims=[8, 8, 8, 8])
+    tags = {"resnet20_cifar.hub": "hf-hub:acme/resnet", "convnext_atto.hub": "hf-hub:acme/convnext"}
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
     command += ["-p", "timm_suite_plugin", "--deselect", f"tests/test_models.py::{LEFT_OUT}"]
