@@ -251,6 +251,8 @@ def _register(release: Release) -> None:
     architecture, tag, cfg = release.architecture, release.name.partition(".")[2], release.cfg
     if not timm.is_model(architecture):
         raise ValueError(f"{release.name}: timm has no architecture {architecture}.")
+    if release.robustbench and timm.is_model(release.robustbench):
+        raise ValueError(f"{release.name}: the name {release.robustbench} is taken.")
     default = _timm._model_default_cfgs.setdefault(architecture, DefaultCfg(tags=deque(), cfgs={}))
     if architecture not in _tags:
         _tags[architecture] = {}
@@ -274,8 +276,6 @@ def _register(release: Release) -> None:
     _timm._model_has_pretrained.add(release.name)
     _tags[architecture][tag] = _releases[release.name] = release
     if release.robustbench:
-        if timm.is_model(release.robustbench):
-            raise ValueError(f"{release.name}: the name {release.robustbench} is taken.")
         _register_alias(release.robustbench, release.name)
 
 

@@ -80,7 +80,9 @@ def usage_lines(folder: Path) -> str:
         f"Load it:      import advcl_hub, timm\n"
         f'              encoder = timm.create_model("local-dir:{folder}", pretrained=True)\n'
         f'Finetune it:  model = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=10)\n'
-        f"Check a copy: python -c \"from advcl_hub.export import verify_folder; print(verify_folder('{folder}'))\""
+        f"              advcl-hub finetune {folder} --data folder:pets --protocol slf\n"
+        f"Check a copy: advcl-hub verify {folder}\n"
+        f"Share it:     advcl-hub push {folder} ORG/NAME --dry-run"
     )
 
 
