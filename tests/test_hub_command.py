@@ -149,6 +149,8 @@ def test_push_info_pull_and_verify_on_a_hub(export: Path, hub: Hub, tmp_path: Pa
     assert f"Would be uploaded to {name}:" in dry and not hub.repos
     pushed = typed("push", export, name, "--private")
     assert f"{name} has (commit " in pushed and "Verified: downloaded again" in pushed and hub.repos[name].private
+    again = typed("push", export, name, "--private")
+    assert f"{name} had everything already (commit " in again and "Verified" not in again
     assert f"# {name}" in typed("info", name)
     assert "complete and verified" in typed("pull", f"{name}@v1", tmp_path / "copy")
     assert verify_folder(tmp_path / "copy") == 0

@@ -162,7 +162,8 @@ def push_command(folder: Path, repository: str, as_json: bool, **options: Any) -
     for name in done.left_out:
         click.echo(f"  {'left out':>18}  {name}")
     if not options["dry_run"]:
-        click.echo(f"Verified: downloaded again, every sha256 and the golden output are right.\n{done.url or ''}".strip())
+        if not done.unchanged:
+            click.echo(f"Verified: downloaded again, every sha256 and the golden output are right.\n{done.url or ''}".strip())
         if done.version:
             click.echo(f'Use it:  import advcl_hub, timm\n         timm.create_model("hf-hub:{repository}", pretrained=True)')
 
