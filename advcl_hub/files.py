@@ -25,7 +25,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# Where a path starts that tells about its owner: /x, ~/x, ~me/x, ../x, $HOME/x, C:\\x, \\\\server, file://x.
+# Where a path starts that tells about its owner: /x, ~/x, ~me/x, ../x, $HOME/x, C:\x, \\server\x, file://x.
 _START = r"(?:file://|//?(?<!://)(?=[\w.~])|~\w*/|(?:\.\./)+|\$\{?\w+\}?/|[A-Za-z]:\\|\\\\(?=\w))"
 # Within a text it follows no fraction (8/255) and no relative path (runs/x), and is no URL.
 _PATH = re.compile(rf"""(?<![\w./~)\]%<]){_START}[^\s"',;=()\[\]{{}}]+""")

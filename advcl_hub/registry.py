@@ -179,7 +179,7 @@ def register(name: str, source: str | Path, *, cache_dir: str | Path | None = No
     if not re.fullmatch(re.escape(architecture) + r"\.[\w.-]+", name, re.ASCII):
         raise ValueError(f"{source} holds a {architecture}: register it as {architecture}.TAG, of letters, digits, - and _.")
     if not release.files:
-        warnings.warn(f"{source} tells no sha256: {name} is pinned, but its weights are not checked.", stacklevel=2)
+        warnings.warn(f"{source} tells no sha256: the weights of {name} are not checked.", stacklevel=2)
     earlier = _releases.get(name)
     if not (earlier and earlier.facts.get("own")) and timm.models.is_model_pretrained(name):
         raise ValueError(f"{name} is taken by released weights: choose another tag.")

@@ -9,6 +9,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from advcl_hub import decoding
+from tests.hub_client import TOKENS, Client, open_client
+from tests.hub_server import Hub
 from tests.image_files import write_pets
 from tests.small_encoders import save_encoder
 
@@ -28,6 +30,20 @@ def fresh_accelerator() -> Iterator[None]:
     """For modules where every test does so."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Hub]:
+    """A Hub on this machine."""
+    with Hub(TOKENS).serve() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def client(served: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """The real Hub client that knows `served`, in a process of its own."""
+    with open_client(served, tmp_path_factory.mktemp("home")) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tests.hub_server import Hub
 
@@ -62,15 +63,8 @@ class Client:
 @contextmanager
 def open_client(hub: Hub, home: Path, **variables: str) -> Iterator[Client]:
     """A process that knows `hub`, with caches of its own in `home`."""
-    inherited = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(hub.environment(home) | {"OMP_NUM_THREADS": "1"} | variables)
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start) as pool:
-            pool.submit(os.getpid).result()
-            os.environ.clear()
-            os.environ.update(inherited)
-            yield Client(pool)
-    finally:
-        os.environ.clear()
-        os.environ.update(inherited)
+    environment = hub.environment(home) | {"OMP_NUM_THREADS": "1"} | variables
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start) as pool:
+        with patch.dict(os.environ, environment, clear=True):
+            pool.submit(os.getpid).result()  # the first call starts the process
+        yield Client(pool)

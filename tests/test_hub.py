@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,6 @@ from tests.small_encoders import export_encoder
 
 NAME = "acme/resnet8_cifar.test"
 PUSHED = {".gitattributes", "config.json", WEIGHTS, GOLDEN, RESULTS, "README.md"}
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Hub]:
-    with Hub(TOKENS).serve() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(served: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with open_client(served, tmp_path_factory.mktemp("home")) as client:
-        yield client
 
 
 @pytest.fixture

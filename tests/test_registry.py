@@ -20,7 +20,7 @@ from advcl_hub import registry
 from advcl_hub.evaluation.classifier import load_model
 from advcl_hub.export import GOLDEN, WEIGHTS, load_folder
 from advcl_hub.files import file_sha256
-from tests.hub_client import TOKENS, Client, open_client
+from tests.hub_client import Client, open_client
 from tests.hub_server import Fault, Hub, flipped
 from tests.small_encoders import SMALL_VIT, export_encoder
 
@@ -286,18 +286,6 @@ def test_robustbench_finds_a_classifier(tmp_path: Path, encoder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ the Hub
 
 
-@pytest.fixture(scope="module")
-def hub(encoder: Path) -> Iterator[Hub]:
-    with Hub(TOKENS).serve() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with open_client(hub, tmp_path_factory.mktemp("home")) as client:
-        yield client
-
-
 def load_released(path: Path, **options: Any) -> Any:
     """In the client's process: registers a data file and opens its model as timm's users do."""
     (release,) = registry.load_releases(path)
@@ -318,55 +306,55 @@ def load_plain(name: str) -> Any:
     return output(timm.create_model(name, pretrained=True))
 
 
-def test_released_weights_on_the_hub(hub: Hub, client: Client, encoder: Path, tmp_path: Path) -> None:
+def test_released_weights_on_the_hub(served: Hub, client: Client, encoder: Path, tmp_path: Path) -> None:
     done = client(advcl_hub.push, encoder, NAME)
     expected = output(load_folder(encoder))
     path = data_file(tmp_path / "released.json", encoder, hub_id="resnet8_cifar.test", revision=done.commit)
-    hub.add(NAME, {WEIGHTS: b"main has moved on"})
+    served.add(NAME, {WEIGHTS: b"main has moved on"})
 
-    hub.requests = []
+    served.requests = []
     assert torch.equal(client(load_released, path, token=None), expected)
     assert torch.equal(client(load_released, path, token=None, cache_dir=tmp_path / "cache"), expected)
     assert list((tmp_path / "cache").glob("models--acme--*/snapshots/*/model.safetensors"))
-    assert sum(path.startswith("/storage") for _, path in hub.requests) == 2  # once for each cache
+    assert sum(path.startswith("/storage") for _, path in served.requests) == 2  # once for each cache
     assert torch.equal(client(load_released, path, token=None), expected)
-    assert sum(path.startswith("/storage") for _, path in hub.requests) == 2
+    assert sum(path.startswith("/storage") for _, path in served.requests) == 2
     assert torch.equal(client(load_plain, f"hf-hub:{NAME}@v1", token=None), expected)
 
     fresh = tmp_path / "other-cache"
-    hub.faults.append(Fault("GET /storage/.*", change=flipped))
+    served.faults.append(Fault("GET /storage/.*", change=flipped))
     with pytest.raises(ValueError, match="is not the file that was released"):
         client(load_released, path, token=None, cache_dir=fresh)
     assert not [p for p in fresh.rglob("*") if p.is_file() and p.stat().st_size > 10_000]
-    hub.faults.clear()
-    hub.faults.append(Fault("GET /storage/.*", delay=1.0, times=1))  # slow is not wrong
+    served.faults.clear()
+    served.faults.append(Fault("GET /storage/.*", delay=1.0, times=1))  # slow is not wrong
     assert torch.equal(client(load_released, path, token=None, cache_dir=fresh), expected)
 
 
-def test_private_weights_and_offline(hub: Hub, client: Client, encoder: Path, tmp_path: Path) -> None:
+def test_private_weights_and_offline(served: Hub, client: Client, encoder: Path, tmp_path: Path) -> None:
     name = "alice/resnet8_cifar.private"
     client(advcl_hub.push, encoder, name, private=True)
     expected = output(load_folder(encoder))
     with pytest.raises(OSError, match="or is private: check the name, and log in"):
         client(load_registered, f"hf-hub:{name}", token=None)
     home = tmp_path / "home"
-    with open_client(hub, home) as other:
+    with open_client(served, home) as other:
         assert torch.equal(other(load_registered, f"hf-hub:{name}@v1", token="hf_reader"), expected)
-        hub.add("bob/plain", {file: (encoder / file).read_bytes() for file in ("config.json", WEIGHTS)})
+        served.add("bob/plain", {file: (encoder / file).read_bytes() for file in ("config.json", WEIGHTS)})
         assert torch.equal(other(opened, "hf-hub:bob/plain"), expected)
-    requests = len(hub.requests)
-    with open_client(hub, home, HF_HUB_OFFLINE="1") as offline:
+    requests = len(served.requests)
+    with open_client(served, home, HF_HUB_OFFLINE="1") as offline:
         assert torch.equal(offline(load_registered, f"hf-hub:{name}@v1", token=None), expected)
         assert torch.equal(offline(opened, "hf-hub:bob/plain"), expected)
         with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
             offline(load_registered, "hf-hub:alice/another", token=None)
-    assert len(hub.requests) == requests
+    assert len(served.requests) == requests
 
 
-def test_a_repository_that_timm_pushed(hub: Hub, client: Client, encoder: Path) -> None:
+def test_a_repository_that_timm_pushed(served: Hub, client: Client, encoder: Path) -> None:
     """It has no results.json and so no sha256; it opens all the same, pinned to its commit."""
     files = {name: (encoder / name).read_bytes() for name in ("config.json", WEIGHTS)}
-    hub.add("bob/plain", files)
+    served.add("bob/plain", files)
     assert torch.equal(
         client(load_registered, "hf-hub:bob/plain", "resnet8_cifar.bob", token=None), output(load_folder(encoder))
     )

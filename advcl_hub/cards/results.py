@@ -67,15 +67,15 @@ def add_to_results(
     """
     folder = Path(folder)
     results, _ = read_export(folder)
-    added = {_identity(e): e for e in (_compact(load_record(Path(path)), results, path) for path in evaluations)}
+    read = {Path(path): _compact(load_record(Path(path)), results, path) for path in evaluations}
+    added = {_identity(evaluation): evaluation for evaluation in read.values()}
     standing = [e for e in results.get("evaluations", []) if _identity(e) not in added]
     results["evaluations"] = [*standing, *added.values()]
     if licence:
         results["licence"] = licence
     results["notes"] = list(dict.fromkeys([*results.get("notes", []), *notes]))
-    pictured = [path for path in map(Path, evaluations) if (path / PICTURE).is_file()]
-    if pictured:
-        results["picture_of"] = _compact(load_record(pictured[-1]), results, pictured[-1])["model"]["name"]
+    if pictured := [path for path in read if (path / PICTURE).is_file()]:
+        results["picture_of"] = read[pictured[-1]]["model"]["name"]
         with replacing(folder / PICTURE) as draft:
             shutil.copyfile(pictured[-1] / PICTURE, draft)
     with replacing(folder / RESULTS) as draft:
@@ -94,21 +94,22 @@ def pretraining(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def is_robust(made: Mapping[str, Any]) -> bool:
+    """Whether a pretraining run had adversarial views."""
     return bool(made["recipe"].get("attack", {}).get("steps"))
 
 
-def method(recipe: Mapping[str, Any]) -> str:
-    if not recipe.get("attack", {}).get("steps"):
+def method(made: Mapping[str, Any]) -> str:
+    """What a pretraining run did, in the terms of the field."""
+    if not is_robust(made):
         return "contrastive learning on clean views"
-    return (
-        "AdvCL"
-        if recipe.get("objective", {}).get("pseudo_label_weight")
-        else "adversarial contrastive learning without pseudo-labels"
-    )
+    if made["recipe"].get("objective", {}).get("pseudo_label_weight"):
+        return "AdvCL"
+    return "adversarial contrastive learning without pseudo-labels"
 
 
 def is_advcl(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> bool:
-    return results.get("layout") == "advcl" or (made is not None and method(made["recipe"]) == "AdvCL")
+    """Whether weights come from AdvCL: our own pretraining (see `pretraining`) or a checkpoint of its authors' code."""
+    return results.get("layout") == "advcl" or (made is not None and method(made) == "AdvCL")
 
 
 def _compact(record: dict[str, Any], results: Mapping[str, Any], path: str | Path) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def summary(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """What an export is, in one sentence, from its results.json and config.json."""
     architecture, made = config["architecture"], pretraining(results)
     if made:
-        origin = f"pretrained with {method(made['recipe'])} on {made['provenance']['data']['name']} without its labels"
+        origin = f"pretrained with {method(made)} on {made['provenance']['data']['name']} without its labels"
     elif results.get("origin"):
         origin = f"converted from {_line(results['origin'])}"
     else:
@@ -121,7 +121,7 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
     lines: dict[str, str] = {}
     if made:
         place, data, labels = made["provenance"], made["provenance"]["data"], made["provenance"].get("pseudo_labels")
-        lines["Pretraining"] = f"{method(made['recipe'])}, {made['recipe']['epochs']} epochs, {made['step']:,} steps"
+        lines["Pretraining"] = f"{method(made)}, {made['recipe']['epochs']} epochs, {made['step']:,} steps"
         if not made.get("finished", True):
             lines["Pretraining"] += ", stopped before the end of the schedule"
         lines["Pretraining images"] = f"{data['images']:,} of {data['name']} (sha256 of the pixels `{data['sha256'][:16]}`)"
