@@ -3,79 +3,106 @@
 Both losses run outside autocast, in float32 or wider: a softmax over thousands of negatives is not for bfloat16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import once_differentiable
+
+CHUNK = 2**24  # similarities held at once, 64 MiB in float32
 
 
-def gather_batch(views: Tensor) -> Tensor:
-    """The views of every process, with gradient: (V, N, D) on each of W processes -> (V, W*N, D), ordered by rank.
-
-        rank 0: [a b]                      every rank: [a b c d]
-        rank 1: [c d]      ->              and the gradient of each entry flows back to the rank it came from
-
-    `accelerator.gather` would detach: negatives of other processes would then not be pushed away.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return views
-    return _GatherBatch.apply(views)
-
-
-class _GatherBatch(torch.autograd.Function):
-    """All-gather whose gradient is the sum over all processes' losses. (torch's own is deprecated, its successor too new.)"""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, views: Tensor) -> Tensor:
-        parts = [torch.empty_like(views, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, views.contiguous())
-        return torch.cat(parts, dim=1)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
-
-
-def contrastive_loss(views: Tensor, temperature: float = 0.5, base_temperature: float = 0.07) -> Tensor:
+def contrastive_loss(views: Tensor | Sequence[Tensor], temperature: float = 0.5, base_temperature: float = 0.07) -> Tensor:
     """Multi-view InfoNCE (AdvCL section 4): every view is an anchor, the other views of the same image are its positives.
 
     The negatives of an anchor are all views of all other images of the global batch. The mean over the local anchors is scaled
     by temperature / base_temperature, as the published code does (0.5 / 0.07, about 7.1). With the gradient averaged over the
     processes, as DistributedDataParallel does, the result equals one process with the whole batch.
 
+    Memory is linear in the batch: similarities are made some rows at a time and never kept. The gradient has a closed form, made
+    only for the views that want one (not for the clean ones in the attack); it cannot be differentiated again, and all processes
+    must scale their losses alike.
+
     Args:
-        views: unit vectors (V, N, D), V >= 2 views of the N local images.
+        views: unit vectors, (V, N, D) or V tensors (N, D): V >= 2 views of the N local images.
         temperature: softmax temperature.
         base_temperature: the published scale's denominator; set it to `temperature` for the unscaled loss.
 
     Returns:
         Scalar in float32 (float64 if the input is).
     """
-    num_views, n, dim = views.shape
-    if num_views < 2:
-        raise ValueError(f"A contrastive loss needs at least 2 views, got {num_views}.")
-    with torch.autocast(views.device.type, enabled=False):
-        views = views.to(torch.promote_types(views.dtype, torch.float32))
-        everyone = gather_batch(views)
-        total = everyone.shape[1]
-        rank = dist.get_rank() if total > n else 0
-        logits = views.reshape(-1, dim) @ everyone.reshape(-1, dim).T / temperature  # (V*N, V*W*N)
+    if len(views) < 2:
+        raise ValueError(f"A contrastive loss needs at least 2 views, got {len(views)}.")
+    loss: Tensor = _Contrastive.apply(temperature, *(v.to(torch.promote_types(v.dtype, torch.float32)) for v in views))
+    return loss * (temperature / base_temperature)
 
-        # Column of view v of local image i is v * total + rank * n + i.
-        image = rank * n + torch.arange(n, device=views.device)
-        view = torch.arange(num_views, device=views.device)
-        column = (view[:, None] * total + image).reshape(-1, 1)  # each anchor's own column
-        shift = torch.arange(1, num_views, device=views.device) * total
-        positives = (column + shift) % (num_views * total)
 
-        attraction = logits.gather(1, positives).mean(1)
-        repulsion = logits.scatter(1, column, -torch.inf).logsumexp(1)
-        return (repulsion - attraction).mean() * (temperature / base_temperature)
+class _Contrastive(torch.autograd.Function):
+    """The mean over the local anchors i of lse_i - (mean over the positives p of s_ip).
+
+    s_ij = z_i z_j / temperature; lse_i = log of the sum of exp(s_ij) over all j but i. Every vector is an anchor, and a key to
+    the anchors of all processes. As s is symmetric, the gradient of all their losses together needs their lse, no more:
+
+        d/dz_i ~ sum over j but i of [exp(s_ij - lse_i) + exp(s_ij - lse_j)] z_j - 2 * mean over the positives p of z_p
+    """
+
+    @staticmethod
+    def forward(ctx: Any, temperature: float, *views: Tensor) -> Tensor:
+        anchors = torch.stack(views)  # (V, N, D)
+        keys = _gather(anchors).flatten(0, -2)  # (W*V*N, D)
+        lse = torch.cat([s.logsumexp(1) for _, s in _similarities(anchors.flatten(0, 1), keys, temperature, 0)])
+        positives = (anchors.sum(0) - anchors) / (len(views) - 1)
+        ctx.save_for_backward(anchors, positives, keys, lse, _gather(lse).flatten())
+        ctx.temperature = temperature
+        return lse.mean() - (anchors * positives).sum(2).mean() / temperature
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        anchors, positives, keys, lse, key_lse = ctx.saved_tensors
+        n = anchors.shape[1]
+        gradients: list[Tensor | None] = [None] * len(anchors)
+        for v in [v for v in range(len(anchors)) if ctx.needs_input_grad[1 + v]]:
+            pushes = []
+            for rows, s in _similarities(anchors[v], keys, ctx.temperature, v * n):
+                weights = (s - lse[v * n :][rows, None]).exp_() + s.sub_(key_lse).exp_()
+                pushes.append(_product(weights, keys))
+            gradients[v] = (torch.cat(pushes) - 2 * positives[v]) * (grad / (ctx.temperature * len(lse)))
+        return None, *gradients
+
+
+def _similarities(anchors: Tensor, keys: Tensor, temperature: float, first: int) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of s at a time, with -inf where an anchor is its own key; `first` is the number of local keys before them."""
+    rank = dist.get_rank() if _distributed() else 0
+    world = dist.get_world_size() if _distributed() else 1
+    first += rank * (len(keys) // world)
+    size = max(1, CHUNK // len(keys))
+    for start in range(0, len(anchors), size):
+        rows = slice(start, min(start + size, len(anchors)))
+        s = _product(anchors[rows], keys.T).div_(temperature)
+        s.diagonal(first + start).fill_(-torch.inf)
+        yield rows, s
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    """The tensor of every process, stacked by rank (W, ...); without gradient."""
+    if not _distributed():
+        return tensor[None]
+    everyone = tensor.new_empty(dist.get_world_size(), *tensor.shape)
+    dist.all_gather(list(everyone), tensor.contiguous())
+    return everyone
+
+
+def _distributed() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def pseudo_label_loss(logits: Sequence[Tensor], labels: Tensor, reduction: str = "mean") -> Tensor:

@@ -189,8 +189,8 @@ class AdvCL(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The contrastive and the pseudo-label term of stacked adversarial views and clean projections (V, N, D)."""
         count = len(self.objective.adversarial_views)
-        views = torch.cat([clean, self.project(adversarial[:count], "adv")]) if count else clean
-        groups = [views] if self.objective.pairing == "joint" else [views[: len(clean)], views[len(clean) :]]
+        attacked = self.project(adversarial[:count], "adv") if count else []
+        groups = [[*clean, *attacked]] if self.objective.pairing == "joint" else [[*clean], [*attacked]]
         contrastive = torch.stack(
             [contrastive_loss(g, self.objective.temperature, self.objective.base_temperature) for g in groups]
         ).mean()
