@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**24  # similarities held at once, 64 MiB in float32
+CHUNK = 2**22  # similarities held at once, 16 MiB in float32: larger ones leave the cache of a CPU
 
 
 def contrastive_loss(views: Tensor | Sequence[Tensor], temperature: float = 0.5, base_temperature: float = 0.07) -> Tensor:

@@ -1,0 +1,137 @@
+"""Measures this project on this machine, every part beside another way to do the same:
+
+    python -m train.benchmark                                   # all parts, on a GPU if there is one
+    python -m train.benchmark --only step --batch-size 128      # one of them
+    python -m train.benchmark --root DATA                       # with CIFAR-10: PGD-20 and AutoAttack, too
+
+Prints tables; leaves results.json and benchmark.png in the output folder, anew after every part.
+"""
+
+import argparse
+import datetime
+import os
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import timm
+import torch
+
+import advcl_hub  # noqa: F401  (registers our architectures with timm)
+from advcl_hub.data import load_data
+from advcl_hub.evaluation.processes import choose
+from advcl_hub.evaluation.results import hardware, versions
+from advcl_hub.files import check_writable
+from train.benchmark import parts, processes, step, use
+from train.benchmark.report import Section, save
+from train.recipe import require
+
+PARTS = ("step", "views", "contrastive", "processes", "evaluation", "probe", "loading")
+CONTRASTIVE = (512, 1024, 2048, 4096, 8192, 16384)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m train.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--model", default="resnet18_cifar", help="timm architecture for 32x32 images (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="images a step (default: 128 on a CPU, 512 on a GPU)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default: %(default)s)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes, and its waiting time")
+    parser.add_argument("--root", help="folder with CIFAR-10; without it the evaluation is left out")
+    parser.add_argument(
+        "--classifier", default="resnet8_cifar.advcl_c10_aff", help="weights to be evaluated (default: %(default)s)"
+    )
+    parser.add_argument("--images", type=int, help="test images to evaluate on (default: 64 on a CPU, 1000 on a GPU)")
+    parser.add_argument("--largest", type=int, default=CONTRASTIVE[-1], help="global batch of the contrastive loss, at most")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="folder (default: %(default)s)")
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    try:
+        run(args, argv)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"Interrupted. {args.output} holds what was measured.")
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> list[Section]:
+    """All parts that were asked for; after each its tables, and the files anew."""
+    device = choose(args.device)
+    gpu = device.type == "cuda"
+    args.batch_size = args.batch_size or (512 if gpu else 128)
+    args.images = args.images or (1000 if gpu else 64)
+    require(args.batch_size >= 2 and args.rounds >= 1, "--batch-size must be at least 2, --rounds at least 1.")
+    require(timm.is_model(args.model), f"timm has no model {args.model!r}.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    check_writable(args.output)
+    if not args.no_compile and not gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
+        args.no_compile = True
+        print("torch.compile needs a C++ compiler on a CPU: what it makes is left out.", file=sys.stderr)
+    machine = hardware(device, 1)
+    facts = {
+        "command": f"python -m train.benchmark {shlex.join(argv)}".strip(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": machine,
+        "versions": versions(),
+    }
+    print(f"{machine['name']}, {machine['threads']} threads; torch {torch.__version__}\n", flush=True)
+    sections: list[Section] = []
+    for name in args.only or PARTS:
+        for section in _measure(name, args, device):
+            _tell("")
+            print(section.table() + "\n", flush=True)
+            sections.append(section)
+            save(args.output, sections, facts)
+    print(f"{args.output}/results.json, {args.output}/benchmark.png")
+    return sections
+
+
+def _measure(part: str, args: argparse.Namespace, device: torch.device) -> Iterator[Section]:
+    tell: Callable[[str], None] = lambda text: _tell(f"{part}: {text}")  # noqa: E731
+    gpu, batch, rounds = device.type == "cuda", args.batch_size, args.rounds
+    match part:
+        case "step":
+            yield step.measure(args.model, _images(batch, device), step.modes(not args.no_compile), rounds, tell)
+        case "views":
+            yield parts.measure_views(_images(2 * batch, device), batch, rounds, tell=tell)
+        case "contrastive":
+            sizes = [n for n in CONTRASTIVE if n <= args.largest]
+            yield parts.measure_contrastive(sizes, device, rounds, tell)
+        case "processes":
+            worlds = list(range(1, 1 + (torch.cuda.device_count() if gpu else min(4, torch.get_num_threads()))))
+            yield processes.measure(args.model, max(2, batch // 4), worlds, rounds, device, tell)
+        case "evaluation" if args.root is None:
+            print("evaluation: left out, it needs CIFAR-10: --root DATA\n")
+        case "evaluation":
+            data = load_data("cifar10", "test", root=args.root)
+            chosen_images = data.subset(data.balanced_positions(args.images))
+            yield from use.measure_evaluation(args.classifier, chosen_images, device, rounds, not args.no_compile, tell)
+        case "probe":
+            yield use.measure_probe(args.model, 5000 if gpu else 1000, device, tell)
+        case "loading":
+            yield from use.measure_loading(rounds, tell)
+
+
+def _images(count: int, device: torch.device) -> torch.Tensor:
+    images = load_data(f"fake:{max(10, count)}").images
+    assert isinstance(images, torch.Tensor)
+    return images[:count].to(device)
+
+
+def _tell(text: str) -> None:
+    """What is being measured, on one line of a terminal that the next text replaces; in a log file a line each."""
+    end = "\r" if sys.stderr.isatty() else "\n"
+    if text or sys.stderr.isatty():
+        print(f"{text[:100]:100}".rstrip() if end == "\n" else f"{text[:100]:100}", end=end, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

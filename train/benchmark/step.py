@@ -1,0 +1,140 @@
+"""The training step: the published one against ours, one way of saving time after the other."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from advcl_hub.attacks import uniform_start
+from train.benchmark.published import published_losses
+from train.benchmark.report import Row, Section
+from train.benchmark.timing import clock, count_flops, matmul_rate, peak_memory, race
+from train.network import build_network, build_optimizer
+from train.recipe import PseudoLabelSource, Recipe, Speed
+from train.step import AdvCL, Attack
+from train.views import make_views
+
+PUBLISHED = "published step"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to run the step. All but `published` are settings of a recipe."""
+
+    name: str
+    speed: Speed = field(default_factory=Speed)
+    attack: Attack = field(default_factory=Attack)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the network's matrix products run."""
+        return torch.bfloat16 if self.speed.mixed_precision == "bf16" else torch.float32
+
+
+def modes(compiled: bool) -> list[Mode]:
+    """The published step, then each shortcut on top of the one before, then attacks of fewer and larger steps.
+
+    Args:
+        compiled: whether torch.compile is one of the shortcuts.
+    """
+    layout = Speed(channels_last=True)
+    bf16 = replace(layout, mixed_precision="bf16")
+    fastest = replace(bf16, compile=compiled)
+    return [
+        Mode(PUBLISHED),
+        Mode("clean views once"),
+        Mode("+ channels-last", layout),
+        Mode("+ bf16", bf16),
+        *([Mode("+ compile", fastest)] if compiled else []),
+        Mode("attack 3 x 4/255", fastest, Attack(step_size=4 / 255, steps=3)),
+        Mode("attack 1 x 10/255", fastest, Attack(step_size=10 / 255, steps=1)),
+    ]
+
+
+class Contestant:
+    """A network of its own that takes training steps on one batch.
+
+    Args:
+        mode: how.
+        model: name of a timm architecture for 32x32 images.
+        images: uint8 (N, 3, H, W).
+    """
+
+    def __init__(self, mode: Mode, model: str, images: Tensor) -> None:
+        self.recipe = Recipe(
+            model=model,
+            batch_size=max(2, len(images)),
+            speed=mode.speed,
+            attack=mode.attack,
+            pseudo_labels=PseudoLabelSource(encoder="pixels"),  # never made: the labels are random
+        )
+        shape: tuple[int, int, int] = tuple(images.shape[1:])  # type: ignore[assignment]
+        self.mode, self.images = mode, images
+        self.network: AdvCL = build_network(self.recipe, shape).to(images.device)
+        self.optimizer = build_optimizer(self.recipe, self.network)
+        labels = [torch.randint(k, (len(images),)) for k in self.recipe.pseudo_labels.ks]
+        self.labels = torch.stack(labels, 1).to(images.device)
+        if mode.speed.compile:
+            self.network.encoder.compile(fullgraph=True)
+
+    def step(self) -> None:
+        """Views, attack, loss, gradient, update."""
+        if self.mode.name == PUBLISHED:
+            views = make_views(self.images, self.recipe.views)
+            noise = uniform_start(torch.zeros(2, *views.weak.shape, device=views.weak.device), self.recipe.attack.eps)
+            total = published_losses(self.network, views, noise, self.labels)[0]
+        else:
+            with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.mode.dtype == torch.bfloat16):
+                total = self.network(self.images, self.labels).total
+        total.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def forward(self) -> None:
+        """One view through encoder and projection head: what a forward-equivalent is."""
+        with torch.no_grad():
+            self.network.project([self.images / 255], "clean")
+
+
+def measure(
+    model: str, images: Tensor, chosen: Sequence[Mode], rounds: int, tell: Callable[[str], None] = lambda text: None
+) -> Section:
+    """Steps of all modes on the same images (uint8 (N, C, H, W), where they are), in turns."""
+    device, n = images.device, len(images)
+    contestants = {mode.name: Contestant(mode, model, images) for mode in chosen}
+    times = race({name: c.step for name, c in contestants.items()}, device, rounds, warm_up=2, tell=tell)
+    rates = {dtype: matmul_rate(device, dtype) for dtype in {mode.dtype for mode in chosen}}
+    eager = Contestant(chosen[0], model, images)
+    forward = count_flops(eager.forward)
+    flops: dict[tuple[bool, Attack], int] = {}
+    rows = []
+    for mode in chosen:
+        tell(f"memory, operations: {mode.name}")
+        contestant, timing = contestants[mode.name], times[mode.name]
+        kind = (mode.name == PUBLISHED, mode.attack)
+        if kind not in flops:
+            flops[kind] = count_flops(Contestant(replace(mode, speed=Speed()), model, images).step)
+        memory = peak_memory(contestant.step, device)
+        views = clock(lambda c=contestant: make_views(_batch(c.images), c.recipe.views), device)  # type: ignore[misc]
+        achieved = flops[kind] / timing.median
+        more = {
+            "forwards an image": f"{flops[kind] / forward:.1f}",
+            "GFLOP/s": achieved / 1e9,
+            "of matrix rate": f"{achieved / rates[mode.dtype]:.0%}",
+            "memory, MB": "" if memory is None else memory / 1e6,
+            "data and views": f"{views / timing.median:.1%}",
+        }
+        rows.append(Row(mode.name, timing, n, more))
+    products = ", ".join(f"{str(d).removeprefix('torch.')} {r / 1e9:,.0f}" for d, r in sorted(rates.items(), key=str))
+    note = (
+        f"{model}, batch {n}; median of {rounds} rounds in turns (slowest to fastest). Matrix products reach {products} "
+        "GFLOP/s here. One forward: a view through encoder and projection head. Memory: the most that a step holds besides "
+        "weights, gradients and momentum. Data and views: gathering the batch and augmenting it, the same for all here."
+    )
+    return Section("step", "Training step", rows, note=note)
+
+
+def _batch(images: Tensor) -> Tensor:
+    """The images gathered in another order, as the loop does from the set in memory."""
+    return images[torch.randperm(len(images), device=images.device)]
