@@ -1,14 +1,22 @@
 """From a recipe to a network, an optimizer and a schedule; compiled or with statistics over all processes, the same network."""
 
+import copy
+import itertools
+import logging
 import math
 import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
 
-from train.network import build_encoder, build_network, build_optimizer, build_schedule
+from advcl_hub.training.state import pack_state, unpack_state
+from train.network import build_encoder, build_network, build_optimizer, build_schedule, compile_encoder
 from train.recipe import Recipe, load_recipe
+from train.step import AdvCL, _constant_parameters
 
 SHAPE = (3, 16, 16)
 
@@ -16,6 +24,19 @@ SHAPE = (3, 16, 16)
 def recipe(*overrides: str) -> Recipe:
     small = ["model_kwargs.channels=[8,8,16]", "pseudo_labels.ks=[3]", "speed.mixed_precision=no"]
     return load_recipe("digits_demo", [*small, *overrides])
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Graphs of other tests, and their number, must not matter; nor does pytest ask for the compiler's trace, which is slow."""
+    trace = logging.getLogger("torch.__trace")
+    level = trace.level
+    trace.setLevel(logging.WARNING)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(cache_size_limit=64):
+        yield
+    torch._dynamo.reset()
+    trace.setLevel(level)
 
 
 def test_synchronised_batch_norm_changes_layers_but_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +50,7 @@ def test_synchronised_batch_norm_changes_layers_but_no_name(monkeypatch: pytest.
     assert [k for k, v in usual.state_dict().items() if not torch.equal(v, state[k])] == []
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
 def test_a_compiled_step_equals_the_usual_one() -> None:
     images = torch.randint(256, (6, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -37,7 +59,7 @@ def test_a_compiled_step_equals_the_usual_one() -> None:
     for compiled in (False, True):
         network = build_network(recipe(), SHAPE)
         if compiled:
-            network.encoder.compile()
+            compile_encoder(recipe(), network, SHAPE)
         torch.manual_seed(0)
         losses = network(images, labels)
         losses.total.backward()
@@ -48,6 +70,80 @@ def test_a_compiled_step_equals_the_usual_one() -> None:
     assert (other_gradient - gradient).norm() < 0.02 * gradient.norm()
     for name, value in state.items():  # every branch saw its own views
         torch.testing.assert_close(other_state[name], value, rtol=1e-2, atol=1e-3)
+
+
+def passes(network: AdvCL, shape: tuple[int, int, int]) -> None:
+    """Every way in which training runs the encoder: each branch and mode, with parameter gradients or as in the attack."""
+    for train, branch in itertools.product((True, False), network.branch.names):
+        network.train(train)
+        images = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
+        network.features(images, branch).sum().backward()
+        with _constant_parameters(network):
+            network.features(images.requires_grad_(), branch).sum().backward()
+        with torch.no_grad():
+            network.features(images.detach(), branch)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("model", "shape", "graphs"),
+    [
+        ("resnet8_cifar model_kwargs={channels: [8, 8, 16]}", SHAPE, 18),
+        ("convnext_atto model_kwargs={depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}", (3, 32, 32), 6),  # no batch norm, no branch
+        ("vit_tiny_patch16_224 model_kwargs={img_size: 16, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}", SHAPE, 6),
+    ],
+)
+def test_every_branch_and_mode_is_one_graph(model: str, shape: tuple[int, int, int], graphs: int) -> None:
+    """`fullgraph=True` raises at a graph break; each graph is compiled once, then used."""
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    name, _, arguments = model.partition(" ")
+    r = load_recipe("digits_demo", [f"model={name}", arguments, "pseudo_labels.ks=[3]"])
+    network = build_network(r, shape)
+    network.encoder.compile(fullgraph=True, backend=backend)
+    passes(network, shape)
+    assert len(compiled) == graphs
+    passes(network, shape)
+    assert len(compiled) == graphs
+
+
+class Breaks(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.mean()) > 0 else -x
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_graph_break_is_found_before_training() -> None:
+    r = recipe("speed.compile=true")
+    network = build_network(r, SHAPE)
+    network.encoder.act1 = Breaks()
+    with pytest.raises(ValueError, match=r"^resnet8_cifar cannot be compiled as one graph: .+; set speed.compile=false\.$"):
+        compile_encoder(r, network, SHAPE)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_compiling_asks_for_one_graph_and_leaves_the_network_as_it_is(
+    synchronised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch compiles around SyncBatchNorm, graph by graph; the trial pass moves no statistics."""
+    network = build_network(recipe(), SHAPE)
+    before = copy.deepcopy(network.state_dict())
+    asked: list[dict[str, Any]] = []
+    compiles = nn.Module.compile
+
+    def spy(module: nn.Module, **options: Any) -> None:
+        asked.append(options)
+        compiles(module, **options)
+
+    monkeypatch.setattr(nn.Module, "compile", spy)
+    compile_encoder(recipe(f"speed.sync_batch_norm={str(synchronised).lower()}"), network, SHAPE)
+    assert asked[-1] == {"fullgraph": not synchronised}
+    assert [k for k, v in network.state_dict().items() if not torch.equal(v, before[k])] == []
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_minimum() -> None:
@@ -72,6 +168,50 @@ def test_the_optimizer_has_every_parameter(name: str, kind: type[torch.optim.Opt
     assert type(optimizer) is kind
     assert {p for g in optimizer.param_groups for p in g["params"]} == set(network.parameters())
     assert all(g["weight_decay"] == 0.05 for g in optimizer.param_groups)
+
+
+def trained(optimizer: torch.optim.Optimizer, network: nn.Module, steps: int) -> None:
+    """Steps along gradients that depend on the weights alone."""
+    for _ in range(steps):
+        sum((p.square().sum() + p.sin().sum() for p in network.parameters()), torch.zeros(())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def small(layout: torch.memory_format) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 5, 1), nn.BatchNorm2d(5)).to(memory_format=layout)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_one_kernel_steps_as_the_usual_optimizer(name: str, layout: torch.memory_format) -> None:
+    """Also through accelerate, and from the checkpoint of either, which keeps no memory layout."""
+    r = recipe(f"optimizer.name={name}", "optimizer.lr=0.01", "optimizer.weight_decay=0.05")
+    usual = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
+    more = {"momentum": r.optimizer.momentum} if name == "sgd" else {}
+
+    def make(fused: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+        network = small(layout)
+        if fused:
+            return network, build_optimizer(r, network)
+        return network, usual(network.parameters(), 0.01, weight_decay=0.05, fused=False, foreach=False, **more)
+
+    reference, optimizer = make(False)
+    trained(optimizer, reference, 6)
+    assert build_optimizer(r, reference).param_groups[0]["fused"]
+    for first, then in itertools.product((True, False), repeat=2):
+        network, optimizer = make(first)
+        trained(optimizer, network, 3)
+        saved = pack_state(network, optimizer, None)
+        assert len([k for k in saved if k.startswith("optimizer.")]) == 6 * (1 if name == "sgd" else 3)
+        continued, optimizer = make(then)
+        unpack_state(saved, continued, optimizer, None)
+        assert optimizer.param_groups[0]["fused"] == then
+        trained(Accelerator(cpu=True).prepare_optimizer(optimizer), continued, 3)
+        for ours, expected in zip(continued.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_encoder_takes_images_as_they_are() -> None:

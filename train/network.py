@@ -1,5 +1,6 @@
 """From a recipe to a network, its optimizer and its learning-rate schedule."""
 
+import copy
 import difflib
 from collections.abc import Mapping
 
@@ -64,12 +65,35 @@ def plain_encoder(recipe: Recipe, shape: tuple[int, int, int], state: Mapping[st
     return encoder.eval()
 
 
+def compile_encoder(recipe: Recipe, network: AdvCL, shape: tuple[int, int, int]) -> None:
+    """Compiles the encoder, in place: each branch and mode at its first pass, as one graph.
+
+    Raises:
+        ValueError: the model cannot be one graph.
+    """
+    torch._dynamo.config.cache_size_limit = 64  # one graph for every branch, mode and layout
+    one_graph = not recipe.speed.sync_batch_norm  # PyTorch issue 161302: SyncBatchNorm breaks every graph
+    if one_graph:
+        trial = copy.deepcopy(network)
+        trial.encoder.compile(fullgraph=True, backend="eager")
+        device = next(network.parameters()).device
+        try:
+            trial.features(torch.zeros(2, *shape, device=device), trial.branch.names[0])
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{recipe.model} cannot be compiled as one graph: {reason}; set speed.compile=false.") from error
+        finally:
+            torch._dynamo.reset()  # having seen two sizes of batches, it would compile for any
+    network.encoder.compile(fullgraph=one_graph)
+
+
 def build_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
-    """SGD as published (weight decay on all parameters), or AdamW."""
+    """SGD as published (weight decay on all parameters), or AdamW; one kernel updates all parameters."""
     c = recipe.optimizer
+    fused = all(p.device.type in ("cpu", "cuda") for p in network.parameters())  # not on every device
     if c.name == "sgd":
-        return torch.optim.SGD(network.parameters(), c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
-    return torch.optim.AdamW(network.parameters(), c.lr, weight_decay=c.weight_decay)
+        return torch.optim.SGD(network.parameters(), c.lr, momentum=c.momentum, weight_decay=c.weight_decay, fused=fused)
+    return torch.optim.AdamW(network.parameters(), c.lr, weight_decay=c.weight_decay, fused=fused)
 
 
 def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:

@@ -39,7 +39,7 @@ from advcl_hub.training.stop import StopRequest, duration
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train.export import export_checkpoint, usage_lines
 from train.inputs import check_same_recipe, continue_provenance, load_labels, load_training_data, provenance
-from train.network import build_network, build_optimizer, build_schedule, plain_encoder
+from train.network import build_network, build_optimizer, build_schedule, compile_encoder, plain_encoder
 from train.probe import linear_probe, with_linear_head
 from train.recipe import Recipe, load_recipe
 from train.step import Losses
@@ -107,8 +107,7 @@ class Trainer(Loop):
             unpack_state(checkpoint.tensors, self.core, self.optimizer, self.ema.module if self.ema else None)
             self.state = replace(checkpoint, recipe=recipe, provenance=where, tensors={})
         if recipe.speed.compile:
-            torch._dynamo.config.cache_size_limit = 64  # one graph for every branch, mode and layout
-            self.core.encoder.compile()
+            compile_encoder(recipe, self.core, data.shape)
         self.model, self.stepper = accelerator.prepare(self.core, self.optimizer)
 
     def train_step(self, images: Tensor, labels: Tensor | None) -> None:

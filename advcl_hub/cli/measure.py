@@ -42,6 +42,9 @@ from advcl_hub.files import slug
 @click.option("--batch-size", type=int, default=Protocol.batch_size, show_default=True, help="Halved until it fits the GPU.")
 @click.option("--bf16", is_flag=True, help="Compute in bfloat16, for screening only: the result says so.")
 @click.option(
+    "--compile", is_flag=True, help="Faster in long runs, after a minute of compiling; on CPUs it takes a C++ compiler."
+)
+@click.option(
     "--check-images", type=int, default=Protocol.check_images, show_default=True, help="For checks and curves; 0: none."
 )
 @click.option("--device", help="Such as cpu or cuda:1.  [default: a GPU if there is one]")

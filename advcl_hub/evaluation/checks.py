@@ -40,15 +40,14 @@ def model_checks(classifier: nn.Module, images: Tensor, labels: Tensor, protocol
             alone = torch.cat([classifier(image[None]) for image in images[:8]])
         except (RuntimeError, ValueError):  # a batch norm that computes statistics refuses a single image
             alone = torch.full_like(first[:8], torch.inf)
-    random = _difference(first, second)
-    together = _difference(first[:8], alone)
+    random = difference(first, second)
+    together = difference(first[:8], alone)
     batch_norms = [
         name
         for name, module in classifier.named_modules()
         if module.training or (isinstance(module, _BatchNorm) and module.running_mean is None)
     ]
     advise = random > 1e-4 and protocol.autoattack != "rand"
-    tolerance = 1e-4 if protocol.precision == "float32" else 5e-2
     total = first.sum(1)
     softmax = bool(((first >= 0).all() and (first <= 1 + 1e-5).all() and ((total - 1).abs() < 1e-4).all()).item())
     return [
@@ -59,7 +58,7 @@ def model_checks(classifier: nn.Module, images: Tensor, labels: Tensor, protocol
         ),
         Check(
             "evaluation mode",
-            not batch_norms and (together <= tolerance or random > 1e-4),
+            not batch_norms and (together <= protocol.tolerance or random > 1e-4),
             f"an image's logits in a batch and alone differ by {together:.1e}"
             + (f"; in training mode or without running statistics: {', '.join(batch_norms[:3])}" if batch_norms else ""),
         ),
@@ -71,7 +70,7 @@ def model_checks(classifier: nn.Module, images: Tensor, labels: Tensor, protocol
     ]
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
+def difference(a: Tensor, b: Tensor) -> float:
     """The largest distance of two sets of logits (N, K), each scaled to length 1."""
     return (F.normalize(a, dim=1) - F.normalize(b, dim=1)).norm(dim=1).max().item()
 

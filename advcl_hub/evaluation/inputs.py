@@ -161,6 +161,13 @@ class Corrupted:
         return read_corrupted(self.folder, name, severity, self.indices)[0]
 
 
+def first_images(data: ImageData, count: int, device: torch.device) -> Tensor:
+    """The first `count` images, or all there are, on the device: (N, C, H, W), from 0 to 255."""
+    count = min(count, len(data))
+    ((images, _),) = batches(data, count, device=device, order=torch.arange(count))
+    return images
+
+
 def try_classifier(classifier: nn.Module, data: ImageData, protocol: Protocol, device: torch.device) -> int:
     """The protocol's batch size, halved until a forward and backward pass fits the device's memory.
 
@@ -169,7 +176,7 @@ def try_classifier(classifier: nn.Module, data: ImageData, protocol: Protocol, d
     """
     size = min(protocol.batch_size, len(data))
     while True:
-        ((images, _),) = batches(data, size, device=device, order=torch.arange(size))
+        images = first_images(data, size, device)
         try:
             with torch.enable_grad():
                 x = (images / 255).requires_grad_()

@@ -1,6 +1,6 @@
 """What is measured, and how: everything that decides a figure stands in one frozen record."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from advcl_hub.attacks import LOSSES, NORMS, Norm
@@ -26,6 +26,8 @@ class Protocol:
         batch_size: images a batch. It decides the random numbers of AutoAttack and of the checks.
         precision: `float32`, or `bfloat16` to screen models faster; figures from it are for nobody else's eyes.
         check_images: how many of the images the checks and the curves take; 0 leaves them out.
+        compile: attack a compiled network: faster after the first batches, which wait for the compiler, and rounded otherwise.
+            On CPUs it takes a C++ compiler.
 
     Raises:
         ValueError: a value outside its range.
@@ -42,6 +44,7 @@ class Protocol:
     batch_size: int = 250
     precision: str = "float32"
     check_images: int = 100
+    compile: bool = field(default=False, repr=False)  # the names of folders, made of the repr, say it themselves
 
     def __post_init__(self) -> None:
         _one_of("norm", self.norm, NORMS)
@@ -79,13 +82,18 @@ class Protocol:
         return self.step_size
 
     @property
+    def tolerance(self) -> float:
+        """How far rounding may move logits that are scaled to length 1."""
+        return 1e-4 if self.precision == "float32" else 5e-2
+
+    @property
     def attacks_with_pgd(self) -> bool:
         """Whether there is anything for PGD to do."""
         return self.steps > 0 and self.radius > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings by name."""
-        return asdict(self)
+        """All settings by name; `compile` only if it is set, as records from before it existed lack it."""
+        return {name: value for name, value in asdict(self).items() if name != "compile" or value}
 
 
 def pixels(length: float, norm: str = "Linf") -> str:

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from advcl_hub.data import ImageData
+from advcl_hub.evaluation.acceleration import TRIAL, accelerated
 from advcl_hub.evaluation.classifier import PixelSpace, borrowed
+from advcl_hub.evaluation.inputs import first_images
 from advcl_hub.evaluation.journal import Journal
 from advcl_hub.evaluation.measure import Measurement
 from advcl_hub.evaluation.processes import ALONE
@@ -60,8 +62,9 @@ def robustness(
     if not len(data):
         raise ValueError("No images to evaluate on.")
     protocol = Protocol(eps=eps, step_size=step_size, steps=steps, batch_size=batch_size, seed=seed)
-    classifier, device = PixelSpace(model, fit=fit), torch.device(device)
-    with borrowed(classifier, device):
+    original, device = PixelSpace(model, fit=fit), torch.device(device)
+    with borrowed(original, device):
+        classifier = accelerated(original, first_images(data, TRIAL, device) / 255, protocol)
         measurement = Measurement(classifier, data, protocol, Journal(None, {}, ALONE), device, progress=False)
         right = [p for p, correct in enumerate(measurement.clean()["correct"]) if correct]
         survive = sum(r < 0 for r in measurement.pgd("pgd", right, protocol).get("restart", []))

@@ -148,7 +148,7 @@ def folder_name(data: str, protocol: Protocol, options: Mapping[str, Any]) -> st
     """A folder's name: what people ask first, and a few digits that differ with everything else."""
     count = [f"first{options['n']}" if options["first"] else f"n{options['n']}"] if options["n"] else []
     budget = f"{protocol.norm}-{pixels(protocol.radius, protocol.norm).replace('/', '-')}"
-    attacks = [f"pgd{protocol.steps}", *(["aa"] if protocol.autoattack else [])]
+    attacks = [f"pgd{protocol.steps}", *(["aa"] if protocol.autoattack else []), *(["compiled"] if protocol.compile else [])]
     everything = repr((protocol, data, {key: str(value) for key, value in options.items() if key != "device"}))
     return "-".join([slug(data), *count, budget, *attacks, hashlib.sha256(everything.encode()).hexdigest()[:6]])
 

@@ -17,6 +17,7 @@ from torch import nn
 from advcl_hub.corruptions import SEVERITIES
 from advcl_hub.data import ImageData
 from advcl_hub.evaluation import autoattack, checks, inputs, tables
+from advcl_hub.evaluation.acceleration import TRIAL, accelerated
 from advcl_hub.evaluation.checks import Check
 from advcl_hub.evaluation.classifier import LoadedModel, PixelSpace, borrowed, load_model, pretrained_cfg, weights_sha256
 from advcl_hub.evaluation.journal import Journal, Payload
@@ -107,8 +108,9 @@ def evaluate(
         return standing
 
     processes = Processes.current()
-    classifier = PixelSpace(network, fit=True, precision=protocol.precision)
-    with borrowed(classifier, device), ExitStack() as stack:
+    original = PixelSpace(network, fit=True, precision=protocol.precision)
+    with borrowed(original, device), ExitStack() as stack:
+        classifier = accelerated(original, inputs.first_images(named, TRIAL, device) / 255, protocol)
         fits = inputs.try_classifier(classifier, named, protocol, device)
         journal = Journal(folder and folder / UNFINISHED, {**facts, "device": device.type}, processes)
         stack.callback(journal.close)

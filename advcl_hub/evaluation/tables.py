@@ -94,7 +94,8 @@ def protocol_text(record: Mapping[str, Any]) -> str:
     budget = f"{p['norm']}, eps {pixels(p['eps'], p['norm'])} in pixels of [0, 1]; " if attacks else "not attacked"
     size = "x".join(map(str, model["attacked_at"][1:]))
     fitted = f" ({model['fitted_inside']} inside)" if model["fitted_inside"] else ""
-    return f"{data['name']}, {images}, at {size}{fitted}: {budget}{'; '.join(attacks)}; seed {p['seed']}, {p['precision']}."
+    numbers = p["precision"] + (", compiled" if p.get("compile") else "")
+    return f"{data['name']}, {images}, at {size}{fitted}: {budget}{'; '.join(attacks)}; seed {p['seed']}, {numbers}."
 
 
 def _figure(found: Mapping[str, Any] | None) -> str:

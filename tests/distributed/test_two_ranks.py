@@ -4,16 +4,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import timm
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from advcl_hub.training.runlog import read_log
 from tests.distributed.pool import run_ranks
 from train.checkpoint import load_checkpoint
+from train.collectives import Collectives
 from train.objective import contrastive_loss
+from train.pretrain import Trainer
+from train.recipe import load_recipe
 from train.step import AdvCL, Attack, Objective
 from train.views import ViewConfig, Views
 
@@ -91,6 +97,71 @@ def test_attack_and_step_equal_one_process() -> None:
         (ranks[0]["contrastive"] + ranks[1]["contrastive"]) / 2, whole["contrastive"], rtol=1e-10, atol=0
     )
     torch.testing.assert_close((ranks[0]["gradient"] + ranks[1]["gradient"]) / 2, whole["gradient"], rtol=1e-7, atol=1e-10)
+
+
+def listed(rank: int, world: int) -> list[list[tuple[str, int]]]:
+    """Some operations outside the mode and some inside, with one tensor or lists of them."""
+    parallel = DistributedDataParallel(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), broadcast_buffers=True)
+    x = torch.randn(4, 3)
+    for _ in range(2):
+        parallel(x).sum().backward()
+    everyone = torch.empty(world, 5, dtype=torch.float64)
+    with Collectives() as collectives:
+        dist.all_reduce(torch.ones(7))
+        dist.all_gather(list(everyone), everyone[rank])
+        dist.broadcast(torch.ones(3, dtype=torch.uint8), 0)
+    with Collectives() as step:
+        parallel(x).sum().backward()
+    assert collectives.bytes["reduce_scatter_"] == 0
+    return [[tuple(record) for record in mode.records] for mode in (collectives, step)]
+
+
+def communicated(rank: int, world: int, folder: str) -> dict[str, Any]:
+    """The collective operations of the trainer's third step; before it DistributedDataParallel rebuilds its buckets."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    tiny = ["data.source=fake:80", "data.size=16", "batch_size=12", "epochs=1", "optimizer.warmup_epochs=0", "attack.steps=3"]
+    more = ["pseudo_labels.ks=[3]", "judge.every=0", "model_kwargs.channels=[8,8,16]", f"pseudo_labels.cache={folder}/labels"]
+    trainer = Trainer(load_recipe("digits_demo", [*tiny, *more, "speed.mixed_precision=no"]), Path(folder) / "run")
+    assert isinstance(trainer.model, DistributedDataParallel)
+    batches = trainer.remaining_batches()
+    for _ in range(2):
+        trainer.train_step(*next(batches))
+    with Collectives() as collectives:
+        trainer.train_step(*next(batches))
+    parameters = sum(p.numel() for p in trainer.core.parameters())
+    assert parameters == sum(p.numel() for p in trainer.core.parameters() if p.requires_grad and p in trainer.optimizer.state)
+    return {
+        "records": [tuple(record) for record in collectives.records],
+        "totals": dict(collectives.bytes),
+        "listed": listed(rank, world),
+        "parameters": parameters,
+        "buffers": sum(b.numel() for b in trainer.core.buffers()),
+    }
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(communicated, 2, str(tmp_path_factory.mktemp("counted")))
+
+
+def test_what_a_step_communicates(counted: list[dict[str, Any]]) -> None:
+    """The gradient once, and for each of the attack's losses and the last one the projections and their lse; nothing else."""
+    share, views, dim = 12 // 2, 4, 128
+    for rank in counted:
+        gathers = [("allgather_", 4 * share * views * dim), ("allgather_", 4 * share * views)]
+        reductions = [record for record in rank["records"] if record[0] == "allreduce_"]
+        assert [record for record in rank["records"] if record not in reductions] == (3 + 1) * gathers
+        assert sum(size for _, size in reductions) == 4 * rank["parameters"] > 0 < rank["buffers"]
+        assert rank["totals"] == {"allreduce_": 4 * rank["parameters"], "allgather_": 16 * share * views * (dim + 1)}
+
+
+def test_collectives_are_counted_with_their_bytes(counted: list[dict[str, Any]]) -> None:
+    """Also that a broadcast of buffers would be seen."""
+    for operations, step in [rank["listed"] for rank in counted]:
+        assert operations == [("allreduce_", 28), ("allgather_", 40), ("broadcast_", 3)]
+        assert {name for name, _ in step} == {"broadcast_", "allreduce_"}
+        assert sum(size for name, size in step if name == "broadcast_") == 4 * 2 * 2 + 8
+        assert [size for name, size in step if name == "allreduce_"] == [4 * (3 * 2 + 2 + 2 + 2)]
 
 
 def test_pretraining_in_two_processes(tmp_path: Path) -> None:
