@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from advcl_hub.training.state import pack_state, unpack_state
 from train.network import build_encoder, build_network, build_optimizer, build_schedule, compile_encoder
 from train.recipe import Recipe, load_recipe
 from train.step import AdvCL, _constant_parameters
@@ -168,50 +166,6 @@ def test_the_optimizer_has_every_parameter(name: str, kind: type[torch.optim.Opt
     assert type(optimizer) is kind
     assert {p for g in optimizer.param_groups for p in g["params"]} == set(network.parameters())
     assert all(g["weight_decay"] == 0.05 for g in optimizer.param_groups)
-
-
-def trained(optimizer: torch.optim.Optimizer, network: nn.Module, steps: int) -> None:
-    """Steps along gradients that depend on the weights alone."""
-    for _ in range(steps):
-        sum((p.square().sum() + p.sin().sum() for p in network.parameters()), torch.zeros(())).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def small(layout: torch.memory_format) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 5, 1), nn.BatchNorm2d(5)).to(memory_format=layout)
-
-
-@pytest.mark.usefixtures("fresh_accelerator")
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_one_kernel_steps_as_the_usual_optimizer(name: str, layout: torch.memory_format) -> None:
-    """Also through accelerate, and from the checkpoint of either, which keeps no memory layout."""
-    r = recipe(f"optimizer.name={name}", "optimizer.lr=0.01", "optimizer.weight_decay=0.05")
-    usual = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
-    more = {"momentum": r.optimizer.momentum} if name == "sgd" else {}
-
-    def make(fused: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
-        network = small(layout)
-        if fused:
-            return network, build_optimizer(r, network)
-        return network, usual(network.parameters(), 0.01, weight_decay=0.05, fused=False, foreach=False, **more)
-
-    reference, optimizer = make(False)
-    trained(optimizer, reference, 6)
-    assert build_optimizer(r, reference).param_groups[0]["fused"]
-    for first, then in itertools.product((True, False), repeat=2):
-        network, optimizer = make(first)
-        trained(optimizer, network, 3)
-        saved = pack_state(network, optimizer, None)
-        assert len([k for k in saved if k.startswith("optimizer.")]) == 6 * (1 if name == "sgd" else 3)
-        continued, optimizer = make(then)
-        unpack_state(saved, continued, optimizer, None)
-        assert optimizer.param_groups[0]["fused"] == then
-        trained(Accelerator(cpu=True).prepare_optimizer(optimizer), continued, 3)
-        for ours, expected in zip(continued.parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_encoder_takes_images_as_they_are() -> None:

@@ -88,12 +88,11 @@ def compile_encoder(recipe: Recipe, network: AdvCL, shape: tuple[int, int, int])
 
 
 def build_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
-    """SGD as published (weight decay on all parameters), or AdamW; one kernel updates all parameters."""
+    """SGD as published (weight decay on all parameters), or AdamW."""
     c = recipe.optimizer
-    fused = all(p.device.type in ("cpu", "cuda") for p in network.parameters())  # not on every device
     if c.name == "sgd":
-        return torch.optim.SGD(network.parameters(), c.lr, momentum=c.momentum, weight_decay=c.weight_decay, fused=fused)
-    return torch.optim.AdamW(network.parameters(), c.lr, weight_decay=c.weight_decay, fused=fused)
+        return torch.optim.SGD(network.parameters(), c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
+    return torch.optim.AdamW(network.parameters(), c.lr, weight_decay=c.weight_decay)
 
 
 def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:

@@ -22,9 +22,9 @@ def contrastive_loss(views: Tensor | Sequence[Tensor], temperature: float = 0.5,
     by temperature / base_temperature, as the published code does (0.5 / 0.07, about 7.1). With the gradient averaged over the
     processes, as DistributedDataParallel does, the result equals one process with the whole batch.
 
-    Memory is linear in the batch: similarities are made some rows at a time and never kept. The gradient has a closed form, made
-    only for the views that want one (not for the clean ones in the attack); it cannot be differentiated again, and all processes
-    must scale their losses alike.
+    Memory is linear in the batch: similarities are made some rows at a time and never kept. The gradient has a closed form,
+    made only for the views that want one (not for the clean ones in the attack); it cannot be differentiated again, and all
+    processes must scale their losses alike.
 
     Args:
         views: unit vectors, (V, N, D) or V tensors (N, D): V >= 2 views of the N local images.

@@ -189,7 +189,7 @@ class AdvCL(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The contrastive and the pseudo-label term of stacked adversarial views and clean projections (V, N, D)."""
         count = len(self.objective.adversarial_views)
-        attacked = self.project(adversarial[:count], "adv") if count else []
+        attacked: Tensor | list[Tensor] = self.project(adversarial[:count], "adv") if count else []
         groups = [[*clean, *attacked]] if self.objective.pairing == "joint" else [[*clean], [*attacked]]
         contrastive = torch.stack(
             [contrastive_loss(g, self.objective.temperature, self.objective.base_temperature) for g in groups]

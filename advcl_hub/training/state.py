@@ -41,10 +41,6 @@ def unpack_state(
         index, slot = key.split(".")
         state.setdefault(int(index), {})[slot] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for parameter, slots in optimizer.state.items():
-        for slot, tensor in slots.items():
-            if tensor.shape == parameter.shape:  # fused kernels need the parameter's memory layout, and do not always check
-                slots[slot] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 def group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

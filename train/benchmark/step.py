@@ -10,7 +10,7 @@ from advcl_hub.attacks import uniform_start
 from train.benchmark.published import published_losses
 from train.benchmark.report import Row, Section
 from train.benchmark.timing import clock, count_flops, matmul_rate, peak_memory, race
-from train.network import build_network, build_optimizer
+from train.network import build_network, build_optimizer, compile_encoder
 from train.recipe import PseudoLabelSource, Recipe, Speed
 from train.step import AdvCL, Attack
 from train.views import make_views
@@ -76,7 +76,7 @@ class Contestant:
         labels = [torch.randint(k, (len(images),)) for k in self.recipe.pseudo_labels.ks]
         self.labels = torch.stack(labels, 1).to(images.device)
         if mode.speed.compile:
-            self.network.encoder.compile(fullgraph=True)
+            compile_encoder(self.recipe, self.network, shape)
 
     def step(self) -> None:
         """Views, attack, loss, gradient, update."""
