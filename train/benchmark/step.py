@@ -103,10 +103,10 @@ def measure(
     """Steps of all modes on the same images (uint8 (N, C, H, W), where they are), in turns."""
     device, n = images.device, len(images)
     contestants = {mode.name: Contestant(mode, model, images) for mode in chosen}
-    times = race({name: c.step for name, c in contestants.items()}, device, rounds, warm_up=2, tell=tell)
+    times = race({name: c.step for name, c in contestants.items()}, device, rounds, tell=tell)
     rates = {dtype: matmul_rate(device, dtype) for dtype in {mode.dtype for mode in chosen}}
-    eager = Contestant(chosen[0], model, images)
-    forward = count_flops(eager.forward)
+    few = images[:8]  # the operations of an image do not depend on how many there are, but for the losses' small part
+    forward = count_flops(Contestant(chosen[0], model, few).forward)
     flops: dict[tuple[bool, Attack], int] = {}
     rows = []
     for mode in chosen:
@@ -114,10 +114,10 @@ def measure(
         contestant, timing = contestants[mode.name], times[mode.name]
         kind = (mode.name == PUBLISHED, mode.attack)
         if kind not in flops:
-            flops[kind] = count_flops(Contestant(replace(mode, speed=Speed()), model, images).step)
+            flops[kind] = count_flops(Contestant(replace(mode, speed=Speed()), model, few).step)
         memory = peak_memory(contestant.step, device)
         views = clock(lambda c=contestant: make_views(_batch(c.images), c.recipe.views), device)  # type: ignore[misc]
-        achieved = flops[kind] / timing.median
+        achieved = flops[kind] * (n / len(few)) / timing.median
         more = {
             "forwards an image": f"{flops[kind] / forward:.1f}",
             "GFLOP/s": achieved / 1e9,
