@@ -1,7 +1,7 @@
 """Measures this project on this machine, every part beside another way to do the same:
 
     python -m train.benchmark                                   # all parts, on a GPU if there is one
-    python -m train.benchmark --only step --batch-size 128      # one of them
+    python -m train.benchmark --only step --batch-size 64       # one of them
     python -m train.benchmark --root DATA                       # with CIFAR-10: PGD-20 and AutoAttack, too
 
 Prints tables; leaves results.json and benchmark.png in the output folder, anew after every part.
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--model", default="resnet18_cifar", help="timm architecture for 32x32 images (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, help="images a step (default: 128 on a CPU, 512 on a GPU)")
+    parser.add_argument("--batch-size", type=int, help="images a step (default: 32 on a CPU, 512 on a GPU)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default: %(default)s)")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes, and its waiting time")
     parser.add_argument("--root", help="folder with CIFAR-10; without it the evaluation is left out")
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> list[Section]:
     """All parts that were asked for; after each its tables, and the files anew."""
     device = choose(args.device)
     gpu = device.type == "cuda"
-    args.batch_size = args.batch_size or (512 if gpu else 128)
+    args.batch_size = args.batch_size or (512 if gpu else 32)
     args.images = args.images or (1000 if gpu else 64)
     require(args.batch_size >= 2 and args.rounds >= 1, "--batch-size must be at least 2, --rounds at least 1.")
     require(timm.is_model(args.model), f"timm has no model {args.model!r}.")
@@ -101,13 +101,13 @@ def _measure(part: str, args: argparse.Namespace, device: torch.device) -> Itera
         case "step":
             yield step.measure(args.model, _images(batch, device), step.modes(not args.no_compile), rounds, tell)
         case "views":
-            yield parts.measure_views(_images(2 * batch, device), batch, rounds, tell=tell)
+            yield parts.measure_views(_images(512, device), min(batch, 512), rounds, tell=tell)
         case "contrastive":
             sizes = [n for n in CONTRASTIVE if n <= args.largest]
             yield parts.measure_contrastive(sizes, device, rounds, tell)
         case "processes":
             worlds = list(range(1, 1 + (torch.cuda.device_count() if gpu else min(4, torch.get_num_threads()))))
-            yield processes.measure(args.model, max(2, batch // 4), worlds, rounds, device, tell)
+            yield processes.measure(args.model, max(2, batch // 2), worlds, rounds, device, tell)
         case "evaluation" if args.root is None:
             print("evaluation: left out, it needs CIFAR-10: --root DATA\n")
         case "evaluation":
