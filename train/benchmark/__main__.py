@@ -24,7 +24,7 @@ import advcl_hub  # noqa: F401  (registers our architectures with timm)
 from advcl_hub.data import load_data
 from advcl_hub.evaluation.processes import choose
 from advcl_hub.evaluation.results import hardware, versions
-from advcl_hub.files import check_writable
+from advcl_hub.files import check_writable, without_local_paths
 from train.benchmark import parts, processes, step, use
 from train.benchmark.report import Section, save
 from train.recipe import require
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> list[Section]:
         print("torch.compile needs a C++ compiler on a CPU: what it makes is left out.", file=sys.stderr)
     machine = hardware(device, 1)
     facts = {
-        "command": f"python -m train.benchmark {shlex.join(argv)}".strip(),
+        "command": without_local_paths(f"python -m train.benchmark {shlex.join(argv)}".strip()),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": machine,
         "versions": versions(),
