@@ -155,7 +155,8 @@ def test_the_command_leaves_tables_figures_and_a_picture(tmp_path: Path, capsys:
     [
         (["--model", "resnet18_cifr"], "timm has no model 'resnet18_cifr'"),
         (["--batch-size", "1"], "--batch-size must be at least 2"),
-        (["--only", "evaluation", "--root", "nowhere"], "nowhere"),
+        (["--largest", "100"], "--largest must be at least 512"),
+        (["--root", "nowhere"], "nowhere"),  # before anything is measured
         (["--device", "cuda:7"], "cuda:7 cannot be used"),
     ],
 )

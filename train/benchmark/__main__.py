@@ -21,7 +21,9 @@ import timm
 import torch
 
 import advcl_hub  # noqa: F401  (registers our architectures with timm)
-from advcl_hub.data import load_data
+from advcl_hub.data import ImageData, load_data
+from advcl_hub.evaluation import load_model
+from advcl_hub.evaluation.inputs import check_fits
 from advcl_hub.evaluation.processes import choose
 from advcl_hub.evaluation.results import hardware, versions
 from advcl_hub.files import check_writable, without_local_paths
@@ -66,10 +68,17 @@ def run(args: argparse.Namespace, argv: list[str]) -> list[Section]:
     """All parts that were asked for; after each its tables, and the files anew."""
     device = choose(args.device)
     gpu = device.type == "cuda"
-    args.batch_size = args.batch_size or (512 if gpu else 32)
-    args.images = args.images or (1000 if gpu else 64)
+    args.batch_size = (512 if gpu else 32) if args.batch_size is None else args.batch_size
+    args.images = (1000 if gpu else 64) if args.images is None else args.images
     require(args.batch_size >= 2 and args.rounds >= 1, "--batch-size must be at least 2, --rounds at least 1.")
+    require(args.largest >= CONTRASTIVE[0], f"--largest must be at least {CONTRASTIVE[0]}.")
     require(timm.is_model(args.model), f"timm has no model {args.model!r}.")
+    test = None
+    if args.root is not None and "evaluation" in (args.only or PARTS):
+        data = load_data("cifar10", "test", root=args.root)
+        require(1 <= args.images <= len(data), f"--images must be from 1 to {len(data)}, got {args.images}.")
+        test = data.subset(data.balanced_positions(args.images))
+        check_fits(load_model(args.classifier).model, test)
     args.output.mkdir(parents=True, exist_ok=True)
     check_writable(args.output)
     if not args.no_compile and not gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
@@ -85,7 +94,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> list[Section]:
     print(f"{machine['name']}, {machine['threads']} threads; torch {torch.__version__}\n", flush=True)
     sections: list[Section] = []
     for name in args.only or PARTS:
-        for section in _measure(name, args, device):
+        for section in _measure(name, args, test, device):
             _tell("")
             print(section.table() + "\n", flush=True)
             sections.append(section)
@@ -94,7 +103,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> list[Section]:
     return sections
 
 
-def _measure(part: str, args: argparse.Namespace, device: torch.device) -> Iterator[Section]:
+def _measure(part: str, args: argparse.Namespace, test: ImageData | None, device: torch.device) -> Iterator[Section]:
     tell: Callable[[str], None] = lambda text: _tell(f"{part}: {text}")  # noqa: E731
     gpu, batch, rounds = device.type == "cuda", args.batch_size, args.rounds
     match part:
@@ -108,12 +117,11 @@ def _measure(part: str, args: argparse.Namespace, device: torch.device) -> Itera
         case "processes":
             worlds = list(range(1, 1 + (torch.cuda.device_count() if gpu else min(4, torch.get_num_threads()))))
             yield processes.measure(args.model, max(2, batch // 2), worlds, rounds, device, tell)
-        case "evaluation" if args.root is None:
-            print("evaluation: left out, it needs CIFAR-10: --root DATA\n")
         case "evaluation":
-            data = load_data("cifar10", "test", root=args.root)
-            chosen_images = data.subset(data.balanced_positions(args.images))
-            yield from use.measure_evaluation(args.classifier, chosen_images, device, rounds, not args.no_compile, tell)
+            if test is None:
+                print("evaluation: left out, it needs CIFAR-10: --root DATA\n")
+                return
+            yield from use.measure_evaluation(args.classifier, test, device, rounds, not args.no_compile, tell)
         case "probe":
             yield use.measure_probe(args.model, 5000 if gpu else 1000, device, tell)
         case "loading":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from advcl_hub.data import ImageData, load_data
-from advcl_hub.evaluation import Protocol, evaluate
+from advcl_hub.evaluation import Protocol, evaluate, load_model
 from advcl_hub.registry import releases
 from train.benchmark.report import Row, Section
 from train.benchmark.timing import Timing, clock, race
@@ -36,7 +36,7 @@ def measure_evaluation(
     pixels, found = images.to(device) / 255, {}
 
     def model() -> nn.Module:
-        return timm.create_model(name, pretrained=True).eval().to(device)
+        return load_model(name).model.to(device)
 
     def ours(steps: int, autoattack: str | None, compile: bool = False) -> Callable[[], None]:
         network = model()
