@@ -23,8 +23,8 @@ class Collectives(TorchDispatchMode):
         collectives.bytes["allreduce_"]
 
     Bytes are those of the inputs: one tensor for an all-reduce, however many processes there are; of an all-gather what this
-    process sends, not what it receives. Backward passes count if they run in the calling thread: on CPUs they do, on GPUs only
-    with `torch.autograd.set_multithreading_enabled(False)`.
+    process sends, not what it receives. Backward passes count if they run in the calling thread, of which
+    `torch.autograd.set_multithreading_enabled(False)` makes sure.
 
     Attributes:
         records: the operations in order.

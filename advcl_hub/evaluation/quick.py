@@ -64,7 +64,7 @@ def robustness(
     protocol = Protocol(eps=eps, step_size=step_size, steps=steps, batch_size=batch_size, seed=seed)
     original, device = PixelSpace(model, fit=fit), torch.device(device)
     with borrowed(original, device):
-        classifier = accelerated(original, first_images(data, TRIAL, device) / 255, protocol)
+        classifier = accelerated(original, first_images(data, min(TRIAL, batch_size), device) / 255, protocol)
         measurement = Measurement(classifier, data, protocol, Journal(None, {}, ALONE), device, progress=False)
         right = [p for p, correct in enumerate(measurement.clean()["correct"]) if correct]
         survive = sum(r < 0 for r in measurement.pgd("pgd", right, protocol).get("restart", []))

@@ -110,7 +110,7 @@ def evaluate(
     processes = Processes.current()
     original = PixelSpace(network, fit=True, precision=protocol.precision)
     with borrowed(original, device), ExitStack() as stack:
-        classifier = accelerated(original, inputs.first_images(named, TRIAL, device) / 255, protocol)
+        classifier = accelerated(original, inputs.first_images(named, min(TRIAL, protocol.batch_size), device) / 255, protocol)
         fits = inputs.try_classifier(classifier, named, protocol, device)
         journal = Journal(folder and folder / UNFINISHED, {**facts, "device": device.type}, processes)
         stack.callback(journal.close)

@@ -9,16 +9,17 @@ Prints tables; leaves results.json and benchmark.png in the output folder, anew 
 
 import argparse
 import datetime
+import gc
 import os
 import shlex
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import timm
 import torch
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 import advcl_hub  # noqa: F401  (registers our architectures with timm)
 from advcl_hub.data import ImageData, load_data
@@ -55,13 +56,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     try:
         run(args, argv)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"Interrupted. {args.output} holds what was measured.")
+        sys.exit(f"Interrupted. The parts that were finished are in {args.output}.")
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> list[Section]:
@@ -70,7 +70,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> list[Section]:
     gpu = device.type == "cuda"
     args.batch_size = (512 if gpu else 32) if args.batch_size is None else args.batch_size
     args.images = (1000 if gpu else 64) if args.images is None else args.images
+    require(int(os.environ.get("WORLD_SIZE", 1)) == 1, "The benchmark starts its processes itself: call it without torchrun.")
     require(args.batch_size >= 2 and args.rounds >= 1, "--batch-size must be at least 2, --rounds at least 1.")
+    require(device.type in ("cpu", "cuda"), f"The benchmark's clock knows CPUs and CUDA GPUs, not {device}.")
     require(args.largest >= CONTRASTIVE[0], f"--largest must be at least {CONTRASTIVE[0]}.")
     require(timm.is_model(args.model), f"timm has no model {args.model!r}.")
     test = None
@@ -94,11 +96,17 @@ def run(args: argparse.Namespace, argv: list[str]) -> list[Section]:
     print(f"{machine['name']}, {machine['threads']} threads; torch {torch.__version__}\n", flush=True)
     sections: list[Section] = []
     for name in args.only or PARTS:
-        for section in _measure(name, args, test, device):
-            _tell("")
-            print(section.table() + "\n", flush=True)
-            sections.append(section)
-            save(args.output, sections, facts)
+        try:
+            for section in _measure(name, args, test, device):
+                _tell("")
+                sections.append(section)
+                save(args.output, sections, facts)
+                print(section.table() + "\n", flush=True)
+        except (torch.OutOfMemoryError, ProcessRaisedException) as error:
+            print(f"{name}: failed, {str(error).strip().splitlines()[-1]} Try a smaller --batch-size.\n", flush=True)
+        gc.collect()
+        if gpu:
+            torch.cuda.empty_cache()  # what this part leaves would count as used in the next
     print(f"{args.output}/results.json, {args.output}/benchmark.png")
     return sections
 
@@ -110,7 +118,8 @@ def _measure(part: str, args: argparse.Namespace, test: ImageData | None, device
         case "step":
             yield step.measure(args.model, _images(batch, device), step.modes(not args.no_compile), rounds, tell)
         case "views":
-            yield parts.measure_views(_images(512, device), min(batch, 512), rounds, tell=tell)
+            workers = sorted({0, 2, min(16, os.cpu_count() or 1)} if gpu else {0, 2})
+            yield parts.measure_views(_images(4096 if gpu else 512, device), min(batch, 128), rounds, workers, tell)
         case "contrastive":
             sizes = [n for n in CONTRASTIVE if n <= args.largest]
             yield parts.measure_contrastive(sizes, device, rounds, tell)

@@ -3,6 +3,7 @@
 import os
 import socket
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def measure(
 
 
 def _main(rank: int, world: int, port: int, kind: str, model: str, share: int, rounds: int, folder: str) -> None:
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
@@ -66,7 +68,7 @@ def _main(rank: int, world: int, port: int, kind: str, model: str, share: int, r
         contestant.network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)  # type: ignore[assignment]
     for _ in range(3):  # after two steps the gradient's buckets have their final order
         contestant.step()
-    with Collectives() as sent, torch.autograd.set_multithreading_enabled(False):  # else a GPU's backward is not seen
+    with Collectives() as sent, torch.autograd.set_multithreading_enabled(False):
         contestant.step()
     seconds = []
     for _ in range(rounds):

@@ -1,7 +1,8 @@
 """The training step as published (AdvCL, arXiv 2111.01124), written plainly: what every shortcut is measured against.
 
 Every attack step encodes all five views, although three of them do not change; the similarities of all pairs are kept for the
-backward pass; nothing is fused, compiled, or in another type or layout than float32, contiguous.
+backward pass; nothing is fused, compiled, or in another type or layout than float32, contiguous
+(of which torch, on a GPU, makes TF32 in convolutions).
 """
 
 import torch
