@@ -72,7 +72,6 @@ def compile_encoder(recipe: Recipe, network: AdvCL, shape: tuple[int, int, int])
         ValueError: the model cannot be one graph.
     """
     torch._dynamo.config.cache_size_limit = 64  # one graph for every branch, mode and layout
-    torch._dynamo.config.optimize_ddp = False  # would split it; no gradient is ready before the last of several passes
     one_graph = not recipe.speed.sync_batch_norm  # PyTorch issue 161302: SyncBatchNorm breaks every graph
     if one_graph:
         trial = copy.deepcopy(network)
