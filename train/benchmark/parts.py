@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -82,8 +83,8 @@ def measure_contrastive(
         views = F.normalize(torch.randn(4, n, 128, device=device), dim=2).requires_grad_()
         runs: dict[str, Callable[[], object]] = {}
         if _DENSE_COPIES * 4 * (4 * n) ** 2 < _free_memory(device) / 2:
-            runs["dense"] = lambda v=views: torch.autograd.grad(supervised_contrastive_loss(v.transpose(0, 1)), v)  # type: ignore[misc]
-        runs["ours"] = lambda v=views: torch.autograd.grad(contrastive_loss(v), v)  # type: ignore[misc]
+            runs["dense"] = partial(_there_and_back, lambda v: supervised_contrastive_loss(v.transpose(0, 1)), views)
+        runs["ours"] = partial(_there_and_back, contrastive_loss, views)
         tell(f"batch {n:,}")
         large = n > 2048 and device.type == "cpu"
         times = race(runs, device, 1 if large else rounds, warm_up=0 if large else 1)
@@ -97,9 +98,11 @@ def measure_contrastive(
     return Section("contrastive", "Contrastive loss", rows, note=note, compare=False)
 
 
+def _there_and_back(loss: Callable[[Tensor], Tensor], views: Tensor) -> None:
+    torch.autograd.grad(loss(views), views)
+
+
 def _free_memory(device: torch.device) -> int:
-    return (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    )
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,7 +1,6 @@
 """Several processes: how the throughput grows with them, and how many bytes a step sends."""
 
-import os
-import socket
+import json
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -30,8 +29,8 @@ def measure(
     for world in worlds:
         tell(f"{world} processes")
         with tempfile.TemporaryDirectory() as folder:
-            spawn(_main, (world, _free_port(), device.type, model, share, rounds, folder), nprocs=world)
-            found = torch.load(Path(folder) / "0.pt")
+            spawn(_main, (world, folder, device.type, model, share, rounds), nprocs=world)
+            found = json.loads((Path(folder) / "found.json").read_text())
         timing = Timing.of(found["seconds"])
         alone = rows[0].timing.median if rows else timing.median
         more: dict[str, Any] = {"efficiency": f"{alone / timing.median:.0%}"}
@@ -52,20 +51,19 @@ def measure(
     return Section("processes", "Processes, weak scaling", rows, note=note)
 
 
-def _main(rank: int, world: int, port: int, kind: str, model: str, share: int, rounds: int, folder: str) -> None:
+def _main(rank: int, world: int, folder: str, kind: str, model: str, share: int, rounds: int) -> None:
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    dist.init_process_group(_backend(kind), rank=rank, world_size=world)
+    dist.init_process_group(_backend(kind), init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     images = torch.randint(256, (share, 3, 32, 32), dtype=torch.uint8).to(device)
     contestant = Contestant(MODE, model, images)
     network = contestant.network
     if world > 1:
-        contestant.network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)  # type: ignore[assignment]
+        contestant.model = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
     for _ in range(3):  # after two steps the gradient's buckets have their final order
         contestant.step()
     with Collectives() as sent, torch.autograd.set_multithreading_enabled(False):
@@ -86,16 +84,9 @@ def _main(rank: int, world: int, port: int, kind: str, model: str, share: int, r
         "least": 4 * share * new,
     }
     if rank == 0:
-        torch.save(found, Path(folder) / "0.pt")
+        (Path(folder) / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 def _backend(kind: str) -> str:
     return "nccl" if kind == "cuda" else "gloo"
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-    return port

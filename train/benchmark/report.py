@@ -30,6 +30,11 @@ class Row:
     items: int = 0
     more: dict[str, Any] = field(default_factory=dict)
 
+    def shown(self, rate: bool) -> tuple[float, float, float]:
+        """The median, the least and the greatest, in items a second or in seconds."""
+        t = self.timing
+        return (self.items / t.median, self.items / t.high, self.items / t.low) if rate else (t.median, t.low, t.high)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -57,9 +62,8 @@ class Section:
         headings += list(dict.fromkeys(key for row in self.rows for key in row.more))
         lines = [f"## {self.title}", "", _line(headings), _line(["---"] * len(headings))]
         for row in self.rows:
-            t = row.timing
-            shown = [row.items / s for s in (t.median, t.high, t.low)] if rates else [t.median, t.low, t.high]
-            cells = [row.name, f"{_short(shown[0])} ({_short(shown[1])} to {_short(shown[2])})"]
+            value, low, high = row.shown(rates)
+            cells = [row.name, f"{_short(value)} ({_short(low)} to {_short(high)})"]
             cells += [f"{self.ratio(row):.2f}"] if self.compare else []
             cells += [_short(row.more.get(key, "")) for key in headings[len(cells) :]]
             lines.append(_line(cells))
@@ -89,8 +93,7 @@ def _draw(path: Path, sections: list[Section], facts: dict[str, Any]) -> None:
         rates = all(row.items for row in section.rows)
         names = [row.name for row in section.rows]
         for i, row in enumerate(section.rows):
-            t = row.timing
-            value, low, high = (row.items / s for s in (t.median, t.high, t.low)) if rates else (t.median, t.low, t.high)
+            value, low, high = row.shown(rates)
             axes.barh(i, value, color="tab:gray" if i == 0 and section.compare else "tab:blue")
             axes.errorbar(value, i, xerr=[[value - low], [high - value]], color="black", capsize=3)
             label = f"{_short(value)}  ({section.ratio(row):.2f}x)" if section.compare else _short(value)

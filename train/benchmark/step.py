@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from advcl_hub.attacks import uniform_start
 from train.benchmark.published import published_losses
@@ -69,9 +69,11 @@ class Contestant:
             optimizer=Optimizer(lr=0.01),  # small enough for one batch, seen again and again
             pseudo_labels=PseudoLabelSource(encoder="pixels"),  # never made: the labels are random
         )
-        shape: tuple[int, int, int] = tuple(images.shape[1:])  # type: ignore[assignment]
+        channels, height, width = images.shape[1:]
+        shape = (channels, height, width)
         self.mode, self.images = mode, images
         self.network: AdvCL = build_network(self.recipe, shape).to(images.device)
+        self.model: nn.Module = self.network  # what a step calls: with several processes, the network as they share it
         self.optimizer = build_optimizer(self.recipe, self.network)
         labels = [torch.randint(k, (len(images),)) for k in self.recipe.pseudo_labels.ks]
         self.labels = torch.stack(labels, 1).to(images.device)
@@ -88,7 +90,7 @@ class Contestant:
             total = published_losses(self.network, views, noise, self.labels)[0]
         else:
             with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.mode.dtype == torch.bfloat16):
-                total = self.network(images, self.labels).total
+                total = self.model(images, self.labels).total
         total.backward()
         self.loss = total.detach()
         self.optimizer.step()
