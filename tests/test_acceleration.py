@@ -335,10 +335,10 @@ def test_a_graph_serves_any_number_of_survivors(trained: tuple[nn.Module, ImageD
 
 
 def test_without_a_compiler_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # what an earlier test compiled
     model = TinyNet()
-    with pytest.raises(ValueError, match=r"leave out --compile .*No working C\+\+ compiler"):
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})  # monkeypatch would delete it
+    with no_compiler, pytest.raises(ValueError, match=r"leave out --compile .*No working C\+\+ compiler"):
         evaluate(model, labelled_by(model, 5), Protocol(steps=1, compile=True), output=tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
 
