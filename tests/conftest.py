@@ -9,10 +9,12 @@ import torch
 from accelerate.state import AcceleratorState
 
 from advcl_hub import decoding
+from advcl_hub.evaluation import autoattack
 from tests.hub_client import TOKENS, Client, open_client
 from tests.hub_server import Hub
 from tests.image_files import write_pets
 from tests.small_encoders import save_encoder
+from tests.tiny_classifiers import shortened
 
 # pytest-xdist runs several of these processes: with torch's default threads they would fight for the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -71,6 +73,13 @@ def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "lazy":
         monkeypatch.setattr(decoding, "IN_MEMORY_BYTES", 0)
     return str(request.param)
+
+
+@pytest.fixture
+def short_autoattack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations run the attacks of AutoAttack with fewer steps."""
+    build = autoattack.build
+    monkeypatch.setattr(autoattack, "build", lambda measurement: shortened(build(measurement)))
 
 
 @pytest.fixture(scope="session")

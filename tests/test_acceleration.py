@@ -24,10 +24,10 @@ from torch._dynamo.utils import counters
 import advcl_hub
 from advcl_hub.cli import main
 from advcl_hub.data import ImageData, load_data
-from advcl_hub.evaluation import PixelSpace, Protocol, autoattack, evaluate, robustness
+from advcl_hub.evaluation import PixelSpace, Protocol, evaluate, robustness
 from advcl_hub.evaluation.acceleration import accelerated
 from advcl_hub.evaluation.results import folder_name
-from tests.tiny_classifiers import TinyNet, labelled_by
+from tests.tiny_classifiers import TinyNet, labelled_by, shortened
 
 PROTOCOL = Protocol()
 SMALL = {"channels": (8, 16, 32)}
@@ -280,17 +280,9 @@ def trained() -> tuple[nn.Module, ImageData]:
 EPS = 0.03  # some images break, some survive
 
 
-def shortened(attack: AutoAttack) -> AutoAttack:
-    attack.apgd_targeted.n_iter = attack.fab.n_iter = 20
-    attack.square.n_queries = 200
-    return attack
-
-
-def test_autoattack_ends_as_in_the_bare_package(
-    trained: tuple[nn.Module, ImageData], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("short_autoattack")
+def test_autoattack_ends_as_in_the_bare_package(trained: tuple[nn.Module, ImageData], caplog: pytest.LogCaptureFixture) -> None:
     model, data = trained
-    monkeypatch.setattr(autoattack, "build", lambda measurement, build=autoattack.build: shortened(build(measurement)))
     protocol = Protocol(eps=EPS, autoattack="standard", seed=3, batch_size=7, steps=0, check_images=0)
     ours = evaluate(model, data, protocol, progress=False)
 

@@ -1,5 +1,6 @@
 """AutoAttack image by image against the bare package, and which attacks a model of few classes gets."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from advcl_hub.data import ImageData
 from advcl_hub.evaluation import Evaluation, Protocol, evaluate
-from tests.tiny_classifiers import TinyNet, labelled_by
+from tests.tiny_classifiers import TinyNet, labelled_by, shortened
 
 # At these radii some images break under each attack and some survive all.
 EPS: dict[Any, float] = {"Linf": 0.004, "L2": 0.035}
@@ -19,15 +20,14 @@ def measured(model: TinyNet, data: ImageData, **settings: Any) -> Evaluation:
     return evaluate(model, data, protocol, progress=False)
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
-@pytest.mark.parametrize("version", ["standard", "rand"])
-def test_every_image_ends_as_in_the_bare_package(norm: Any, version: Any) -> None:
+def assert_every_image_ends_alike(norm: Any, version: Any, steps: Callable[[AutoAttack], AutoAttack]) -> None:
+    """As in the bare package, whose attacks get these steps."""
     model = TinyNet()
     data = labelled_by(model, 13, wrong=2)
     assert isinstance(data.images, Tensor)
     ours = measured(model, data, norm=norm, eps=EPS[norm], autoattack=version)
 
-    bare = AutoAttack(model, norm=norm, eps=EPS[norm], seed=3, version=version, device="cpu")
+    bare = steps(AutoAttack(model, norm=norm, eps=EPS[norm], seed=3, version=version, device="cpu"))
     _, predictions = bare.run_standard_evaluation(data.images / 255, data.labels, batch_size=7)
     survives = (predictions == data.labels).tolist()
     assert ours.images["autoattack"] == survives and 0 < sum(survives) < 11
@@ -35,6 +35,17 @@ def test_every_image_ends_as_in_the_bare_package(norm: Any, version: Any) -> Non
     assert ours.autoattack == sum(survives) / 13
 
 
+def test_every_image_ends_as_in_the_bare_package() -> None:
+    assert_every_image_ends_alike("Linf", "standard", lambda attack: attack)
+
+
+@pytest.mark.usefixtures("short_autoattack")
+@pytest.mark.parametrize(("norm", "version"), [("L2", "standard"), ("Linf", "rand"), ("L2", "rand")])
+def test_every_image_ends_as_in_the_bare_package_with_fewer_steps(norm: Any, version: Any) -> None:
+    assert_every_image_ends_alike(norm, version, shortened)
+
+
+@pytest.mark.usefixtures("short_autoattack")
 def test_columns_fall_and_broken_images_are_not_attacked_again() -> None:
     model = TinyNet()
     data = labelled_by(model, 13, wrong=2)
@@ -50,6 +61,7 @@ def test_columns_fall_and_broken_images_are_not_attacked_again() -> None:
         assert all(a >= b for a, b in zip(ours.images[earlier], ours.images[later], strict=True))
 
 
+@pytest.mark.usefixtures("short_autoattack")
 @pytest.mark.parametrize(
     ("classes", "attacks", "said"),
     [

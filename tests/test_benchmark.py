@@ -13,6 +13,7 @@ from torch import nn
 import advcl_hub  # noqa: F401
 from advcl_hub.data import load_data
 from advcl_hub.evaluation import load_model
+from tests.small_encoders import SMALL_RESNET, export_encoder
 from tests.tiny_classifiers import labelled_by
 from train.benchmark import parts, processes, step, timing, use
 from train.benchmark.__main__ import main
@@ -130,12 +131,11 @@ def test_the_gradient_is_reduced_once_and_projections_are_gathered() -> None:
     assert more["least to gather, MB"] == pytest.approx(4 * 4 * (3 * 128 + 6 * (128 + 4)) / 1e6)
 
 
-def test_evaluation_is_measured_beside_the_bare_packages() -> None:
+def test_evaluation_is_measured_beside_the_bare_packages(tmp_path: Path) -> None:
     """That every image ends alike is shown in test_acceleration.py and test_autoattack.py, where some survive."""
-    data = labelled_by(load_model("resnet8_cifar.advcl_c10_aff").model, 10, size=32)
-    pgd, autoattack = use.measure_evaluation(
-        "resnet8_cifar.advcl_c10_aff", data, CPU, rounds=1, compiled=False, tell=lambda text: None
-    )
+    folder = str(export_encoder(tmp_path / "classifier", num_classes=10, **SMALL_RESNET))
+    data = labelled_by(load_model(folder).model, 10, size=16)
+    pgd, autoattack = use.measure_evaluation(folder, data, CPU, rounds=1, compiled=False, tell=lambda text: None)
     assert [row.name for row in pgd.rows] == ["foolbox", "ours"]
     assert [row.name for row in autoattack.rows] == ["pyautoattack", "ours"]
     assert len({row.more["robust"] for row in autoattack.rows}) == 1

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advcl_hub.attacks import iterates
-from advcl_hub.evaluation import Protocol, autoattack, checks, measure
+from advcl_hub.evaluation import Protocol, checks, measure
 from tests.clear_net import EPS, OF_THE_MODEL, ClearNet, detail, downhill, failed, measured, names, saturated, with_gradient
 from tests.tiny_classifiers import TinyNet, labelled_by
 
@@ -42,20 +42,6 @@ def shattered(images: Tensor) -> Tensor:
 
 def noisy(images: Tensor) -> Tensor:
     return images + 0.01 * torch.randn_like(images)
-
-
-@pytest.fixture
-def short_autoattack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The attacks of AutoAttack, with fewer steps."""
-    build = autoattack.build
-
-    def shorter(*args: Any) -> Any:
-        attack = build(*args)
-        attack.apgd.n_iter = attack.apgd_targeted.n_iter = attack.fab.n_iter = 10
-        attack.square.n_queries = 300
-        return attack
-
-    monkeypatch.setattr(autoattack, "build", shorter)
 
 
 # ---- honest models ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""Classifiers so small that attacks on them take seconds, and images that they get right."""
+"""Classifiers so small that attacks on them take seconds, images that they get right, and AutoAttack in few steps."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,3 +32,10 @@ def labelled_by(model: nn.Module, n: int, wrong: int = 0, seed: int = 0, size: i
     labels[:wrong] = logits[:wrong].argmin(1)
     names = tuple(f"class{i}" for i in range(logits.shape[1]))
     return ImageData(images, labels, torch.arange(n) + 1000, names, "random")
+
+
+def shortened(attack: Any) -> Any:
+    """An `AutoAttack` of the package, with fewer steps."""
+    attack.apgd.n_iter = attack.apgd_targeted.n_iter = attack.fab.n_iter = 20
+    attack.square.n_queries = 200
+    return attack
