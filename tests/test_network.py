@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from train.network import build_encoder, build_network, build_optimizer, build_schedule, compile_encoder
 from train.recipe import Recipe, load_recipe
@@ -70,6 +72,18 @@ def test_a_compiled_step_equals_the_usual_one() -> None:
         torch.testing.assert_close(other_state[name], value, rtol=1e-2, atol=1e-3)
 
 
+def counted(network: AdvCL) -> list[int]:
+    """Compiles the encoder; every graph that there is later adds to the list."""
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    network.encoder.compile(fullgraph=True, backend=backend)
+    return compiled
+
+
 def passes(network: AdvCL, shape: tuple[int, int, int]) -> None:
     """Every way in which training runs the encoder: each branch and mode, with parameter gradients or as in the attack."""
     for train, branch in itertools.product((True, False), network.branch.names):
@@ -93,20 +107,37 @@ def passes(network: AdvCL, shape: tuple[int, int, int]) -> None:
 )
 def test_every_branch_and_mode_is_one_graph(model: str, shape: tuple[int, int, int], graphs: int) -> None:
     """`fullgraph=True` raises at a graph break; each graph is compiled once, then used."""
-    compiled: list[int] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        compiled.append(len(inputs))
-        return graph.forward
-
     name, _, arguments = model.partition(" ")
     r = load_recipe("digits_demo", [f"model={name}", arguments, "pseudo_labels.ks=[3]"])
     network = build_network(r, shape)
-    network.encoder.compile(fullgraph=True, backend=backend)
+    compiled = counted(network)
     passes(network, shape)
     assert len(compiled) == graphs
     passes(network, shape)
     assert len(compiled) == graphs
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("fresh_compiler", "process_group")
+def test_distributed_data_parallel_leaves_the_graphs_whole() -> None:
+    """Buckets of one kilobyte: torch would cut at almost every parameter."""
+    images, labels = torch.zeros(3, *SHAPE, dtype=torch.uint8), torch.zeros(3, 1, dtype=torch.int64)
+    graphs = []
+    for parallel in (False, True):
+        network = build_network(recipe(), SHAPE)
+        compile_encoder(recipe(), network, SHAPE)
+        compiled = counted(network)
+        model = DistributedDataParallel(network, bucket_cap_mb=0.001) if parallel else network
+        model(images, labels).total.backward()
+        graphs.append(len(compiled))
+    assert graphs[0] == graphs[1] > 0
 
 
 class Breaks(nn.Module):

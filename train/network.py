@@ -72,6 +72,7 @@ def compile_encoder(recipe: Recipe, network: AdvCL, shape: tuple[int, int, int])
         ValueError: the model cannot be one graph.
     """
     torch._dynamo.config.cache_size_limit = 64  # one graph for every branch, mode and layout
+    torch._dynamo.config.optimize_ddp = False  # would cut every graph at the gradient's buckets, the attack's too
     one_graph = not recipe.speed.sync_batch_norm  # PyTorch issue 161302: SyncBatchNorm breaks every graph
     if one_graph:
         trial = copy.deepcopy(network)
