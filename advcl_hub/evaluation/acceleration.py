@@ -54,7 +54,7 @@ def accelerated(classifier: nn.Module, images: Tensor, protocol: Protocol) -> nn
     except Exception as error:
         reason = " ".join(str(error).partition("\n\n")[0].split()) or repr(error)
     if protocol.compile:
-        raise ValueError(f"The model cannot be compiled on this machine, so leave out --compile (compile=True): {reason}")
+        raise ValueError(f"The model cannot be compiled, so leave out --compile (compile=True): {reason}")
     return classifier
 
 
