@@ -33,7 +33,7 @@ def save_encoder(folder: Path, seed: int = 0, **config: Any) -> Path:
     return folder
 
 
-SMALL_RESNET = {"channels": [8, 8, 16]}
+SMALL_RESNET = {"channels": [16, 16, 16]}
 SMALL_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 

@@ -11,7 +11,7 @@ import timm
 from advcl_hub.evaluation import Protocol, evaluate
 
 ROOT = Path(__file__).parents[1]
-TINY = ("epochs=1", "optimizer.warmup_epochs=0", "judge.every=0", "attack.steps=1", "model_kwargs.channels=[8,8,16]")
+TINY = ("epochs=1", "optimizer.warmup_epochs=0", "judge.every=0", "attack.steps=1", "model_kwargs.channels=[16,16,16]")
 
 
 def demo(output: Path) -> str:

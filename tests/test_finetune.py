@@ -184,6 +184,17 @@ def test_stopped_anywhere_it_ends_with_the_same_weights(
     assert [r for r in kept[0] if r] == [r for r in kept[1] if r]
 
 
+def test_two_threads_and_a_narrow_network(run: Callable[..., Finetuned], tmp_path: Path) -> None:
+    """Channels-last, this would end the process: see `safe_channels_last`."""
+    narrow = export_encoder(tmp_path / "narrow", channels=[8, 8, 16])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert run("sff", model=narrow, batch_size=15, epochs=4).finished
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_finished_run_costs_nothing_and_another_is_refused(
     run: Callable[..., Finetuned], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from advcl_hub.training.layout import safe_channels_last
 from train.network import build_encoder, build_network, build_optimizer, build_schedule, compile_encoder
 from train.recipe import Recipe, load_recipe
 from train.step import AdvCL, _constant_parameters
@@ -23,7 +25,7 @@ SHAPE = (3, 16, 16)
 
 
 def recipe(*overrides: str) -> Recipe:
-    small = ["model_kwargs.channels=[8,8,16]", "pseudo_labels.ks=[3]", "speed.mixed_precision=no"]
+    small = ["model_kwargs.channels=[16,16,16]", "pseudo_labels.ks=[3]", "speed.mixed_precision=no"]
     return load_recipe("digits_demo", [*small, *overrides])
 
 
@@ -49,6 +51,31 @@ def test_synchronised_batch_norm_changes_layers_but_no_name(monkeypatch: pytest.
     assert len(norms) == sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in usual.modules())
     state = synchronised.state_dict()
     assert [k for k, v in usual.state_dict().items() if not torch.equal(v, state[k])] == []
+
+
+def channels_last(network: nn.Module) -> bool:
+    weights = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    return all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
+def test_channels_last_where_it_corrupts_no_memory(caplog: pytest.LogCaptureFixture) -> None:
+    """RepVGG's stem has a strided 1x1 convolution of three channels: two threads and an odd batch, and the process is gone."""
+    wide = build_network(recipe("speed.channels_last=true"), SHAPE)
+    assert wide.memory_format is torch.channels_last and channels_last(wide) and not caplog.messages
+    narrow = recipe("speed.channels_last=true", "model_kwargs.channels=[8,8,16]")
+    network = build_network(narrow, SHAPE)
+    assert network.memory_format is torch.contiguous_format and not channels_last(network)
+    assert caplog.messages == [
+        "resnet8_cifar is trained contiguous: channels-last would corrupt memory on a CPU (oneDNN issue 6035)."
+    ]
+    assert safe_channels_last(network, torch.device("cuda"))
+    assert build_network(narrow, SHAPE, torch.device("meta")).memory_format is torch.channels_last
+
+
+@pytest.mark.parametrize(("name", "safe"), [("resnet18", True), ("mobilenetv3_small_050", True), ("repvgg_a0", False)])
+def test_timms_networks_that_are_not_safe_channels_last(name: str, safe: bool) -> None:
+    with torch.device("meta"):
+        assert safe_channels_last(timm.create_model(name), torch.device("cpu")) is safe
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -101,7 +128,7 @@ def passes(network: AdvCL, shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("model", "shape", "graphs"),
     [
-        ("resnet8_cifar model_kwargs={channels: [8, 8, 16]}", SHAPE, 18),
+        ("resnet8_cifar model_kwargs={channels: [16, 16, 16]}", SHAPE, 18),
         ("convnext_atto model_kwargs={depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}", (3, 32, 32), 6),  # no batch norm, no branch
         ("vit_tiny_patch16_224 model_kwargs={img_size: 16, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}", SHAPE, 6),
     ],

@@ -28,7 +28,7 @@ from train.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 TINY = [
     *("data.source=fake:120", "data.size=16", "batch_size=16", "epochs=3", "optimizer.warmup_epochs=1", "attack.steps=1"),
-    *("pseudo_labels.ks=[3]", "judge.every=0", "model_kwargs.channels=[8,8,16]", "checkpoint_minutes=0"),
+    *("pseudo_labels.ks=[3]", "judge.every=0", "model_kwargs.channels=[16,16,16]", "checkpoint_minutes=0"),
 ]
 
 

@@ -28,7 +28,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> 
     """A trainer whose network, averaged weights, optimizer and meter are on the device without values."""
     tiny = [
         *("data.source=fake:40", "data.size=16", "batch_size=8", "epochs=1", "optimizer.warmup_epochs=0", "attack.steps=2"),
-        *("model_kwargs.channels=[8,8,16]", "pseudo_labels.ks=[3]", f"pseudo_labels.cache={tmp_path / 'labels'}"),
+        *("model_kwargs.channels=[16,16,16]", "pseudo_labels.ks=[3]", f"pseudo_labels.cache={tmp_path / 'labels'}"),
         *("judge.every=0", "speed.mixed_precision=no", "ema_decay=0.9"),
     ]
     made = Trainer(load_recipe("digits_demo", [*tiny, *settings]), tmp_path / "run")

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import logging
 from collections.abc import Mapping
 
 import timm
@@ -10,8 +11,12 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
 import advcl_hub  # noqa: F401  (registers our architectures with timm)
+from advcl_hub.training.layout import safe_channels_last
 from train.recipe import Recipe, require
 from train.step import AdvCL
+
+log = logging.getLogger("advcl")
+CPU = torch.device("cpu")
 
 
 def build_encoder(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
@@ -44,18 +49,21 @@ def build_encoder(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
     return encoder.train()
 
 
-def build_network(recipe: Recipe, shape: tuple[int, int, int]) -> AdvCL:
-    """The encoder with branches, projection head and pseudo-label heads, seeded by the recipe."""
+def build_network(recipe: Recipe, shape: tuple[int, int, int], device: torch.device = CPU) -> AdvCL:
+    """The encoder with branches, projection head and pseudo-label heads, seeded by the recipe, on its device."""
     torch.manual_seed(recipe.seed)
     encoder = build_encoder(recipe, shape)
     if recipe.speed.sync_batch_norm:
         require(torch.cuda.is_available(), "speed.sync_batch_norm needs GPUs; set it to false.")
         encoder = timm.layers.convert_sync_batchnorm(encoder)
     layout = torch.channels_last if recipe.speed.channels_last else torch.contiguous_format
+    if recipe.speed.channels_last and not safe_channels_last(encoder, device):
+        log.warning("%s is trained contiguous: channels-last would corrupt memory on a CPU (oneDNN issue 6035).", recipe.model)
+        layout = torch.contiguous_format
     network = AdvCL(encoder, recipe.objective, recipe.attack, recipe.views, recipe.pseudo_labels.ks, layout)
     if recipe.speed.sync_batch_norm:
         network.projector = nn.SyncBatchNorm.convert_sync_batchnorm(network.projector)
-    return network.to(memory_format=layout)
+    return network.to(device).to(memory_format=layout)
 
 
 def plain_encoder(recipe: Recipe, shape: tuple[int, int, int], state: Mapping[str, Tensor]) -> nn.Module:

@@ -90,7 +90,7 @@ class Trainer(Loop):
             checkpoint_minutes=recipe.checkpoint_minutes,
         )
         self.recipe = recipe
-        self.core = build_network(recipe, data.shape).to(self.device)
+        self.core = build_network(recipe, data.shape, self.device)
         if recipe.judge.every:
             with_linear_head(self.core.encoder, len(data.classes))  # what judge() would refuse is refused now
         with accelerator.main_process_first():  # one process clusters, the others find the cache

@@ -106,7 +106,7 @@ class Speed:
 
     Attributes:
         mixed_precision: `no`, or `bf16` for autocast (the losses stay in float32).
-        channels_last: memory layout of network and images.
+        channels_last: memory layout of network and images, except where `safe_channels_last` says no.
         compile: torch.compile the encoder.
         sync_batch_norm: statistics over all processes (GPUs only).
     """

@@ -26,6 +26,7 @@ from advcl_hub.finetuning.features import check_separable, extract_features
 from advcl_hub.finetuning.objective import Losses, Objective
 from advcl_hub.finetuning.presets import EXPORTED, Settings
 from advcl_hub.models.branch_norm import branch_state_dict
+from advcl_hub.training.layout import safe_channels_last
 from advcl_hub.training.loop import Loop
 from advcl_hub.training.runlog import Panel
 from advcl_hub.training.seeds import epoch_order, seed_step
@@ -119,7 +120,8 @@ class Finetuner(Loop):
         self.arguments = dict(arguments)
         self.data, self.held_out = data.to(self.device), held_out
         self.labels = self.data.labels
-        self.model = model.to(self.device).to(memory_format=torch.channels_last)
+        layout = torch.channels_last if safe_channels_last(model, self.device) else torch.contiguous_format
+        self.model = model.to(self.device).to(memory_format=layout)
         if settings.frozen:
             self.model.requires_grad_(False)
             linear_head(self.model).requires_grad_(True)

@@ -120,7 +120,7 @@ def communicated(rank: int, world: int, folder: str) -> dict[str, Any]:
     """The collective operations of the trainer's third step; before it DistributedDataParallel rebuilds its buckets."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     tiny = ["data.source=fake:80", "data.size=16", "batch_size=12", "epochs=1", "optimizer.warmup_epochs=0", "attack.steps=3"]
-    more = ["pseudo_labels.ks=[3]", "judge.every=0", "model_kwargs.channels=[8,8,16]", f"pseudo_labels.cache={folder}/labels"]
+    more = ["pseudo_labels.ks=[3]", "judge.every=0", "model_kwargs.channels=[16,16,16]", f"pseudo_labels.cache={folder}/labels"]
     trainer = Trainer(load_recipe("digits_demo", [*tiny, *more, "speed.mixed_precision=no"]), Path(folder) / "run")
     assert isinstance(trainer.model, DistributedDataParallel)
     batches = trainer.remaining_batches()

@@ -72,7 +72,7 @@ class Contestant:
         channels, height, width = images.shape[1:]
         shape = (channels, height, width)
         self.mode, self.images = mode, images
-        self.network: AdvCL = build_network(self.recipe, shape).to(images.device)
+        self.network: AdvCL = build_network(self.recipe, shape, images.device)
         self.model: nn.Module = self.network  # what a step calls: with several processes, the network as they share it
         self.optimizer = build_optimizer(self.recipe, self.network)
         labels = [torch.randint(k, (len(images),)) for k in self.recipe.pseudo_labels.ks]
