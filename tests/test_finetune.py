@@ -184,15 +184,28 @@ def test_stopped_anywhere_it_ends_with_the_same_weights(
     assert [r for r in kept[0] if r] == [r for r in kept[1] if r]
 
 
-def test_two_threads_and_a_narrow_network(run: Callable[..., Finetuned], tmp_path: Path) -> None:
-    """Channels-last, this would end the process: see `safe_channels_last`."""
-    narrow = export_encoder(tmp_path / "narrow", channels=[8, 8, 16])
+@pytest.mark.parametrize(("channels", "expected"), [([8, 8, 16], False), ([16, 16, 16], True)])
+def test_channels_last_where_it_corrupts_no_memory(
+    run: Callable[..., Finetuned], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, channels: list[int], expected: bool
+) -> None:
+    """With the narrow network, two threads and such a batch channels-last would end the process: see `safe_channels_last`."""
+    layouts: set[bool] = set()
+    original = module.Finetuner.train_step
+
+    def train_step(trainer: module.Finetuner, images: Tensor, labels: Tensor | None) -> None:
+        weights = [p for p in trainer.model.parameters() if p.ndim == 4 and p.shape[-1] == 3]
+        layouts.update(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+        assert images.is_contiguous()  # convolutions would follow them
+        original(trainer, images, labels)
+
+    monkeypatch.setattr(module.Finetuner, "train_step", train_step)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert run("sff", model=narrow, batch_size=15, epochs=4).finished
+        assert run("sff", model=export_encoder(tmp_path / "encoder", channels=channels), batch_size=15).finished
     finally:
         torch.set_num_threads(threads)
+    assert layouts == {expected}
 
 
 def test_a_finished_run_costs_nothing_and_another_is_refused(

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from advcl_hub.training.layout import safe_channels_last
 from train.network import build_encoder, build_network, build_optimizer, build_schedule, compile_encoder
@@ -98,6 +99,34 @@ def test_a_compiled_step_equals_the_usual_one() -> None:
     assert (other_gradient - gradient).norm() < 0.02 * gradient.norm()
     for name, value in state.items():  # every branch saw its own views
         torch.testing.assert_close(other_state[name], value, rtol=1e-2, atol=1e-3)
+
+
+class StridedGradients(TorchDispatchMode):
+    """Whether each strided convolution's gradient is taken channels-last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels_last: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default and args[4] == [2, 2]:
+            self.channels_last.append(any(x.is_contiguous(memory_format=torch.channels_last) for x in args[:2]))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+@pytest.mark.parametrize(("channels", "expected"), [("[8,8,16]", False), ("[16,16,16]", True)])
+def test_the_compiler_chooses_channels_last_only_where_it_is_safe(channels: str, expected: bool) -> None:
+    r = recipe(f"model_kwargs.channels={channels}", "speed.channels_last=false")
+    network = build_network(r, SHAPE)
+    compile_encoder(r, network, SHAPE)
+    images = torch.rand(3, *SHAPE)
+    network.features(images, network.branch.names[0]).sum().backward()  # compiles
+    features = network.features(images, network.branch.names[0]).sum()
+    with StridedGradients() as gradients:
+        features.backward()
+    assert gradients.channels_last == 4 * [expected]
 
 
 def counted(network: AdvCL) -> list[int]:
@@ -199,7 +228,7 @@ def test_compiling_asks_for_one_graph_and_leaves_the_network_as_it_is(
 
     monkeypatch.setattr(nn.Module, "compile", spy)
     compile_encoder(recipe(f"speed.sync_batch_norm={str(synchronised).lower()}"), network, SHAPE)
-    assert asked[-1] == {"fullgraph": not synchronised}
+    assert asked[-1] == {"fullgraph": not synchronised, "options": None}
     assert [k for k, v in network.state_dict().items() if not torch.equal(v, before[k])] == []
 
 

@@ -81,11 +81,13 @@ def compile_encoder(recipe: Recipe, network: AdvCL, shape: tuple[int, int, int])
     """
     torch._dynamo.config.cache_size_limit = 64  # one graph for every branch, mode and layout
     torch._dynamo.config.optimize_ddp = False  # would cut every graph at the gradient's buckets, the attack's too
+    device = next(network.parameters()).device
+    # Inductor would choose channels-last by itself.
+    options = None if safe_channels_last(network.encoder, device) else {"layout_optimization": False}
     one_graph = not recipe.speed.sync_batch_norm  # PyTorch issue 161302: SyncBatchNorm breaks every graph
     if one_graph:
         trial = copy.deepcopy(network)
         trial.encoder.compile(fullgraph=True, backend="eager")
-        device = next(network.parameters()).device
         try:
             trial.features(torch.zeros(2, *shape, device=device), trial.branch.names[0])
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -93,7 +95,7 @@ def compile_encoder(recipe: Recipe, network: AdvCL, shape: tuple[int, int, int])
             raise ValueError(f"{recipe.model} cannot be compiled as one graph: {reason}; set speed.compile=false.") from error
         finally:
             torch._dynamo.reset()  # having seen two sizes of batches, it would compile for any
-    network.encoder.compile(fullgraph=one_graph)
+    network.encoder.compile(fullgraph=one_graph, options=options)
 
 
 def build_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:

@@ -7,8 +7,9 @@ from torch import nn
 def safe_channels_last(network: nn.Module, device: torch.device) -> bool:
     """False on a CPU if one of the network's convolutions would corrupt memory; timm's RepVGG and MobileOne have such.
 
-    oneDNN issue 6035: with several threads, the float32 gradient of a strided 1x1 convolution's weight is written past its
-    buffer if the images are channels-last and have fewer channels than a vector register has lanes (16).
+    oneDNN issue 6035: the float32 gradient of a strided 1x1 convolution's weight is written past its buffer if image or weight
+    is channels-last and the image has fewer channels than a vector register has lanes, at most 16. bfloat16 was not
+    seen to crash and is treated alike.
     """
     return device.type != "cpu" or not any(
         isinstance(module, nn.Conv2d)
