@@ -116,9 +116,8 @@ class StridedGradients(TorchDispatchMode):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
-@pytest.mark.parametrize(("channels", "expected"), [("[8,8,16]", False), ("[16,16,16]", True)])
-def test_the_compiler_chooses_channels_last_only_where_it_is_safe(channels: str, expected: bool) -> None:
-    r = recipe(f"model_kwargs.channels={channels}", "speed.channels_last=false")
+def test_the_compiler_does_not_choose_channels_last_where_it_corrupts_memory() -> None:
+    r = recipe("model_kwargs.channels=[8,8,16]", "speed.channels_last=false")
     network = build_network(r, SHAPE)
     compile_encoder(r, network, SHAPE)
     images = torch.rand(3, *SHAPE)
@@ -126,7 +125,7 @@ def test_the_compiler_chooses_channels_last_only_where_it_is_safe(channels: str,
     features = network.features(images, network.branch.names[0]).sum()
     with StridedGradients() as gradients:
         features.backward()
-    assert gradients.channels_last == 4 * [expected]
+    assert gradients.channels_last == 4 * [False]  # a 3x3 and a 1x1 convolution in two blocks
 
 
 def counted(network: AdvCL) -> list[int]:
