@@ -9,7 +9,6 @@ import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
 from advcl_hub.data import ImageData, batches
@@ -57,6 +56,8 @@ class ClusterStats(NamedTuple):
 
 def cluster_stats(labels: Tensor, ks: Sequence[int], classes: Tensor) -> list[ClusterStats]:
     """Compares clusters (N, len(ks)) with class labels (N,); images without one (-1) only count as sizes."""
+    from sklearn.metrics import normalized_mutual_info_score  # here: most of a second that cached labels need not
+
     classes = classes.cpu()
     known = classes >= 0
     stats = []

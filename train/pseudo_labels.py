@@ -21,15 +21,14 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-import sklearn
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -159,7 +158,7 @@ def load_pseudo_labels(
 
 
 def _provenance(identity: dict[str, str], device: str | torch.device) -> dict[str, str]:
-    versions = f"torch {torch.__version__}, timm {timm.__version__}, scikit-learn {sklearn.__version__}"
+    versions = f"torch {torch.__version__}, timm {timm.__version__}, scikit-learn {version('scikit-learn')}"
     how = f"k-means on L2-normalised features, best of {NUM_STARTS} k-means++ starts"
     return identity | {"clustering": how, "versions": versions, "device": str(device)}
 
@@ -190,6 +189,8 @@ def _cluster(
     workers: int,
 ) -> dict[str, Tensor]:
     """The tensors of a label file: k-means on the first split, nearest centres for the others."""
+    from sklearn.cluster import KMeans  # here, but before its threads are limited: most of a second that cached labels need not
+
     features, digests = {}, {}
     for split, data in splits.items():
         features[split], digests[split] = _embed(data, model, batch_size, workers)
