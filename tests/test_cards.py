@@ -14,7 +14,7 @@ from advcl_hub.cards import add_to_results, card, read_export, write_card
 from advcl_hub.export import PICTURE, RESULTS, WEIGHTS, verify_folder
 from advcl_hub.registry import BUNDLED, RELEASED
 from model_cards import release
-from tests.hub_server import read_card
+from tests.hub_store import read_card
 from tests.small_encoders import export_encoder
 
 
