@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -27,11 +26,11 @@ from advcl_hub.data import ImageData, load_data
 from advcl_hub.evaluation import PixelSpace, Protocol, evaluate, robustness
 from advcl_hub.evaluation.acceleration import accelerated
 from advcl_hub.evaluation.results import folder_name
+from tests.speed import needs_compiler
 from tests.tiny_classifiers import TinyNet, labelled_by, shortened
 
 PROTOCOL = Protocol()
 SMALL = {"channels": (8, 16, 32)}
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile takes a C++ compiler")
 
 
 def network(name: str = "resnet8_cifar", **arguments: Any) -> nn.Module:

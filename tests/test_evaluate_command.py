@@ -30,7 +30,7 @@ from train.probe import linear_probe
 
 ROOT = Path(__file__).parents[1]
 DATA = ("--data", "fake:60", "--eps", "1/255")
-ATTACKED = (*DATA, "--images", "8", "--autoattack", "standard", "--batch-size", "6", "--check-images", "10")
+ATTACKED = (*DATA, "--images", "12", "--autoattack", "standard", "--batch-size", "10", "--check-images", "10")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_the_folder_and_the_table(model: Path, uninterrupted: Path) -> None:
     assert record["data"] | {"sha256": None} == {
         "name": "fake:60",
         "split": "test",
-        "images": 8,
+        "images": 12,
         "of": 60,
         "selection": "class-balanced",
         "sha256": None,

@@ -21,6 +21,7 @@ from advcl_hub.finetuning.features import extract_features
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
 from tests.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder
+from tests.speed import channels_last
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 16, "steps": 2, "lr": 0.1}
@@ -193,8 +194,7 @@ def test_channels_last_where_it_corrupts_no_memory(
     original = module.Finetuner.train_step
 
     def train_step(trainer: module.Finetuner, images: Tensor, labels: Tensor | None) -> None:
-        weights = [p for p in trainer.model.parameters() if p.ndim == 4 and p.shape[-1] == 3]
-        layouts.update(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+        layouts.add(channels_last(trainer.model))
         assert images.is_contiguous()  # convolutions would follow them
         original(trainer, images, labels)
 

@@ -4,7 +4,6 @@ import copy
 import itertools
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from advcl_hub.training.layout import safe_channels_last
+from tests.speed import channels_last, needs_compiler
 from train.network import build_encoder, build_network, build_optimizer, build_schedule, compile_encoder
 from train.recipe import Recipe, load_recipe
 from train.step import AdvCL, _constant_parameters
@@ -54,11 +54,6 @@ def test_synchronised_batch_norm_changes_layers_but_no_name(monkeypatch: pytest.
     assert [k for k, v in usual.state_dict().items() if not torch.equal(v, state[k])] == []
 
 
-def channels_last(network: nn.Module) -> bool:
-    weights = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    return all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
-
-
 def test_channels_last_where_it_corrupts_no_memory(caplog: pytest.LogCaptureFixture) -> None:
     """RepVGG's stem has a strided 1x1 convolution of three channels: two threads and an odd batch, and the process is gone."""
     wide = build_network(recipe("speed.channels_last=true"), SHAPE)
@@ -80,7 +75,7 @@ def test_timms_networks_that_are_not_safe_channels_last(name: str, safe: bool) -
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+@needs_compiler
 def test_a_compiled_step_equals_the_usual_one() -> None:
     images = torch.randint(256, (6, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[0], [1], [2], [0], [1], [2]])
@@ -115,11 +110,12 @@ class StridedGradients(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+@needs_compiler
 def test_the_compiler_does_not_choose_channels_last_where_it_corrupts_memory() -> None:
     r = recipe("model_kwargs.channels=[8,8,16]", "speed.channels_last=false")
     network = build_network(r, SHAPE)
     compile_encoder(r, network, SHAPE)
+    network.eval()  # less to compile
     images = torch.rand(3, *SHAPE)
     network.features(images, network.branch.names[0]).sum().backward()  # compiles
     features = network.features(images, network.branch.names[0]).sum()

@@ -102,7 +102,7 @@ def test_the_export_is_the_averaged_adversarial_branch(whole: Path) -> None:
 
 def test_killed_anywhere_it_ends_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    for step in (0, 9):
+    for step in (0, 4, 11):
         process = start(output)
         wait_for_step(output, step, process)
         process.send_signal(signal.SIGKILL)

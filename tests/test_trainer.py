@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from advcl_hub.evaluation import Robustness
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
 from advcl_hub.training.stop import StopRequest
+from tests.speed import needs_compiler
 from train import pretrain as module
 from train.checkpoint import load_checkpoint
 from train.pretrain import Trainer, main, pretrain
@@ -236,7 +236,7 @@ def test_an_interruption_before_training_is_one_line(tmp_path: Path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+@needs_compiler
 def test_a_compiled_run_trains_like_the_usual_one(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     losses = {}
     for compiled in ("false", "true"):
