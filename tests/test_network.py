@@ -77,8 +77,8 @@ def test_timms_networks_that_are_not_safe_channels_last(name: str, safe: bool) -
 @pytest.mark.usefixtures("fresh_compiler")
 @needs_compiler
 def test_a_compiled_step_equals_the_usual_one() -> None:
-    images = torch.randint(256, (6, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([[0], [1], [2], [0], [1], [2]])
+    images = torch.randint(256, (16, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(16)[:, None] % 3
     results = []
     for compiled in (False, True):
         network = build_network(recipe(), SHAPE)
