@@ -170,7 +170,7 @@ SCRIPT = """
 import sys, advcl_hub
 from advcl_hub.evaluation.processes import Processes
 result = advcl_hub.evaluate(sys.argv[1], "fake:60", advcl_hub.Protocol(eps=1 / 255, check_images=10), output=sys.argv[2])
-print("figures", Processes.current().count, result.standard, result.robust)
+sys.stdout.write(f"figures {Processes.current().count} {result.standard} {result.robust}\\n")  # whole: the processes share it
 """
 
 
