@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import pyautoattack
 import pytest
 import timm
 import torch
@@ -14,7 +15,7 @@ import advcl_hub  # noqa: F401
 from advcl_hub.data import load_data
 from advcl_hub.evaluation import load_model
 from tests.small_encoders import SMALL_RESNET, export_encoder
-from tests.tiny_classifiers import labelled_by
+from tests.tiny_classifiers import labelled_by, shortened
 from train.benchmark import parts, processes, step, timing, use
 from train.benchmark.__main__ import main
 from train.benchmark.published import published_losses
@@ -131,8 +132,10 @@ def test_the_gradient_is_reduced_once_and_projections_are_gathered() -> None:
     assert more["least to gather, MB"] == pytest.approx(4 * 4 * (3 * 128 + 6 * (128 + 4)) / 1e6)
 
 
-def test_evaluation_is_measured_beside_the_bare_packages(tmp_path: Path) -> None:
+def test_evaluation_is_measured_beside_the_bare_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That every image ends alike is shown in test_acceleration.py and test_autoattack.py, where some survive."""
+    build = pyautoattack.AutoAttack
+    monkeypatch.setattr(pyautoattack, "AutoAttack", lambda *args, **options: shortened(build(*args, **options)))
     folder = str(export_encoder(tmp_path / "classifier", num_classes=10, **SMALL_RESNET))
     data = labelled_by(load_model(folder).model, 4, size=16)
     pgd, autoattack = use.measure_evaluation(folder, data, CPU, rounds=1, compiled=False, tell=lambda text: None)
