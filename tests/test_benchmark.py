@@ -137,12 +137,12 @@ def test_evaluation_is_measured_beside_the_bare_packages(tmp_path: Path, monkeyp
     build = pyautoattack.AutoAttack
     monkeypatch.setattr(pyautoattack, "AutoAttack", lambda *args, **options: shortened(build(*args, **options)))
     folder = str(export_encoder(tmp_path / "classifier", num_classes=10, **SMALL_RESNET))
-    data = labelled_by(load_model(folder).model, 4, size=16)
+    data = labelled_by(load_model(folder).model, 10, size=16)
     pgd, autoattack = use.measure_evaluation(folder, data, CPU, rounds=1, compiled=False, tell=lambda text: None)
     assert [row.name for row in pgd.rows] == ["foolbox", "ours"]
     assert [row.name for row in autoattack.rows] == ["pyautoattack", "ours"]
     assert len({row.more["robust"] for row in autoattack.rows}) == 1
-    assert all(row.items == 4 and row.timing.median > 0 for row in [*pgd.rows, *autoattack.rows])
+    assert all(row.items == 10 and row.timing.median > 0 for row in [*pgd.rows, *autoattack.rows])
 
 
 def test_the_command_leaves_tables_figures_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
