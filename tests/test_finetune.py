@@ -67,9 +67,12 @@ def split(state: dict[str, Tensor]) -> tuple[set[str], set[str], set[str]]:
     return head, statistics, state.keys() - head - statistics
 
 
-@pytest.mark.parametrize("protocol", ["slf", "alf", "aff", "sff"])
-def test_what_a_protocol_trains(run: Callable[..., Finetuned], resnet: Path, protocol: str) -> None:
-    tuned, encoder = run(protocol), load_folder(resnet).state_dict()
+@pytest.mark.parametrize(
+    ("protocol", "preset"),
+    [("slf", "advcl"), ("alf", "advcl"), ("aff", "advcl"), ("sff", "advcl"), ("slf", "deacl"), ("alf", "deacl")],
+)
+def test_what_a_protocol_trains(run: Callable[..., Finetuned], resnet: Path, protocol: str, preset: str) -> None:
+    tuned, encoder = run(protocol, preset=preset), load_folder(resnet).state_dict()
     found = weights(tuned)
     head, statistics, rest = split(found)
     assert len(head) == 2 and len(statistics) == 3 * 9 and all(found[key].abs().max() > 0 for key in head)

@@ -119,7 +119,7 @@ def test_two_processes_equal_one(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--data", "fake:80", "--protocol", "alf", "--preset", "deacl"), "The preset deacl has no alf"),
+        (("--data", "fake:80", "--protocol", "sff", "--preset", "deacl"), "The preset deacl has no sff"),
         (("--data", "nowhere"), "unknown data source 'nowhere'"),
         (("--data", "folder:no/such"), "folder no/such does not exist"),
         (("--data", "cifar10"), "cifar10 needs root"),

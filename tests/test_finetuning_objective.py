@@ -29,8 +29,9 @@ class Net(nn.Module):
 
 
 def batch(count: int = 7) -> tuple[Tensor, Tensor]:
+    """Images in [0, 1] with many black and white pixels, around which noise leaves [0, 1]; and labels."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.rand(count, 3, 8, 8, generator=generator, dtype=torch.float64)
+    images = (torch.rand(count, 3, 8, 8, generator=generator, dtype=torch.float64) * 1.5 - 0.25).clamp(0, 1)
     return images, torch.randint(4, (count,), generator=generator)
 
 
@@ -111,10 +112,9 @@ def test_trades_with_two_branches_is_the_published_dual_loss() -> None:
 
 
 def pgd_reference(network: nn.Module, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-    """pgd_attack of DynACL's utils.py."""
+    """pgd_attack of DynACL's utils.py, which is also the RobustSSL benchmark's: what it starts from is not clamped."""
     network.eval()
     delta = EPS * noise
-    delta = torch.clamp(x + delta, 0, 1) - x
     for _ in range(STEPS):
         delta.requires_grad_()
         gradient = torch.autograd.grad(nn.CrossEntropyLoss()(network(x + delta), y), [delta])[0]
@@ -130,7 +130,12 @@ def test_pgd_training_is_cross_entropy_on_the_published_attack(protocol: str, tr
     assert noise is not None and 0.95 < noise.abs().max() <= 1
     noise = noise.double()
     x_adv = pgd_reference(reference, x, y, noise)
-    torch.testing.assert_close(objective.attack(x, y, noise), x_adv, rtol=0, atol=1e-12)
+    seen: list[Tensor] = []
+    with objective.network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0].detach())):
+        torch.testing.assert_close(objective.attack(x, y, noise), x_adv, rtol=0, atol=1e-12)
+    assert len(seen) == STEPS and torch.equal(seen[0], x + EPS * noise), "the first gradient is that of the start as it is"
+    assert seen[0].min() < -EPS / 2 and seen[0].max() > 1 + EPS / 2
+    assert all(images.min() >= 0 and images.max() <= 1 for images in (*seen[1:], x_adv))
     reference.train(training)
     logits = reference(x_adv)
     losses = objective(x, y, noise)

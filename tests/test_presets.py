@@ -1,5 +1,6 @@
 """Presets: the values are those of their sources, and what replaces them is checked."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,33 +11,39 @@ from advcl_hub.finetuning.presets import ONE, PRESETS, TWO, choose_settings, fit
 
 README = Path(__file__).parents[1] / "README.md"
 
-# (epochs, batch, lr, milestones, branches) as the published code has them.
+BENCHMARK = "RobustSSL benchmark"  # Finetuning_Methods/Vanilla_Finetuning: utils.py (setup_hyperparameter, get_model)
+OLD = "RobustSSL benchmark, old commit"  # Finetuning_Methods/Vanilla, commit 08e268e: what its options default to
+DYNACL = "DynACL's code"  # test_LF.py, test_AFF.py
+DEACL = "DeACL's code"  # adv_finetune.py --mode aff
+
+# (epochs, batch, lr, milestones, branches, whether the new head is zero, whose code) as the published code has them.
 PUBLISHED: dict[tuple[str, str], tuple[Any, ...]] = {
-    ("advcl", "slf"): (25, 512, 0.01, (15, 20), ONE),
-    ("advcl", "alf"): (25, 512, 0.01, (15, 20), ONE),
-    ("advcl", "aff"): (25, 128, 0.1, (15, 20), ONE),
-    ("advcl", "sff"): (25, 512, 0.01, (10, 20), ONE),
-    ("dynacl", "slf"): (25, 512, 0.01, (10, 20), ONE),
-    ("dynacl", "alf"): (25, 512, 0.01, (10, 20), ONE),
-    ("dynacl", "aff"): (25, 128, 0.1, (15, 20), TWO),
-    ("dynacl", "sff"): (25, 512, 0.01, (10, 20), ONE),
-    ("acl", "slf"): (25, 512, 0.01, (10, 20), ONE),
-    ("acl", "alf"): (25, 512, 0.01, (10, 20), ONE),
-    ("acl", "aff"): (100, 128, 0.1, (40, 60), TWO),
-    ("acl", "sff"): (25, 512, 0.01, (10, 20), ONE),
-    ("deacl", "slf"): (25, 512, 0.1, (15, 20), ONE),
-    ("deacl", "aff"): (25, 512, 0.01, (15, 20), ONE),
+    ("advcl", "slf"): (25, 512, 0.01, (15, 20), ONE, True, BENCHMARK),
+    ("advcl", "alf"): (25, 512, 0.01, (15, 20), ONE, True, BENCHMARK),
+    ("advcl", "aff"): (25, 128, 0.1, (15, 20), ONE, True, BENCHMARK),
+    ("advcl", "sff"): (25, 512, 0.01, (10, 20), ONE, True, OLD),
+    ("dynacl", "slf"): (25, 512, 0.01, (10, 20), ONE, True, DYNACL),
+    ("dynacl", "alf"): (25, 512, 0.01, (10, 20), ONE, True, DYNACL),
+    ("dynacl", "aff"): (25, 128, 0.1, (15, 20), TWO, True, DYNACL),
+    ("dynacl", "sff"): (25, 512, 0.01, (10, 20), ONE, True, OLD),
+    ("acl", "slf"): (25, 512, 0.01, (10, 20), ONE, True, BENCHMARK),
+    ("acl", "alf"): (25, 512, 0.01, (10, 20), ONE, True, BENCHMARK),
+    ("acl", "aff"): (100, 128, 0.1, (40, 60), TWO, True, BENCHMARK),
+    ("acl", "sff"): (25, 512, 0.01, (10, 20), ONE, True, OLD),
+    ("deacl", "slf"): (25, 512, 0.01, (15, 20), ONE, True, BENCHMARK),
+    ("deacl", "alf"): (25, 512, 0.01, (15, 20), ONE, True, BENCHMARK),
+    ("deacl", "aff"): (25, 512, 0.01, (15, 20), ONE, False, DEACL),
 }
 
 
 def test_every_preset_has_the_published_values() -> None:
     assert PRESETS.keys() == PUBLISHED.keys()
-    for (preset, protocol), expected in PUBLISHED.items():
+    for (preset, protocol), (*expected, source) in PUBLISHED.items():
         s = choose_settings(protocol, preset)
-        assert (s.epochs, s.batch_size, s.lr, s.milestones, s.branches) == expected, (preset, protocol)
+        assert [s.epochs, s.batch_size, s.lr, s.milestones, s.branches, s.zero_head] == expected, (preset, protocol)
         assert (s.momentum, s.weight_decay, s.eps, s.step_size, s.steps, s.beta) == (0.9, 2e-4, 8 / 255, 2 / 255, 10, 6)
-        assert s.zero_head is (preset != "deacl")
         assert s.objective == {"slf": "ce", "alf": "pgd", "aff": "trades", "sff": "ce"}[protocol]
+        assert PRESETS[preset, protocol][1] == source
 
 
 @pytest.mark.parametrize(
@@ -51,10 +58,29 @@ def test_every_preset_has_the_published_values() -> None:
     ],
 )
 def test_linear_protocols_of_dynacl_depend_on_the_data(data: str, size: int | None, lr: float, batch: int) -> None:
-    s = choose_settings("alf", "dynacl", data=data, size=size)
-    assert (s.lr, s.batch_size) == (lr, batch)
+    for preset, protocol in itertools.product(("dynacl", "acl"), ("slf", "alf")):
+        s = choose_settings(protocol, preset, data=data, size=size)
+        assert (s.lr, s.batch_size, s.milestones) == (lr, batch, (10, 20))
     assert choose_settings("aff", "dynacl", data=data, size=size).lr == 0.1
-    assert choose_settings("slf", "advcl", data=data, size=size).lr == 0.01
+    for preset, protocol in itertools.product(("advcl", "deacl"), ("slf", "alf")):
+        assert choose_settings(protocol, preset, data=data, size=size) == choose_settings(protocol, preset)
+
+
+@pytest.mark.parametrize(
+    ("preset", "data", "size", "milestones"),
+    [
+        ("dynacl", "cifar10", 32, (15, 20)),
+        ("dynacl", "stl10", 32, (15, 20)),
+        ("dynacl", "stl10", 96, (10, 20)),
+        ("dynacl", "parquet:stl10", 96, (10, 20)),
+        ("acl", "stl10", 96, (40, 60)),
+        ("advcl", "stl10", 96, (15, 20)),
+    ],
+)
+def test_aff_of_dynacl_divides_the_rate_earlier_on_large_images_of_stl10(
+    preset: str, data: str, size: int, milestones: tuple[int, ...]
+) -> None:
+    assert choose_settings("aff", preset, data=data, size=size).milestones == milestones
 
 
 def test_the_readme_shows_the_table_in_the_code() -> None:
@@ -66,6 +92,8 @@ def test_epochs_move_milestones_and_eps_the_step() -> None:
     assert s.milestones == (6, 8) and s.step_size == 1 / 255
     s = choose_settings("aff", "advcl", overrides={"epochs": 10, "milestones": (5,), "eps": 4 / 255, "step_size": 0.01})
     assert s.milestones == (5,) and s.step_size == 0.01
+    s = choose_settings("aff", "dynacl", data="stl10", size=96, overrides={"epochs": 50})
+    assert s.milestones == (20, 40), "those of the data set move"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +101,7 @@ def test_epochs_move_milestones_and_eps_the_step() -> None:
     [
         ("lsf", "advcl", {}, "protocol is 'lsf', expected one of slf, alf, aff, sff. Did you mean slf"),
         ("slf", "dynalc", {}, "preset is 'dynalc'.*Did you mean dynacl"),
-        ("alf", "deacl", {}, "The preset deacl has no alf; these have: advcl, dynacl, acl"),
+        ("sff", "deacl", {}, "The preset deacl has no sff; these have: advcl, dynacl, acl"),
         ("slf", "advcl", {"learning_rate": 1}, "Unknown setting 'learning_rate'"),
         ("slf", "advcl", {"epoch": 1}, "Did you mean 'epochs'"),
         ("slf", "advcl", {"objective": "pgd"}, "objective is 'pgd', expected one of ce with protocol slf"),

@@ -159,7 +159,7 @@ def test_the_command_prints_the_table(encoder: Path, tmp_path: Path) -> None:
         (["ENCODER", "ENCODER"], ["fake:80"], ["slf"], {}, "The same model was given twice"),
         (["ENCODER"], ["fake:80", "cifar11"], ["slf"], {}, "unknown data source 'cifar11'"),
         (["ENCODER"], ["fake:80"], ["slf", "lsf"], {}, "protocol is 'lsf'"),
-        (["ENCODER"], ["fake:80"], ["slf", "alf"], {"preset": "deacl"}, "The preset deacl has no alf"),
+        (["ENCODER"], ["fake:80"], ["slf", "sff"], {"preset": "deacl"}, "The preset deacl has no sff"),
         (["ENCODER"], [], ["slf"], {}, "needs a data set and a protocol"),
         (["ENCODER"], ["fake:80"], ["slf"], {"epoch": 1}, "Did you mean 'epochs'"),
     ],

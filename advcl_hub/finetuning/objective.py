@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advcl_hub.attacks import pgd, project
+from advcl_hub.attacks import pgd
 from advcl_hub.finetuning.presets import EXPORTED, Settings
 from advcl_hub.models.branch_norm import add_branches
 
@@ -78,12 +78,13 @@ class Objective(nn.Module):
         """Adversarial images, detached; the network is in evaluation mode meanwhile.
 
         PGD (arXiv 1706.06083) raises the cross-entropy from a uniform start; TRADES (arXiv 1901.08573, section 4) the
-        divergence of the adversarial from the clean prediction, from 0.001 times normal noise.
+        divergence of the adversarial from the clean prediction, from 0.001 times normal noise. As in the published code, the
+        start may leave [0, 1]; the adversarial images do not.
         """
         s = self.settings
         with _evaluating(self.network):
             if s.objective == "pgd":
-                start = project(images + s.eps * noise, images, s.eps)
+                start = images + s.eps * noise
 
                 def loss(x: Tensor) -> Tensor:
                     return F.cross_entropy(self._logits(x), labels, reduction="sum")

@@ -1,7 +1,8 @@
 """The protocols of the field and the values that others finetuned with: one table, from which the README's is made.
 
-The facts are those of the published code: AdvCL (github.com/LijieFan/AdvCL), DynACL (github.com/PKU-ML/DYNACL), DeACL
-(github.com/pantheon5100/DeACL), and the RobustSSL benchmark (github.com/GodXuxilie/RobustSSL_Benchmark), which runs them all.
+The facts are those of the published code: DynACL (github.com/PKU-ML/DYNACL, commit 1f0ad5c), DeACL
+(github.com/pantheon5100/DeACL, commit 3fb81e3), and the RobustSSL benchmark (github.com/GodXuxilie/RobustSSL_Benchmark,
+Finetuning_Methods/Vanilla_Finetuning at commit 3b85d40), which finetunes the encoders of AdvCL, ACL, DynACL and DeACL.
 """
 
 import difflib
@@ -131,33 +132,38 @@ _LINEAR = {"epochs": 25, "batch_size": 512, "lr": 0.01}
 _FULL = {"epochs": 25, "batch_size": 128, "lr": 0.1, "milestones": (15, 20)}
 _STANDARD_FULL = {**_LINEAR, "milestones": (10, 20)}
 _BENCHMARK = "RobustSSL benchmark"
+_OLD_BENCHMARK = "RobustSSL benchmark, old commit"  # 08e268e, Finetuning_Methods/Vanilla; newer ones have no SFF
 
 # (preset, protocol): values, and where they come from.
 PRESETS: dict[tuple[str, str], tuple[dict[str, Any], str]] = {
-    ("advcl", "slf"): ({**_LINEAR, "milestones": (15, 20)}, "AdvCL's code"),
+    # AdvCL's own SLF has another head, and chooses the epoch by PGD on test images.
+    ("advcl", "slf"): ({**_LINEAR, "milestones": (15, 20)}, _BENCHMARK),
     ("advcl", "alf"): ({**_LINEAR, "milestones": (15, 20)}, _BENCHMARK),
     ("advcl", "aff"): (_FULL, _BENCHMARK),
-    ("advcl", "sff"): (_STANDARD_FULL, _BENCHMARK),
+    ("advcl", "sff"): (_STANDARD_FULL, _OLD_BENCHMARK),
     ("dynacl", "slf"): ({**_LINEAR, "milestones": (10, 20)}, "DynACL's code"),
     ("dynacl", "alf"): ({**_LINEAR, "milestones": (10, 20)}, "DynACL's code"),
     ("dynacl", "aff"): ({**_FULL, "branches": TWO}, "DynACL's code"),
-    ("dynacl", "sff"): (_STANDARD_FULL, _BENCHMARK),
+    ("dynacl", "sff"): (_STANDARD_FULL, _OLD_BENCHMARK),
     ("acl", "slf"): ({**_LINEAR, "milestones": (10, 20)}, _BENCHMARK),
     ("acl", "alf"): ({**_LINEAR, "milestones": (10, 20)}, _BENCHMARK),
     ("acl", "aff"): ({**_FULL, "epochs": 100, "milestones": (40, 60), "branches": TWO}, _BENCHMARK),
-    ("acl", "sff"): (_STANDARD_FULL, _BENCHMARK),
-    # DeACL's ALF moves the encoder's batch norms: another protocol, which is not offered under this name.
-    ("deacl", "slf"): ({**_LINEAR, "lr": 0.1, "milestones": (15, 20), "zero_head": False}, "DeACL's code"),
+    ("acl", "sff"): (_STANDARD_FULL, _OLD_BENCHMARK),
+    # DeACL's own SLF and ALF move the encoder's batch norms: other protocols, which are not offered under these names.
+    ("deacl", "slf"): ({**_LINEAR, "milestones": (15, 20)}, _BENCHMARK),
+    ("deacl", "alf"): ({**_LINEAR, "milestones": (15, 20)}, _BENCHMARK),
     ("deacl", "aff"): ({**_LINEAR, "milestones": (15, 20), "zero_head": False}, "DeACL's code"),
 }
 
-# What the linear protocols of some presets change for other data sets than CIFAR-10.
-_BY_DATA: dict[str, dict[str, Any]] = {
-    "cifar100": {"lr": 0.05},
-    "stl10 at 32x32": {"batch_size": 128},
-    "stl10 at 96x96": {"lr": 0.1},
-}
-_LINEAR_BY_DATA = ("dynacl", "acl")
+# What the RobustSSL benchmark changes for other data sets than CIFAR-10: presets, protocols, values by data set.
+_BY_DATA: tuple[tuple[tuple[str, ...], tuple[str, ...], dict[str, dict[str, Any]]], ...] = (
+    (
+        ("dynacl", "acl"),
+        ("slf", "alf"),
+        {"cifar100": {"lr": 0.05}, "stl10 at 32x32": {"batch_size": 128}, "stl10 at 96x96": {"lr": 0.1}},
+    ),
+    (("dynacl",), ("aff",), {"stl10 at 96x96": {"milestones": (10, 20)}}),
+)
 
 
 def choose_settings(
@@ -189,9 +195,10 @@ def choose_settings(
             near = difflib.get_close_matches(name, names, 1, 0.0)[0]
             raise ValueError(f"Unknown setting {name!r}. Did you mean {near!r}? Known: {', '.join(names)}")
     values = dict(PRESETS[preset, protocol][0])
-    if preset in _LINEAR_BY_DATA and protocol in ("slf", "alf"):
-        name = data.removeprefix("parquet:")
-        values |= _BY_DATA.get(f"{name} at {size}x{size}" if name == "stl10" else name, {})
+    name = data.removeprefix("parquet:")
+    for presets, protocols, by_data in _BY_DATA:
+        if preset in presets and protocol in protocols:
+            values |= by_data.get(f"{name} at {size}x{size}" if name == "stl10" else name, {})
     if "epochs" in overrides and "milestones" not in overrides:
         values["milestones"] = tuple(m * overrides["epochs"] / values["epochs"] for m in values["milestones"])
     if "eps" in overrides and "step_size" not in overrides:
@@ -225,14 +232,21 @@ def table() -> str:
         loss = {"ce": "CE", "pgd": f"CE on PGD-{s.steps}", "trades": f"TRADES, beta {s.beta:g}"}[s.objective]
         norm = "frozen" if s.frozen else "clean, adv" if s.branches == TWO else "one"
         head = "zero" if s.zero_head else "default"
-        milestones = ", ".join(f"{m:g}" for m in s.milestones)
-        rows.append((preset, protocol, loss, s.epochs, s.batch_size, f"{s.lr:g}", milestones, norm, head, source))
+        rows.append((preset, protocol, loss, s.epochs, s.batch_size, f"{s.lr:g}", _listed(s.milestones), norm, head, source))
     lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
-    changes = []
-    for name, values in _BY_DATA.items():
-        changes.append(f"{name}: " + ", ".join(f"{key.replace('_size', '')} {value:g}" for key, value in values.items()))
-    notes = f"Linear protocols of {' and '.join(_LINEAR_BY_DATA)} on other data: {'; '.join(changes)}."
-    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:], "", notes])
+    column = {"batch_size": "batch", "milestones": "/10 after"}
+    notes = [f"On other data than CIFAR-10, from the {_BENCHMARK}:"]
+    for presets, protocols, by_data in _BY_DATA:
+        changes = [
+            f"{name} ({', '.join(f'{column.get(key, key)} {_listed(value)}' for key, value in values.items())})"
+            for name, values in by_data.items()
+        ]
+        notes.append(f"- {' and '.join(protocols)} of {' and '.join(presets)}: {', '.join(changes)}.")
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:], "", *notes])
+
+
+def _listed(value: float | tuple[float, ...]) -> str:
+    return ", ".join(f"{number:g}" for number in (value if isinstance(value, tuple) else (value,)))
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...], where: str = "") -> None:
