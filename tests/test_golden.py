@@ -1,5 +1,7 @@
 """The published AdvCL step, reproduced number by number in float64."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -82,52 +84,45 @@ def test_features_of_each_branch(model: AdvCL, published: str) -> None:
         check(model.features(smooth("xo"), BRANCHES[published]), f"eval_feat_{published}", atol=1e-12)
 
 
-def test_training_step(model: AdvCL) -> None:
-    """Attack losses before each step, the adversarial views, the losses and the gradients of one whole step."""
+def test_training_step(model: AdvCL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`AdvCL.losses`, which training calls, from the published noise: attack losses before each step, projections, adversarial
+    views, losses, and the gradients of one whole step."""
     model.train()
+    model.zero_grad()
     views, labels, noise = batch()
-    sources = model.sources(views)
-    clean = model.project([views.strong1, views.strong2, views.high_frequency], "clean")
+    monkeypatch.setattr("train.step.uniform_start", lambda images, eps: images + noise)
+    terms, project = model.objective_terms, model.project
+    adversarial: list[Tensor] = []
+    values: list[Tensor] = []
+    projections: dict[str, Tensor] = {}
+
+    def recorded_terms(images: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        made = terms(images, *args, **kwargs)
+        adversarial.append(images.detach())
+        values.append(torch.stack(made).detach())
+        return made
+
+    def recorded_project(images: list[Tensor] | Tensor, branch: str) -> Tensor:
+        projections[branch] = project(images, branch)
+        return projections[branch]
+
+    monkeypatch.setattr(model, "objective_terms", recorded_terms)
+    monkeypatch.setattr(model, "project", recorded_project)
+    losses = model.losses(views, labels)
     check(views.high_frequency, "x_hfc", atol=1e-12)
-    check(clean[0], "proj_x1", atol=1e-9)
+    check(torch.stack(values[:-1]), "attack_losses")
+    check(adversarial[-1][0], "x_cl", atol=1e-9)
+    check(adversarial[-1][1], "x_ce", atol=1e-9)
+    check(projections["clean"][0], "proj_x1", atol=1e-9)
+    check(projections["adv"][0], "proj_cl", atol=1e-9)
+    check(losses.contrastive, "loss_contrast")
+    check(losses.pseudo_label, "loss_ce")
+    check(losses.total, "loss")
 
-    attack_losses: list[Tensor] = []
-    terms = model.objective_terms
-
-    def recorded(*args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        attack_losses.append(torch.stack(values := terms(*args, **kwargs)).detach())  # type: ignore[arg-type]
-        return values
-
-    model.objective_terms = recorded  # type: ignore[method-assign]
-    try:
-        adversarial = model.perturb(sources, sources + noise, clean.detach(), labels)
-    finally:
-        del model.objective_terms
-    check(torch.stack(attack_losses), "attack_losses")
-    check(adversarial[0], "x_cl", atol=1e-9)
-    check(adversarial[1], "x_ce", atol=1e-9)
-    check(model.project(adversarial[:1], "adv")[0], "proj_cl", atol=1e-9)
-
-    contrastive, pseudo_label = model.objective_terms(adversarial, clean, labels)
-    total = contrastive + 0.2 * pseudo_label
-    check(contrastive, "loss_contrast")
-    check(pseudo_label, "loss_ce")
-    check(total, "loss")
-    total.backward()
+    losses.total.backward()
     gradients = {published_key(name): p.grad for name, p in model.named_parameters()}
     for name in [k for k in GOLDEN if k.startswith("gradnorm_")]:
         key = name.removeprefix("gradnorm_")
         gradient = gradients[key if key in gradients else f"{key}.weight"]
         assert gradient is not None
         check(gradient.norm(), name)
-
-
-def test_losses_puts_the_pieces_together(model: AdvCL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`AdvCL.losses`, which training calls, gives the published losses when the random start is the published noise."""
-    model.train()
-    views, labels, noise = batch()
-    monkeypatch.setattr("train.step.uniform_start", lambda images, eps: images + noise)
-    losses = model.losses(views, labels)
-    check(losses.total, "loss")
-    check(losses.contrastive, "loss_contrast")
-    check(losses.pseudo_label, "loss_ce")
