@@ -107,7 +107,7 @@ def push(
     call made may stay behind, empty.)
 
     Args:
-        folder: that `advcl_hub.export` wrote.
+        folder: that `advcl_hub.export` wrote, or the name of released weights.
         repository: `ORG/NAME`; made if there is none.
         version: tag of the commit.
         private: make the repository private.
@@ -119,6 +119,10 @@ def push(
             something else.
         OSError: no token, no permission, no network, or the Hub refused.
     """
+    if str(folder) in releases() and not Path(folder).is_dir():
+        with tempfile.TemporaryDirectory() as temporary:
+            export = pull(str(folder), Path(temporary) / "export")
+            return push(export, repository, version=version, private=private, create_pr=create_pr, dry_run=dry_run)
     folder, repository = Path(folder).expanduser(), repository.removeprefix("hf-hub:")
     if repository.count("/") != 1:
         raise ValueError(f"{repository!r} is no name of a Hub repository (ORG/NAME).")

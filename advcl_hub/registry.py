@@ -17,17 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from huggingface_hub import constants
 from timm.models import DefaultCfg, PretrainedCfg, _registry
 from torch import nn
 
 import advcl_hub.models  # noqa: F401  # whose architectures released weights belong to
 from advcl_hub.download import check_file, commit_of, fetch, split_revision
 from advcl_hub.export import CONFIG, RESULTS, WEIGHTS, verify_folder
+from advcl_hub.parts import join
 
 __all__ = ["Release", "load_releases", "open_source", "register", "releases", "row"]  # timm adds the models of this module
 
 RELEASED = Path(__file__).with_name("released.json")
 BUNDLED = Path(__file__).with_name("weights")  # folders of exports, named like their releases
+# In a checkout, weights too large for the package until they are pushed: their parts, and a folder with all else for each.
+CHECKOUT = Path(__file__).parents[1] / "model_cards" / "weights"
 
 _CFG_FIELDS = {f.name for f in fields(PretrainedCfg)}
 # Of timm's cfg: who overlays one of them brings other weights.
@@ -44,7 +48,8 @@ class Release:
         files: by name the `sha256` and `size` of the files that are checked whenever they are read.
         hub_id: `ORG/NAME` on the Hub, None if they are not there.
         revision: commit on the Hub.
-        folder: where they lie on this machine (in the package, or a user's own), None for those on the Hub.
+        folder: where they lie on this machine (in the package, a checkout, or a user's own), None for those on the Hub.
+        parts: files that the weights are made of, where they lie in a checkout; see `advcl_hub.parts`.
         facts: for people: `summary`, `head` (see `head_of`), `data`, `threat_model`, `results`, `provenance`, `licence`,
             `parameters`; for weights that a user registered, `own` and `head` only.
         robustbench: name under which RobustBench finds the classifier: `MODEL_DATASET_THREAT`.
@@ -58,6 +63,7 @@ class Release:
     folder: Path | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     robustbench: str | None = None
+    parts: tuple[Path, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -82,7 +88,7 @@ class Release:
             stored["label_names"] = tuple(labels)
         if self.hub_id:
             stored["hf_hub_id"] = self.hub_id + (f"@{self.revision}" if self.revision else "")
-        if self.folder:
+        if self.folder and not self.parts:
             stored["file"] = str(self.folder / WEIGHTS)
         return PretrainedCfg(**stored)
 
@@ -97,6 +103,9 @@ class Release:
         if self.folder is None:
             assert self.hub_id is not None
             return fetch(self.hub_id, file, revision=self.revision, cache_dir=cache_dir, expected=expected)
+        if file == WEIGHTS and self.parts:
+            home = Path(cache_dir or constants.HF_HOME, "advcl_hub", self.files[WEIGHTS]["sha256"])
+            return join(self.parts, home / WEIGHTS, self.files[WEIGHTS]["sha256"])
         path = self.folder / file
         if not path.is_file():
             what = "is gone: register its new place" if not self.folder.is_dir() else f"has no {file}"
@@ -139,7 +148,9 @@ def load_releases(path: Path = RELEASED) -> list[Release]:
             if hub_id and "/" not in hub_id:
                 hub_id = f"{organisation(data)}/{hub_id}"
             if not entry.get("bundled") and not (hub_id and entry["revision"]):
-                raise ValueError("it is neither bundled nor pinned to a commit on the Hub")
+                raise ValueError("it is neither bundled nor pinned on the Hub")
+            parts = tuple(CHECKOUT / part for part in entry.get("parts", ()) if (CHECKOUT / name).is_dir())
+            folder = BUNDLED / name if entry.get("bundled") else CHECKOUT / name if parts else None
             found.append(
                 Release(
                     name,
@@ -147,9 +158,10 @@ def load_releases(path: Path = RELEASED) -> list[Release]:
                     entry["files"],
                     hub_id,
                     entry.get("revision"),
-                    BUNDLED / name if entry.get("bundled") else None,
+                    folder,
                     entry["facts"],
                     entry.get("robustbench"),
+                    parts,
                 )
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -233,8 +245,14 @@ def row(release: Release) -> dict[str, str]:
         **{column: "-" if value is None else f"{100 * value:.1f}" for column, value in figures.items()},
         "attack": f"{best['norm']} {best['eps']}" if best else "-",
         "images": f"{best['images']:,}" if best else "-",
-        "where": "package" if release.folder and not facts.get("own") else str(release.folder or release.hub_id),
+        "where": _where(release),
     }
+
+
+def _where(release: Release) -> str:
+    if release.folder is None or release.facts.get("own"):
+        return str(release.folder or release.hub_id)
+    return "checkout" if release.parts else "package"
 
 
 def head_of(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:

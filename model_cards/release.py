@@ -1,8 +1,12 @@
-"""Releases weights: an entry in advcl_hub/released.json, their folder in the package or on the Hub, and their card here.
+"""Releases weights: an entry in advcl_hub/released.json, a place for their files, and their card here.
 
-python model_cards/release.py FOLDER resnet8_cifar.advcl_c10                     # bundled: copied into the package
+python model_cards/release.py FOLDER resnet8_cifar.advcl_c10
+python model_cards/release.py KEPT --licence apache-2.0                          # all that a plan kept (train/flagship.py)
 python model_cards/release.py FOLDER resnet18_cifar.advcl_c10 --hub ORG/NAME@COMMIT   # pushed there before
 python model_cards/release.py                                                    # all cards and the README's table anew
+
+Weights below 1 MB go into the package. Larger ones lie in model_cards/weights, in parts, until somebody has pushed them:
+`advcl-hub push NAME ORG/NAME`, then the third line.
 """
 
 import argparse
@@ -10,6 +14,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,30 +23,32 @@ from advcl_hub.cards import add_to_results, card, pretraining, read_export, summ
 from advcl_hub.evaluation.protocol import pixels
 from advcl_hub.export import CONFIG, GOLDEN, PICTURE, RESULTS, WEIGHTS, load_folder, verify_folder
 from advcl_hub.files import file_sha256, replacing
-from advcl_hub.hub import verify
+from advcl_hub.hub import FIRST_VERSION, verify
+from advcl_hub.parts import split
 from advcl_hub.registry import BUNDLED as BUNDLED
+from advcl_hub.registry import CHECKOUT as CHECKOUT
 from advcl_hub.registry import RELEASED as RELEASED
 from advcl_hub.registry import Release, head_of, load_releases, open_source, row
+from train import kept
 
 ROOT = Path(__file__).parents[1]
 CARDS = Path(__file__).parent
 README = ROOT / "README.md"
+BUNDLED_BYTES = 1_000_000  # larger weights do not go into the package
 _MARKS = ("<!-- released weights: made by model_cards/release.py -->\n", "<!-- end of released weights -->")
 
 
-def entry(folder: Path, *, hub: str | None = None, robustbench: str | None = None) -> dict[str, Any]:
-    """What released.json says of an exported folder, all of it read from there."""
+def entry(folder: Path, where: Mapping[str, Any], *, robustbench: str | None = None) -> dict[str, Any]:
+    """What released.json says of an exported folder, all of it read from there.
+
+    Args:
+        folder: with its evaluations.
+        where: keys that say where the weights lie: `bundled`, or `hub_id` and `revision`, with `parts` until they are there.
+        robustbench: name for RobustBench.
+    """
     results, config = read_export(folder)
-    repository, _, commit = (hub or "").partition("@")
-    repository = repository.removeprefix(f"{json.loads(RELEASED.read_text())['organisation']}/")
     made = pretraining(results)
-    found: dict[str, Any] = {"config": config}
-    if hub:
-        if not re.fullmatch(r"[0-9a-f]{40}", commit):
-            raise ValueError(f"--hub is {hub}, expected ORG/NAME@COMMIT with all 40 digits: a release is pinned.")
-        found |= {"hub_id": repository, "revision": commit}
-    else:
-        found["bundled"] = True
+    found: dict[str, Any] = {"config": config, **where}
     files = [name for name in (WEIGHTS, CONFIG, GOLDEN) if (folder / name).is_file()]
     found["files"] = {f: {"sha256": file_sha256(folder / f), "size": (folder / f).stat().st_size} for f in files}
     evaluations = results.get("evaluations", [])
@@ -92,48 +99,111 @@ def table(found: Sequence[Release]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def release(folder: Path, name: str, *, hub: str | None, robustbench: str | None) -> None:
-    """Adds a release, or replaces it.
+def pushed(hub: str, folder: Path) -> dict[str, str]:
+    """Where weights lie that were pushed to `ORG/NAME@COMMIT`. Raises ValueError if others lie there."""
+    repository, _, commit = hub.partition("@")
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
+        raise ValueError(f"--hub is {hub}, expected ORG/NAME@COMMIT with all 40 digits: a release is pinned.")
+    if open_source(f"hf-hub:{hub}").files[WEIGHTS]["sha256"] != file_sha256(folder / WEIGHTS):
+        raise ValueError(f"{hub} has other weights than {folder}.")
+    verify(hub)
+    return {"hub_id": repository.removeprefix(f"{json.loads(RELEASED.read_text())['organisation']}/"), "revision": commit}
+
+
+def release(folders: Mapping[str, Path], *, hub: str | None = None, robustbench: str | None = None) -> None:
+    """Adds releases, or replaces them.
+
+    Args:
+        folders: exported ones with their evaluations, by the name of the release; an encoder before its classifiers.
+        hub: where the one folder was pushed.
+        robustbench: name of the one folder for RobustBench.
 
     Raises:
         ValueError: another architecture, or the Hub has other weights at that commit.
     """
-    found = entry(folder, hub=hub, robustbench=robustbench)
-    if found["config"]["architecture"] != name.partition(".")[0]:
-        raise ValueError(f"{folder} holds a {found['config']['architecture']}, not {name}.")
-    verify_folder(folder)
-    if hub:
-        there = open_source(f"hf-hub:{hub}")
-        if there.files[WEIGHTS]["sha256"] != found["files"][WEIGHTS]["sha256"]:
-            raise ValueError(f"{hub} has other weights than {folder}.")
-        verify(hub)
+    for name, folder in folders.items():
+        architecture = read_export(folder)[1]["architecture"]
+        if architecture != name.partition(".")[0]:
+            raise ValueError(f"{folder} holds a {architecture}, not {name}.")
+        verify_folder(folder)
+    large = {n: f for n, f in folders.items() if not hub and (f / WEIGHTS).stat().st_size >= BUNDLED_BYTES}
+    parts = split(large, CHECKOUT) if large else {}
     data = json.loads(RELEASED.read_text())
-    for home in (CARDS / name, BUNDLED / name):
-        shutil.rmtree(home, ignore_errors=True)
-    home = CARDS / name if hub else BUNDLED / name
-    home.mkdir(parents=True)
-    for file in (RESULTS, CONFIG, PICTURE, *(() if hub else (WEIGHTS, GOLDEN))):
-        if (folder / file).is_file():
-            shutil.copyfile(folder / file, home / file)
-    add_to_results(home)  # an older export may name local paths
-    data["releases"][name] = found
+    before = _parts(data)
+    where: dict[str, Any]
+    files: tuple[str, ...]
+    for name, folder in folders.items():
+        if hub:
+            where, home, files = pushed(hub, folder), CARDS / name, ()
+        elif name in parts:
+            where = {"hub_id": name, "revision": FIRST_VERSION, "parts": parts[name]}
+            home, files = CHECKOUT / name, (GOLDEN,)
+        else:
+            where, home, files = {"bundled": True}, BUNDLED / name, (WEIGHTS, GOLDEN)
+        for earlier in (CARDS / name, BUNDLED / name, CHECKOUT / name):
+            shutil.rmtree(earlier, ignore_errors=True)
+        home.mkdir(parents=True)
+        for file in (RESULTS, CONFIG, PICTURE, *files):
+            if (folder / file).is_file():
+                shutil.copyfile(folder / file, home / file)
+        add_to_results(home)  # an older export may name local paths
+        data["releases"][name] = entry(folder, where, robustbench=robustbench)
     with replacing(RELEASED) as draft:
         draft.write_text(json.dumps(data, indent=2) + "\n")
+    for part in before - _parts(data):  # of weights that were replaced, or pushed
+        (CHECKOUT / part).unlink(missing_ok=True)
+
+
+def _parts(data: Mapping[str, Any]) -> set[str]:
+    return {part for found in data["releases"].values() for part in found.get("parts", ())}
+
+
+def release_kept(source: Path, licence: str, notes: Sequence[str]) -> None:
+    """Releases the encoder and the classifiers of a plan under its name, with their evaluations. Raises as `release` does."""
+    with tempfile.TemporaryDirectory() as temporary:
+        models = kept.unpack(source, Path(temporary))
+        plan = json.loads((Path(temporary) / kept.PLAN).read_text())["plan"]
+        folders, measured = dict[str, Path](), dict[str, list[Path]]()
+        for stage, settings in plan["stages"].items():
+            if settings["run"] == "evaluate" and (Path(temporary) / stage / RESULTS).is_file():
+                measured.setdefault(settings["of"], []).append(Path(temporary) / stage)
+        for stage, folder in models.items():
+            run = plan["stages"].get(stage, {}).get("run")
+            if run == "export":
+                evaluations = [path for found in measured.values() for path in found]
+                folders[plan["name"]] = folder
+            elif run == "finetune":
+                evaluations = measured.get(stage, [])
+                folders[f"{plan['name']}_{stage}"] = folder
+            else:
+                continue
+            add_to_results(folder, evaluations, notes, licence)
+        if plan["name"] not in folders:
+            raise ValueError(f"{source} holds no finished encoder: let the plan go on.")
+        release(folders)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="exported folder with its evaluations (advcl-hub card)")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, help="exported, with its evaluations (advcl-hub card); or kept by a plan"
+    )
     parser.add_argument("name", nargs="?", help="ARCHITECTURE.TAG")
-    parser.add_argument("--hub", metavar="ORG/NAME@COMMIT", help="where it was pushed; by default it is bundled")
+    parser.add_argument("--licence", help="of what a plan kept, as the Hub writes it")
+    parser.add_argument("--note", action="append", default=[], help="a sentence for its cards' section on limits")
+    parser.add_argument("--hub", metavar="ORG/NAME@COMMIT", help="where it was pushed")
     parser.add_argument("--robustbench", metavar="MODEL_DATASET_THREAT", help="name for RobustBench, of a classifier")
     args = parser.parse_args()
     try:
-        if args.folder:
+        if args.folder and (args.folder / kept.FOLDERS).is_file():
+            if args.name or not args.licence:
+                parser.error("what a plan kept has its name already, and needs a --licence")
+            release_kept(args.folder, args.licence, args.note)
+        elif args.folder:
             if not args.name:
                 parser.error("a folder needs a name")
-            release(args.folder, args.name, hub=args.hub, robustbench=args.robustbench)
+            release({args.name: args.folder}, hub=args.hub, robustbench=args.robustbench)
         for path, text in cards().items():
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as draft:

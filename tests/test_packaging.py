@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FLOORS = {
     4: ("train", "cli"),
     3: ("finetuning", "converters", "hub", "cards"),
-    2: ("evaluation", "export", "registry"),
+    2: ("evaluation", "export", "parts", "registry"),
     1: (
         *("attacks", "augmentation", "corruptions", "data", "decoding", "download", "extras", "files", "models", "progress"),
         *("sources", "training"),

@@ -31,6 +31,7 @@ def checkout(tmp_path: Path) -> Path:
 def run(checkout: Path, *arguments: object) -> str:
     """What the script says when it refuses; called in the client's process, on a copy."""
     registry.BUNDLED = release.BUNDLED = checkout / "advcl_hub/weights"
+    registry.CHECKOUT = release.CHECKOUT = checkout / "model_cards/weights"
     release.RELEASED = checkout / "advcl_hub/released.json"
     release.ROOT, release.CARDS, release.README = checkout, checkout / "model_cards", checkout / "README.md"
     sys.argv = ["release.py", *map(str, arguments)]

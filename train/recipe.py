@@ -210,15 +210,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         FileNotFoundError: no such recipe.
         ValueError: an unknown key (the nearest known one is named), a value of the wrong type, an impossible combination.
     """
-    known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-    path = RECIPES / f"{name}.yaml" if name in known else Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"No recipe {name!r}. Known: {', '.join(known)}; or give the path of a YAML file.")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    require(isinstance(values, dict), f"{path} must hold `key: value` lines")
+    values = read_yaml(name, RECIPES, "recipe")
     for override in overrides:
         key, equals, text = override.partition("=")
         require(bool(key and equals), f"An override is key=value, got {override!r}")
@@ -234,9 +226,28 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return from_dict(values)
 
 
+def read_yaml(name: str, folder: Path, what: str) -> dict[str, Any]:
+    """The values in a YAML file: one of a folder, by its name without ending, or the file at a path.
+
+    Raises:
+        FileNotFoundError: no such file; those of the folder are named.
+        ValueError: not YAML, or not keys with values.
+    """
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    path = folder / f"{name}.yaml" if name in known else Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"No {what} {name!r}. Known: {', '.join(known)}; or give the path of a YAML file.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    require(isinstance(values, dict), f"{path} must hold `key: value` lines")
+    return typing.cast(dict[str, Any], values)
+
+
 def from_dict(values: Mapping[str, Any]) -> Recipe:
     """A recipe from nested values; the inverse of `Recipe.to_dict`. Raises ValueError as `load_recipe` does."""
-    return typing.cast(Recipe, _build(Recipe, values, ""))
+    return typing.cast(Recipe, build(Recipe, values))
 
 
 def require(condition: bool, message: str) -> None:
@@ -245,8 +256,14 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _build(kind: Any, value: Any, path: str) -> Any:
-    """`value` as an instance of the type `kind`; `path` names it in errors."""
+def build(kind: Any, value: Any, path: str = "") -> Any:
+    """`value`, as YAML has it, as an instance of the type `kind`, a dataclass in most cases; `path` names it in errors.
+
+    Raises:
+        ValueError: an unknown key (the nearest known one is named), or a value of the wrong type.
+    """
+    if kind is Any:
+        return value
     if dataclasses.is_dataclass(kind):
         require(isinstance(value, Mapping), f"{path} is a group of settings, got {value!r}")
         hints = typing.get_type_hints(kind)
@@ -256,14 +273,18 @@ def _build(kind: Any, value: Any, path: str) -> Any:
                 raise ValueError(
                     f"Unknown key {_join(path, key)!r}. Did you mean {_join(path, near)!r}? Known: {', '.join(hints)}"
                 )
-        built = {key: _build(hints[key], v, _join(path, key)) for key, v in value.items()}
+        built = {key: build(hints[key], v, _join(path, key)) for key, v in value.items()}
+        unset = dataclasses.MISSING
+        for f in dataclasses.fields(kind):
+            needed = f.default is unset and f.default_factory is unset
+            require(f.name in built or not needed, f"{_join(path, f.name)} is missing")
         try:
             return kind(**built)  # type: ignore[operator]
         except ValueError as error:
             raise ValueError(f"{path}: {error}" if path else str(error)) from None
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:  # X | None
-        return None if value is None else _build(args[0], value, path)
+        return None if value is None else build(args[0], value, path)
     if origin is tuple:
         require(
             isinstance(value, Sequence) and not isinstance(value, str),
@@ -271,10 +292,10 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         )
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         require(len(kinds) == len(value), f"{path} needs {len(kinds)} values, got {value!r}")
-        return tuple(_build(k, v, path) for k, v in zip(kinds, value, strict=True))
+        return tuple(build(k, v, path) for k, v in zip(kinds, value, strict=True))
     if origin is dict:
         require(isinstance(value, Mapping), f"{path} must be a group of settings, got {value!r}")
-        return dict(value)
+        return {key: build(args[1], v, _join(path, key)) for key, v in value.items()}
     if kind is float and isinstance(value, str | int | float) and not isinstance(value, bool):
         try:  # YAML leaves 8/255 and 1e-4 as text
             return float(Fraction(value)) if isinstance(value, str) else float(value)

@@ -140,6 +140,8 @@ def card_command(
 def push_command(folder: Path, repository: str, as_json: bool, **options: Any) -> None:
     """Uploads an exported FOLDER to ORG/NAME on the Hugging Face Hub: one commit, a card, a tag; then checks what is there.
 
+    FOLDER may also be the name of released weights, which a checkout holds until somebody pushes them.
+
     Stop it whenever you like: the same command finishes the job (but that --create-pr opens a new one). Log in first: hf auth
     login.
 

@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from advcl_hub.evaluation.processes import Processes
-from advcl_hub.files import check_writable, write_errors
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from advcl_hub.files import check_writable, lock, write_errors
 
 Payload = dict[str, list[Any]]
 
@@ -50,7 +45,10 @@ class Journal:
         with write_errors(path):
             self._cut_torn_line(path)
             self.file = path.open("a")
-            _lock(self.file)
+            if not lock(self.file):
+                raise ValueError(
+                    f"Another process is evaluating into {folder.parent}: wait for it, or choose another --output."
+                )
             if not self.file.tell():
                 self._append({"header": header})
 
@@ -110,14 +108,3 @@ class Journal:
         self.processes.wait()  # an open file cannot be removed everywhere
         if self.folder is not None and self.processes.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _lock(file: TextIO) -> None:
-    """Keeps a second process that was started by mistake from writing the same file; the lock goes with the process."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        folder = Path(file.name).parent.parent
-        raise ValueError(f"Another process is evaluating into {folder}: wait for it, or choose another --output.") from None

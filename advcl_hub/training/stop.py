@@ -24,7 +24,12 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether to stop now."""
-        return self.signalled or (self.deadline is not None and time.monotonic() >= self.deadline)
+        return self.signalled or self.remaining <= 0
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that are left of the budget; infinite without one."""
+        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
 
     def __enter__(self) -> Self:
         self.previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}

@@ -1,0 +1,86 @@
+"""Weights in parts: files small enough for any transport, in which what several models share is stored once.
+
+A model is the union of the tensors in its parts. A linear head on a frozen encoder is the encoder's parts and one more.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from advcl_hub.export import WEIGHTS
+from advcl_hub.files import file_sha256, replacing
+
+LIMIT = 16 * 2**20  # bytes of a part
+_HEADER = 2**18  # of them for names and shapes
+
+
+def split(folders: Mapping[str, Path], target: Path, limit: int = LIMIT) -> dict[str, list[str]]:
+    """Writes the weights of exported folders to `target` in parts.
+
+    Args:
+        folders: by name; a later one that holds all tensors of an earlier one, bit for bit, shares its parts.
+        target: folder for the files, `NAME-1.safetensors`, `NAME-2.safetensors` ...
+        limit: bytes of a file, at most.
+
+    Returns:
+        By name of the model the files whose tensors it is made of.
+
+    Raises:
+        ValueError: a single tensor is larger than a file may be.
+        OSError: a file cannot be read or written.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    whole: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, list[str]] = {}
+    for name, folder in folders.items():
+        state = load_file(folder / WEIGHTS)
+        base = next((n for n in reversed(whole) if _contains(state, whole[n])), None)
+        parts[name] = list(parts[base]) if base else []
+        rest = {key: value for key, value in state.items() if base is None or key not in whole[base]}
+        shards = split_torch_state_dict_into_shards(rest, max_shard_size=limit - _HEADER)
+        for number, keys in enumerate(shards.filename_to_tensors.values(), 1):
+            file = f"{name}-{number}.safetensors"
+            with replacing(target / file) as draft:
+                save_file({key: rest[key] for key in keys}, draft, metadata={"format": "pt"})
+                if (size := draft.stat().st_size) > limit:
+                    raise ValueError(
+                        f"{name} has a tensor too large for a file of {limit:,} bytes: {file} would have {size:,}."
+                    )
+            parts[name].append(file)
+        whole[name] = state
+    return parts
+
+
+def _contains(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> bool:
+    return all(key in state and state[key].dtype == v.dtype and torch.equal(state[key], v) for key, v in base.items())
+
+
+def join(parts: Sequence[Path], path: Path, sha256: str) -> Path:
+    """Writes the model.safetensors that parts were made of.
+
+    Args:
+        parts: all of them.
+        path: where to.
+        sha256: of the result; a file that has it already is left as it is.
+
+    Raises:
+        ValueError: the parts do not give the file that was exported.
+        OSError: a part is missing, or the file cannot be written.
+    """
+    if path.is_file() and file_sha256(path) == sha256:
+        return path
+    state: dict[str, Tensor] = {}
+    for part in parts:
+        if not part.is_file():
+            raise FileNotFoundError(f"{part} is missing: get it from where the others come from.")
+        state |= load_file(part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as draft:
+        save_file(state, draft, metadata={"format": "pt"})
+        if file_sha256(draft) != sha256:
+            raise ValueError(f"{', '.join(part.name for part in parts)} do not give the weights that were exported.")
+    return path

@@ -1,0 +1,221 @@
+"""Plans: from one YAML file the stages that make an encoder, its classifiers and their figures, and the command of each.
+
+A plan's keys are the fields of `Plan`; its stages have those of `Stage`. `train.flagship` runs it.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from timm.models import is_model
+
+from advcl_hub.cli.measure import evaluate
+from advcl_hub.cli.tune import finetune
+from train.recipe import Recipe, build, load_recipe, read_yaml, require
+
+PLANS = Path(__file__).with_name("plans")
+# By command what a stage continues from, and the option lists of those commands that are not recipes.
+NEEDS = {"benchmark": None, "pretrain": "benchmark", "export": "pretrain", "finetune": "export", "evaluate": "finetune"}
+_CLICK: dict[str, click.Command] = {"finetune": finetune, "evaluate": evaluate}
+DTYPE = "float16"  # of the weights that a plan leaves, which are those that it measures
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a plan.
+
+    Attributes:
+        run: `benchmark` (`train.trial`), `pretrain`, `export`, `finetune` or `evaluate`.
+        of: the stage whose result it takes; none for a benchmark.
+        share: of the plan's minutes. Pretraining gets as many epochs as fit, finetuning at most as many.
+        recipe: of a benchmark: what to measure, and then to pretrain.
+        settings: of a benchmark, overrides of the recipe by dotted key; else options of the command, without their dashes.
+    """
+
+    run: str
+    of: str | None = None
+    share: float = 0.0
+    recipe: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(self.run in NEEDS, f"run must be one of {', '.join(NEEDS)}, got {self.run!r}")
+        require(0 <= self.share <= 1, f"share must be in [0, 1], got {self.share:g}")
+        wanted = NEEDS[self.run]
+        require((self.of is None) == (wanted is None), f"{self.run} needs `of`: a stage that runs {wanted}")
+        require((self.recipe is not None) == (self.run == "benchmark"), "a benchmark needs a recipe, no other stage has one")
+        require(not self.settings or self.run not in ("pretrain", "export"), f"{self.run} has no settings of its own")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to make, in which order, in which time.
+
+    Attributes:
+        name: of the encoder when it is released, `ARCHITECTURE.TAG`; a classifier's adds `_` and the name of its stage.
+        minutes: for all stages together, over all calls.
+        data: data set to finetune and to evaluate on.
+        stages: by name.
+    """
+
+    name: str
+    minutes: float
+    data: str
+    stages: dict[str, Stage]
+
+    def __post_init__(self) -> None:
+        require(is_model(self.name.partition(".")[0]), f"name: timm has no architecture {self.name.partition('.')[0]!r}")
+        require(self.minutes > 0, f"minutes must be positive, got {self.minutes:g}")
+        total = sum(stage.share for stage in self.stages.values())
+        require(total < 1 + 1e-9, f"the shares of the stages add up to {total:g}, more than 1")
+        seen: dict[str, Stage] = {}
+        for name, stage in self.stages.items():
+            require(name.replace("_", "").isalnum(), f"stages.{name}: a name has letters, digits and _ only")
+            if stage.of is not None:
+                wanted = NEEDS[stage.run]
+                fits = stage.of in seen and seen[stage.of].run == wanted
+                require(fits, f"stages.{name}: of is {stage.of!r}, expected an earlier stage that runs {wanted}")
+            seen[name] = stage
+
+    def seconds(self, name: str) -> float:
+        """The share of a stage."""
+        return 60 * self.minutes * self.stages[name].share
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, as YAML and JSON have them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a plan reads besides itself: folder of the data set, file of pseudo-labels."""
+
+    root: Path | None = None
+    labels: Path | None = None
+
+    def overrides(self) -> list[str]:
+        """For a recipe."""
+        named = {"data.root": self.root, "pseudo_labels.path": self.labels}
+        return [f"{key}={value}" for key, value in named.items() if value is not None]
+
+
+def load_plan(name: str, inputs: Inputs, *, rehearse: bool = False) -> Plan:
+    """Reads a plan and checks everything in it that can be checked before it runs.
+
+    Args:
+        name: a file in train/plans without its ending, or the path of a YAML file.
+        inputs: for the recipes.
+        rehearse: apply what the plan has under `rehearse`.
+
+    Raises:
+        FileNotFoundError: no such plan or recipe.
+        ValueError: an unknown key, setting or option (the nearest known one is named), a value of the wrong type, stages that
+            do not follow from each other, or a rehearsal of a plan that has none.
+    """
+    values = read_yaml(name, PLANS, "plan")
+    changes = values.pop("rehearse", None)
+    if rehearse:
+        require(isinstance(changes, Mapping), f"The plan {name} has no rehearsal: add what it changes under `rehearse`.")
+        values = _merged(values, changes)
+    plan: Plan = build(Plan, values)
+    for stage_name, stage in plan.stages.items():
+        try:
+            if stage.run == "benchmark":
+                model = recipe(stage, inputs).model
+                require(model == plan.name.partition(".")[0], f"it makes a {model}, the plan's name is {plan.name}")
+            elif stage.run in _CLICK:
+                command = _CLICK[stage.run]
+                command.make_context(stage.run, ["MODEL", "--data", plan.data, *options(stage)])
+        except (ValueError, click.ClickException) as error:
+            said = error.format_message() if isinstance(error, click.ClickException) else error
+            raise ValueError(f"stages.{stage_name}: {said}") from None
+    return plan
+
+
+def recipe(stage: Stage, inputs: Inputs) -> Recipe:
+    """The recipe that a benchmark measures."""
+    assert stage.recipe is not None
+    return load_recipe(stage.recipe, [*overrides(stage), *inputs.overrides()])
+
+
+def overrides(stage: Stage) -> list[str]:
+    """A benchmark's settings as `key=value`."""
+    return [f"{key}={_text(value)}" for key, value in stage.settings.items()]
+
+
+def options(stage: Stage) -> list[str]:
+    """A stage's settings as options of its command; null leaves one out, true makes it a flag."""
+    words: list[str] = []
+    for key, value in stage.settings.items():
+        if value is not None and value is not False:
+            words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
+
+
+def trial_command(stage: Stage, inputs: Inputs, seconds: float, folder: Path) -> list[str]:
+    """Measures the step of a benchmark's recipe, and how many epochs fit into so many seconds."""
+    assert stage.recipe is not None
+    fit = f"--fit={seconds:.0f}s"
+    return _python("train.trial", stage.recipe, *overrides(stage), *inputs.overrides(), fit, "--output", str(folder))
+
+
+def pretrain_command(benchmark: Stage, inputs: Inputs, epochs: int, compiled: bool, folder: Path) -> list[str]:
+    """Pretrains the recipe of a benchmark in so many epochs; the warm-up keeps its share of them, and four probes judge it."""
+    assert benchmark.recipe is not None
+    c = recipe(benchmark, inputs)
+    warmup = round(c.optimizer.warmup_epochs * epochs / c.epochs, 3)
+    chosen = {"epochs": epochs, "optimizer.warmup_epochs": warmup, "speed.compile": compiled}
+    if c.judge.every:
+        chosen["judge.every"] = max(1, epochs // 4)
+    last = [f"{key}={_text(value)}" for key, value in chosen.items()]
+    settings = [*overrides(benchmark), *inputs.overrides(), *last]
+    return _python("train.pretrain", benchmark.recipe, *settings, "--output", str(folder))
+
+
+def export_command(run: Path, folder: Path) -> list[str]:
+    """Exports the encoder of a pretraining run, also of one that is not finished."""
+    return _python("train.export", str(run), "--dtype", DTYPE, "--output", str(folder))
+
+
+def finetune_command(stage: Stage, plan: Plan, inputs: Inputs, encoder: Path, epochs: int | None, folder: Path) -> list[str]:
+    """Finetunes an encoder, in fewer epochs than the stage says if they are given."""
+    chosen = [] if epochs is None else ["--epochs", str(epochs)]
+    words = ["finetune", str(encoder), *_data(plan, inputs), *options(stage), *chosen, "--output", str(folder)]
+    return _python("advcl_hub.cli", *words)
+
+
+def convert_command(classifier: Path, folder: Path) -> list[str]:
+    """Stores a classifier in the type in which it is measured and released."""
+    return _python("advcl_hub.cli", "convert", str(classifier), str(folder), "--dtype", DTYPE)
+
+
+def evaluate_command(stage: Stage, plan: Plan, inputs: Inputs, classifier: Path, folder: Path) -> list[str]:
+    """Measures a classifier."""
+    words = ["evaluate", str(classifier), *_data(plan, inputs), *options(stage), "--output", str(folder)]
+    return _python("advcl_hub.cli", *words)
+
+
+def _data(plan: Plan, inputs: Inputs) -> list[str]:
+    return ["--data", plan.data, *([] if inputs.root is None else ["--root", str(inputs.root)])]
+
+
+def _python(module: str, *words: str) -> list[str]:
+    return [sys.executable, "-m", module, *words]
+
+
+def _text(value: Any) -> str:
+    """A value as YAML reads it again."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with changes, group by group."""
+    merged = dict(values)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
