@@ -53,7 +53,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []  # method and path with query, the storage's too
         self.lock = RLock()
-        self.endpoint = self.storage = ""  # two origins, as the client keeps its token from other origins
+        self.endpoint = self.storage = ""  # on two hosts: for older clients, another port is no reason to keep the token back
 
     def create(self, id: str, private: bool = False) -> Repo:
         self.repos[id] = repo = Repo(id, private)
@@ -81,7 +81,8 @@ class Hub:
         servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
         for server in servers:
             Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
+        hosts = zip(("127.0.0.1", "localhost"), servers, strict=True)  # 127.0.0.2 is this machine only under Linux
+        self.endpoint, self.storage = (f"http://{host}:{server.server_address[1]}" for host, server in hosts)
         try:
             yield self
         finally:

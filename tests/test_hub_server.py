@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.numpy import save
 
@@ -100,6 +100,14 @@ def test_storage_may_lie(hub: Hub, tmp_path: Path) -> None:
         hub.faults = [Fault("model.safetensors", change=change)]
         found = client(hub).hf_hub_download("acme/m", "model.safetensors", cache_dir=tmp_path / str(number))
         assert Path(found).read_bytes() == change(WEIGHTS) != WEIGHTS  # the client does not see it
+
+
+def test_storage_takes_an_address_but_no_token(hub: Hub) -> None:
+    file = hub.add("acme/m", {"model.safetensors": WEIGHTS}).files["model.safetensors"]
+    address = f"{hub.storage}/storage/acme/m/{file.sha256}/model.safetensors"
+    for token, found in (("", (200, WEIGHTS)), ("hf_alice", (400, b'{"error": "Only one auth mechanism allowed"}'))):
+        answer = get_session().get(address, headers={"Authorization": f"Bearer {token}"} if token else {})
+        assert (answer.status_code, answer.content) == found
 
 
 def test_xet(tmp_path: Path) -> None:

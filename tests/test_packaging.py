@@ -181,7 +181,7 @@ def write_script(path: Path, text: str) -> Path:
 def environment(**variables: str) -> dict[str, str]:
     """The environment without pip's and make's settings, so that an outer `make test` does not leak in."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "MAKE", "MFLAGS"))}
-    for name in ("VENV", "PYTHON", "NEED_GB", "PYTEST_ARGS"):
+    for name in ("VENV", "PYTHON", "PYTHONPATH", "NEED_GB", "PYTEST_ARGS"):
         inherited.pop(name, None)
     return inherited | {"PIP_CONFIG_FILE": os.devnull} | variables
 

@@ -227,7 +227,7 @@ def _gray(images: Tensor) -> Tensor:
         return images
     red, green, blue = images.split(1, dim=1)
     r, g, b = GRAY_WEIGHTS
-    return (red * r).add_(green, alpha=g).add_(blue, alpha=b)
+    return (red * r).add(green, alpha=g).add(blue, alpha=b)  # torch 2.11's compiler rounds add_ with alpha twice
 
 
 def _adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
