@@ -91,6 +91,7 @@ class Flagship:
             raise ValueError(f"A process is at work in {output} (perhaps what a killed call started): wait for it, or end it.")
         known = self.earlier() if self.file.is_file() else {}
         self.record.stages = {name: known.get(name, Memory()) for name in self.stages}
+        self.write()
 
     def earlier(self) -> dict[str, Memory]:
         """What is known of the stages from earlier calls. Raises ValueError if they carried out another plan."""
@@ -144,10 +145,10 @@ class Flagship:
     def run(self, stop: StopRequest) -> None:
         """All stages that can be carried out before a stop is due, each once; those that failed before are tried again."""
         for name, stage in self.stages.items():
-            if self.done(name) or (stage.of is not None and not self.done(stage.of)):
-                continue
             if stop.requested or stop.remaining < _LEAST:
                 break
+            if self.done(name) or (stage.of is not None and not self.done(stage.of)):
+                continue
             memory, began = self.record.stages[name], time.monotonic()
             memory.error = None
             log.info("\n== %s", name)
@@ -337,6 +338,7 @@ def main(argv: list[str] | None = None) -> None:
         record = Record(load_plan(args.plan, inputs, rehearse=args.rehearse), args.rehearse)
         flagship = Flagship(record, inputs, output, args.keep or output / "kept")
         with stop:
+            flagship.keep()  # before anything is done: the folder may be a new one
             flagship.run(stop)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -108,8 +108,8 @@ def unpack(source: Path, target: Path) -> dict[str, Path]:
         with zipfile.ZipFile(source / FOLDERS) as archive:
             archive.extractall(target)  # keeps to the folder, whatever the archive says
         parts: dict[str, list[str]] = json.loads((target / _PARTS).read_text(encoding="utf-8"))
-        folders = {name: target / name for name in parts}
-        for name, files in parts.items():
+        folders = {Path(name).name: target / Path(name).name for name in parts}
+        for name, files in zip(folders, parts.values(), strict=True):
             sha256 = json.loads((folders[name] / RESULTS).read_text(encoding="utf-8"))["sha256"][WEIGHTS]
             join([source / Path(file).name for file in files], folders[name] / WEIGHTS, sha256)
             verify_folder(folders[name])
