@@ -198,7 +198,7 @@ def main() -> None:
     try:
         if args.folder and (args.folder / kept.FOLDERS).is_file():
             if args.name or not args.licence:
-                parser.error("what a plan kept has its name already, and needs a --licence")
+                raise ValueError("What a plan kept has its name already, and needs a --licence.")
             release_kept(args.folder, args.licence, args.note)
         elif args.folder:
             if not args.name:

@@ -6,14 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 import advcl_hub
 from advcl_hub import registry
-from advcl_hub.export import WEIGHTS
+from advcl_hub.export import WEIGHTS, load_folder
 from model_cards import release
-from tests.hub_client import TOKENS, open_client
+from tests.hub_client import TOKENS, Client, open_client
 from tests.hub_server import Hub
-from tests.small_encoders import export_encoder
+from tests.small_encoders import SMALL_RESNET, export_encoder
+from train.kept import keep
 
 ROOT = Path(__file__).parents[1]
 NAME = "resnet20_cifar.test"
@@ -47,7 +50,7 @@ def released(checkout: Path) -> dict[str, dict[str, object]]:
 
 
 def test_bundled_first_and_on_the_hub_later(checkout: Path, tmp_path: Path) -> None:
-    folder = export_encoder(tmp_path / "encoder", "resnet20_cifar")
+    folder = export_encoder(tmp_path / "encoder", "resnet20_cifar", **SMALL_RESNET)
     bundled, earlier = checkout / "advcl_hub/weights" / NAME, released(checkout)
     with Hub(TOKENS).serve() as hub, open_client(hub, tmp_path / "home") as client:
         assert client(run, checkout, folder, NAME) == ""
@@ -58,7 +61,9 @@ def test_bundled_first_and_on_the_hub_later(checkout: Path, tmp_path: Path) -> N
         assert (checkout / "model_cards" / NAME / "README.md").read_text().startswith("---\n")
 
         right = client(advcl_hub.push, folder, "acme/encoder").commit
-        wrong = client(advcl_hub.push, export_encoder(tmp_path / "other", "resnet20_cifar", seed=1), "acme/other").commit
+        wrong = client(
+            advcl_hub.push, export_encoder(tmp_path / "other", "resnet20_cifar", seed=1, **SMALL_RESNET), "acme/other"
+        ).commit
         assert "has other weights than" in client(run, checkout, folder, NAME, "--hub", f"acme/other@{wrong}")
         assert "a release is pinned" in client(run, checkout, folder, NAME, "--hub", "acme/encoder@v1")
         assert "not resnet8_cifar.x" in client(run, checkout, folder, "resnet8_cifar.x")
@@ -68,3 +73,53 @@ def test_bundled_first_and_on_the_hub_later(checkout: Path, tmp_path: Path) -> N
     assert (found["hub_id"], found["revision"]) == ("acme/encoder", right) and "bundled" not in found
     assert not bundled.exists() and not (checkout / "model_cards" / NAME / WEIGHTS).exists()
     assert "| acme/encoder |" in (checkout / "README.md").read_text()
+
+
+def load_by_name(name: str) -> torch.Tensor:
+    """In the client's process, as timm's users do; the checkout's data file is registered first."""
+    found = next(release for release in registry.load_releases(release.RELEASED) if release.name == name)
+    registry._register(found)
+    return timm.create_model(name, pretrained=True).eval()(torch.linspace(0, 1, 768).reshape(1, 3, 16, 16)).detach()
+
+
+def hide_checkout(checkout: Path) -> None:
+    """As where the package was installed from an index."""
+    registry.CHECKOUT = checkout / "nowhere"
+
+
+def test_large_weights_lie_in_the_checkout_until_they_are_pushed(checkout: Path, tmp_path: Path) -> None:
+    folder = export_encoder(tmp_path / "encoder", "resnet20_cifar")
+    expected = load_folder(folder)(torch.linspace(0, 1, 768).reshape(1, 3, 16, 16)).detach()
+    weights = checkout / "model_cards" / "weights"
+    assert (folder / WEIGHTS).stat().st_size >= release.BUNDLED_BYTES
+    with Hub(TOKENS).serve() as hub, open_client(hub, tmp_path / "home", ADVCL_HUB_ORG="acme") as client:
+        assert client(run, checkout, folder, NAME) == ""
+        entry = released(checkout)[NAME]
+        assert entry["parts"] == [f"{NAME}-1.safetensors"] and (entry["hub_id"], entry["revision"]) == (NAME, "v1")
+        assert (weights / f"{NAME}-1.safetensors").is_file() and not (weights / NAME / WEIGHTS).exists()
+        assert "| checkout |" in (checkout / "README.md").read_text()
+        assert torch.equal(client(load_by_name, NAME), expected)
+        (joined,) = (tmp_path / "home" / "advcl_hub").glob(f"*/{WEIGHTS}")
+        assert joined.read_bytes() == (folder / WEIGHTS).read_bytes()
+        client(hide_checkout, checkout)
+        with pytest.raises(OSError, match=rf"acme/{NAME} is not on"):
+            client(load_by_name, NAME)
+        client(run, checkout)
+        client(load_by_name, NAME)
+        pushed = client(advcl_hub.push, NAME, f"acme/{NAME}")  # by name
+        assert pushed.version == "v1"
+        client(hide_checkout, checkout)
+        assert torch.equal(client(load_by_name, NAME), expected)  # now from anywhere
+        assert client(run, checkout, folder, NAME, "--hub", f"acme/{NAME}@{pushed.commit}") == ""
+    assert "parts" not in released(checkout)[NAME] and released(checkout)[NAME]["revision"] == pushed.commit
+    assert list(weights.iterdir()) == []
+
+
+def test_what_a_plan_kept_needs_a_licence_and_an_encoder(checkout: Path, tmp_path: Path, client: Client) -> None:
+    folder = export_encoder(tmp_path / "encoder", "resnet20_cifar", **SMALL_RESNET)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"plan": {"name": NAME, "stages": {"encoder": {"run": "export"}}}}))
+    keep(tmp_path / "kept", {"pretrain_unfinished": folder}, {"plan.json": plan}, "")
+    assert "needs a --licence" in client(run, checkout, tmp_path / "kept")
+    assert "holds no finished encoder: let the plan go on" in client(run, checkout, tmp_path / "kept", "--licence", "mit")
+    assert NAME not in released(checkout)
