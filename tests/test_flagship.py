@@ -16,7 +16,9 @@ import yaml
 from advcl_hub.export import RESULTS, WEIGHTS
 from advcl_hub.parts import LIMIT
 from advcl_hub.training.runlog import read_log
+from advcl_hub.training.state import FILE
 from train import flagship, kept
+from train.checkpoint import load_checkpoint
 from train.flagship import fewer_epochs
 from train.plan import PLANS, Inputs, load_plan, options, pretrain_command
 
@@ -195,7 +197,7 @@ def start(*arguments: object) -> "subprocess.Popen[str]":
 def test_killed_within_a_stage_and_between_stages_it_goes_on(tmp_path: Path) -> None:
     plan, output = tiny_plan(tmp_path, preset="deacl", protocol="sff"), tmp_path / "runs"
     process = start(plan, "--output", output)
-    wait_for(lambda: len(read_log(output / "pretrain")) > 3, process)
+    wait_for(lambda: (output / "pretrain" / FILE).is_file() and load_checkpoint(output / "pretrain").step > 0, process)
     process.kill()  # it alone: what it started works on
     assert "A process is at work in" in refusal(plan, "--output", output)
     os.killpg(process.pid, signal.SIGKILL)
@@ -206,7 +208,7 @@ def test_killed_within_a_stage_and_between_stages_it_goes_on(tmp_path: Path) -> 
     steps = read_log(output / "pretrain")[-1]["step"]
 
     process = start(plan, "--output", output)  # stopped, as by a batch system, when it has gone on
-    wait_for(lambda: read_log(output / "pretrain")[-1]["step"] > steps, process)
+    wait_for(lambda: [entry for entry in read_log(output / "pretrain") if entry["step"] > steps], process)
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[0]
     assert process.returncode == 0 and "| pretrain | stopped |" in said and "Next: pretrain. The same command goes on:" in said
@@ -267,7 +269,7 @@ def test_a_stage_that_fails_leaves_the_others_and_is_tried_again(rehearsed: tupl
 def test_two_plans_in_one_folder_are_refused(rehearsed: tuple[Path, str], tmp_path: Path) -> None:
     shutil.copy(rehearsed[0] / kept.PLAN, tmp_path)
     before = (tmp_path / kept.PLAN).read_bytes()
-    for arguments in (["resnet18_advcl"], [tiny_plan(tmp_path)]):
+    for arguments in (["resnet18_advcl", "--labels", tmp_path / kept.PLAN], [tiny_plan(tmp_path)]):
         said = refusal(*arguments, "--output", tmp_path)
         assert said.startswith(f"error: {tmp_path} holds another plan; choose another --output, or undo:\n  plan.")
         assert "there, " in said and (tmp_path / kept.PLAN).read_bytes() == before
@@ -310,6 +312,12 @@ def test_a_plan_with_a_mistake_is_refused_before_anything_starts(tmp_path: Path,
     assert said.startswith("error: ") and message in said and not (tmp_path / "runs").exists()
 
 
+def test_missing_inputs_are_named(tmp_path: Path) -> None:
+    assert "needs labels" in refusal("resnet18_advcl") and "--labels FILE sets" in refusal("resnet18_advcl")
+    assert f"--root is {tmp_path / 'no'}, which does not exist" in refusal("resnet18_advcl", "--root", tmp_path / "no")
+    assert "--labels is no.safetensors, which does not exist" in refusal("resnet18_advcl", "--labels", "no.safetensors")
+
+
 def test_unknown_plans_and_missing_rehearsals_are_named(tmp_path: Path) -> None:
     assert "No plan 'resnet19'. Known: " in refusal("resnet19") and SHIPPED[0] in refusal("resnet19")
     assert "has no rehearsal" in refusal(tiny_plan(tmp_path), "--rehearse")
@@ -334,7 +342,7 @@ def test_a_shipped_plan_is_whole(name: str) -> None:
 
 
 def test_warm_up_and_probes_keep_their_share_of_the_epochs() -> None:
-    plan = load_plan("resnet18_advcl", Inputs())
+    plan = load_plan("resnet18_advcl", Inputs(labels=Path("L")))
     command = pretrain_command(plan.stages["benchmark"], Inputs(Path("D"), Path("L")), 60, True, Path("run"))
     assert command[1:4] == ["-m", "train.pretrain", "cifar10_resnet18_100ep"]
     said = dict(word.split("=", 1) for word in command[4:-2])

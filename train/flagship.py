@@ -27,7 +27,7 @@ from train.checkpoint import load_checkpoint
 from train.export import export_checkpoint
 from train.plan import Inputs, Plan, load_plan
 from train.processes import StageError, run_command
-from train.recipe import build
+from train.recipe import build, require
 from train.trial import COMPILED, TRIAL
 
 log = logging.getLogger("advcl")
@@ -89,9 +89,14 @@ class Flagship:
             self.lock = (output / "lock").open("a")
         if not lock(self.lock):
             raise ValueError(f"A process is at work in {output} (perhaps what a killed call started): wait for it, or end it.")
-        known = self.earlier() if self.file.is_file() else {}
+        try:
+            known = self.earlier() if self.file.is_file() else {}
+        except ValueError:
+            self.lock.close()
+            raise
         self.record.stages = {name: known.get(name, Memory()) for name in self.stages}
-        self.write()
+        if not self.file.is_file():
+            self.write()
 
     def earlier(self) -> dict[str, Memory]:
         """What is known of the stages from earlier calls. Raises ValueError if they carried out another plan."""
@@ -271,7 +276,8 @@ class Flagship:
         return ""
 
     def close(self, command: str) -> int:
-        """Says how far the plan is and what comes next. Returns the exit code: 1 if a stage failed."""
+        """Says how far the plan is and what comes next, and lets go of the folder. Returns the exit code: 1 if a stage failed."""
+        self.lock.close()
         log.info("\n%s\n", self.summary())
         left = [name for name in self.stages if not self.done(name)]
         if left:
@@ -335,6 +341,8 @@ def main(argv: list[str] | None = None) -> None:
     output = args.output or Path("runs", Path(args.plan).stem + ("-rehearsal" if args.rehearse else ""))
     try:
         inputs = Inputs() if args.rehearse else Inputs(args.root, args.labels)
+        for option, path in (("--root", inputs.root), ("--labels", inputs.labels)):
+            require(path is None or path.exists(), f"{option} is {path}, which does not exist.")
         record = Record(load_plan(args.plan, inputs, rehearse=args.rehearse), args.rehearse)
         flagship = Flagship(record, inputs, output, args.keep or output / "kept")
         with stop:

@@ -131,7 +131,9 @@ def load_plan(name: str, inputs: Inputs, *, rehearse: bool = False) -> Plan:
                 command = _CLICK[stage.run]
                 command.make_context(stage.run, ["MODEL", "--data", plan.data, *options(stage)])
         except (ValueError, click.ClickException) as error:
-            said = error.format_message() if isinstance(error, click.ClickException) else error
+            said = error.format_message() if isinstance(error, click.ClickException) else str(error)
+            if inputs.labels is None and "pseudo_labels.path" in said:
+                said += "; --labels FILE sets pseudo_labels.path"
             raise ValueError(f"stages.{stage_name}: {said}") from None
     return plan
 
