@@ -276,7 +276,7 @@ class Flagship:
         return ""
 
     def close(self, command: str) -> int:
-        """Says how far the plan is and what comes next, and lets go of the folder. Returns the exit code: 1 if a stage failed."""
+        """Says how far the plan is and what is next, and lets go of the folder. Returns the exit code: 1 if a stage failed."""
         self.lock.close()
         log.info("\n%s\n", self.summary())
         left = [name for name in self.stages if not self.done(name)]
