@@ -6,8 +6,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from safetensors.torch import load_file
 
-from advcl_hub.export import WEIGHTS
+from advcl_hub.export import WEIGHTS, export_folder
 from tests.small_encoders import export_encoder
 from train import kept
 from train.kept import keep, unpack
@@ -35,7 +38,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_everything_comes_back(encoder: Path, others: dict[str, Path], tmp_path: Path) -> None:
     files = keep(tmp_path / "kept", {"encoder": encoder}, others, "as it stands\n")
-    assert [file.name for file in files] == ["curves.png", "encoder-1.safetensors", "folders.zip", "plan.json", "summary.md"]
+    assert [file.name for file in files] == ["curves.png", "encoder-1.safetensors", "folders.zip", "summary.md"]
     shutil.rmtree(tmp_path / "runs")
     folders = unpack(tmp_path / "kept", tmp_path / "back")
     assert folders == {"encoder": tmp_path / "back" / "encoder"}
@@ -105,3 +108,18 @@ def test_an_archive_cannot_reach_out_of_its_folder(encoder: Path, tmp_path: Path
     with pytest.raises(FileNotFoundError, match=r"kept/outside\.safetensors is missing"):
         unpack(source, tmp_path / "deep" / "back")
     assert not (tmp_path / "deep" / "escaped").exists()
+
+
+def test_a_resnet18_with_two_heads_is_eight_files(tmp_path: Path, others: dict[str, Path]) -> None:
+    """What the plan resnet18_advcl makes: in float16 22.3 MB for the encoder and for the finetuned classifier."""
+    models = {}
+    for seed, (name, classes) in enumerate({"encoder": 0, "aff": 10}.items()):
+        torch.manual_seed(seed)
+        model = timm.create_model("resnet18_cifar", num_classes=classes)
+        models[name] = export_folder(model.eval(), tmp_path / name, results={}, dtype="float16")
+    model.load_state_dict(load_file(models["encoder"] / WEIGHTS), strict=False)
+    models["slf"] = export_folder(model, tmp_path / "slf", results={}, dtype="float16")
+    files = keep(tmp_path / "kept", {name: models[name] for name in ("encoder", "slf", "aff")}, others, "")
+    assert len(files) == 8 and max(file.stat().st_size for file in files) <= 16 * 2**20
+    assert sum(file.stat().st_size for file in files) < 46e6
+    assert list(unpack(tmp_path / "kept", tmp_path / "back")) == ["encoder", "slf", "aff"]

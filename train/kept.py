@@ -1,8 +1,7 @@
 """What a plan leaves to take away: at most 8 files of at most 16 MiB, whole after every stage.
 
     NAME-1.safetensors ...   weights, in parts (`advcl_hub.parts`)
-    folders.zip              everything else of the exports, evaluations and runs
-    plan.json                the plan, what it decided, how long every stage took
+    folders.zip              everything else: exports, evaluations, logs and pictures of the runs, the plan and what it decided
     summary.md, curves.png   to look at
 
 `model_cards/release.py` takes such a folder.
@@ -31,8 +30,8 @@ def keep(target: Path, models: Mapping[str, Path], others: Mapping[str, Path], s
     Args:
         target: folder of the kept files, which holds nothing else.
         models: exported folders by name, an encoder before the classifiers that were finetuned from it.
-        others: files and folders to keep besides, by their name; `curves.png` and `plan.json` among them stand alone, too.
-            What does not exist is left out.
+        others: files and folders to keep besides, by their name; `curves.png` among them stands alone, too. What does not exist
+            is left out.
         summary: text of summary.md.
 
     Returns:
@@ -52,16 +51,15 @@ def keep(target: Path, models: Mapping[str, Path], others: Mapping[str, Path], s
             for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
                 if file.name != WEIGHTS:  # those are in the parts
                     archive.write(file, Path(name, file.relative_to(path)))
-    for name in (PLAN, CURVES):
-        if name in others and others[name].is_file():
-            with replacing(target / name) as draft:
-                shutil.copyfile(others[name], draft)
+    if CURVES in others and others[CURVES].is_file():
+        with replacing(target / CURVES) as draft:
+            shutil.copyfile(others[CURVES], draft)
     with replacing(target / SUMMARY) as draft:
         draft.write_text(summary, encoding="utf-8")
     weights = {part for of_model in parts.values() for part in of_model}
     for part in earlier - weights:
         (target / part).unlink(missing_ok=True)
-    files = sorted(path for path in target.iterdir() if path.name in {PLAN, FOLDERS, SUMMARY, CURVES} | weights)
+    files = sorted(path for path in target.iterdir() if path.name in {FOLDERS, SUMMARY, CURVES} | weights)
     large = [path.name for path in files if path.stat().st_size > LIMIT]
     if large or len(files) > FILES:
         what = f"{', '.join(large)} larger than {LIMIT >> 20} MiB" if large else f"{len(files)} files"
