@@ -4,7 +4,6 @@ timm.create_model("local-dir:FOLDER", pretrained=True)     # after `import advcl
 """
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,14 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import huggingface_hub
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from advcl_hub.files import file_sha256, make_readable, replacing, without_local_paths, write_errors
+from advcl_hub.files import file_sha256, make_readable, without_local_paths, write_errors
 
 WEIGHTS = "model.safetensors"
 GOLDEN = "golden.safetensors"
@@ -29,7 +27,6 @@ CARD = "README.md"
 PICTURE = "examples.png"
 CHECKED = (CONFIG, GOLDEN, WEIGHTS)  # whose sha256 results.json tells
 EXTRAS = (CARD, PICTURE)  # what an export may have besides
-_INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -41,7 +38,6 @@ def export_folder(
     model_args: Mapping[str, Any] | None = None,
     label_names: Sequence[str] = (),
     dtype: str = "float32",
-    max_shard_size: str | None = None,
 ) -> Path:
     """Writes a plain timm model (one batch-norm branch, already chosen) to a folder, which appears complete or not at all.
 
@@ -53,8 +49,6 @@ def export_folder(
         model_args: arguments of `timm.create_model` that the architecture needs, e.g. `img_size`.
         label_names: class names of a classifier.
         dtype: of the stored weights, `float32` or `float16`; timm loads either into float32.
-        max_shard_size: e.g. "16MB": weights in several files, for transports that limit the size of one. timm reads one file:
-            `join_shards` makes it.
 
     Returns:
         The folder.
@@ -81,9 +75,6 @@ def export_folder(
         sha256 = {name: file_sha256(draft / name) for name in CHECKED}
         record = {**without_local_paths(results), "dtype": dtype, "sha256": sha256}
         (draft / RESULTS).write_text(json.dumps(record, indent=2) + "\n")
-        if max_shard_size:
-            (draft / WEIGHTS).unlink()
-            huggingface_hub.save_torch_state_dict(state, draft, max_shard_size=max_shard_size)
     return folder
 
 
@@ -137,8 +128,7 @@ def verify_folder(folder: str | Path) -> float:
     folder = Path(folder)
     for name in (RESULTS, *CHECKED):
         if not (folder / name).is_file():
-            hint = " Join its shards first: advcl_hub.export.join_shards." if (folder / _INDEX).exists() else ""
-            raise FileNotFoundError(f"{folder} has no {name}: not a complete export.{hint}")
+            raise FileNotFoundError(f"{folder} has no {name}: not a complete export.")
     for name, expected in _recorded_sha256(folder).items():
         if file_sha256(folder / name) != expected:
             raise ValueError(f"{folder / name} is not the file that was exported (its sha256 differs): copy it again.")
@@ -156,32 +146,6 @@ def verify_folder(folder: str | Path) -> float:
     return difference
 
 
-def join_shards(folder: str | Path) -> Path:
-    """Joins an export's shards into the one model.safetensors that timm reads, and removes them.
-
-    Raises:
-        FileNotFoundError: no shards here, or one is missing.
-        ValueError: the result is not the file that was exported.
-    """
-    folder = Path(folder)
-    if not (folder / _INDEX).is_file():
-        raise FileNotFoundError(f"{folder} has no {_INDEX}: nothing to join.")
-    shards = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
-    if missing := [s for s in shards if not (folder / s).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}.")
-    state: dict[str, Tensor] = {}
-    for shard in shards:
-        state |= load_file(folder / shard)
-    expected = _recorded_sha256(folder)[WEIGHTS]
-    with replacing(folder / WEIGHTS) as draft:
-        save_file(state, draft, metadata={"format": "pt"})
-        if file_sha256(draft) != expected:
-            raise ValueError(f"The shards in {folder} do not give the exported weights: copy them again.")
-    for name in (_INDEX, *shards):
-        (folder / name).unlink()
-    return folder / WEIGHTS
-
-
 def _recorded_sha256(folder: Path) -> dict[str, str]:
     try:
         recorded = json.loads((folder / RESULTS).read_text())["sha256"]
@@ -195,8 +159,7 @@ def check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    ours = {RESULTS, *CHECKED, *EXTRAS, _INDEX}
-    foreign = {name for name in names - ours if not re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
+    foreign = names - {RESULTS, *CHECKED, *EXTRAS}
     if foreign or (names and RESULTS not in names):
         raise ValueError(f"{folder} exists and is not an earlier export: choose another folder.")
 

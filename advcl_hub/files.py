@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -123,12 +124,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def lock(file: TextIO) -> bool:
-    """Keeps another process from the same work; False if one is at it. The lock goes with the process and what it started with
-    the open file. Where the system has no such locks, nothing is locked."""
+    """Returns whether this process now holds the lock of an open file, False if another one does.
+
+    The lock ends with the last process that has the file open. Where the file system has no locks there is a warning.
+    """
     if fcntl is None:
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        warnings.warn(f"{file.name} cannot be locked ({error.strerror}): do not start the same work twice.", stacklevel=2)
     return True

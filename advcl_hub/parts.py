@@ -1,18 +1,21 @@
 """Weights in parts: files small enough for any transport, in which what several models share is stored once.
 
-A model is the union of the tensors in its parts. A linear head on a frozen encoder is the encoder's parts and one more.
+A model is the union of the tensors in its parts. A linear head on a frozen encoder is the encoder's parts and one more. Files
+are named after their content, so that a part never replaces another one.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from advcl_hub.export import WEIGHTS
-from advcl_hub.files import file_sha256, replacing
+from advcl_hub.files import file_sha256, make_readable, replacing, write_errors
 
 LIMIT = 16 * 2**20  # bytes of a part
 _HEADER = 2**18  # of them for names and shapes
@@ -23,40 +26,54 @@ def split(folders: Mapping[str, Path], target: Path, limit: int = LIMIT) -> dict
 
     Args:
         folders: by name; a later one that holds all tensors of an earlier one, bit for bit, shares its parts.
-        target: folder for the files, `NAME-1.safetensors`, `NAME-2.safetensors` ...
-        limit: bytes of a file, at most.
+        target: folder for the files, `NAME-SHA256.safetensors` with eight digits of the file's own sha256.
+        limit: largest size of a file, in bytes.
 
     Returns:
         By name of the model the files whose tensors it is made of.
 
     Raises:
-        ValueError: a single tensor is larger than a file may be.
+        ValueError: a single tensor is larger than a file may be, or a file of weights is damaged.
         OSError: a file cannot be read or written.
     """
     target.mkdir(parents=True, exist_ok=True)
     whole: dict[str, dict[str, Tensor]] = {}
     parts: dict[str, list[str]] = {}
     for name, folder in folders.items():
-        state = load_file(folder / WEIGHTS)
+        state = _read(folder / WEIGHTS)
         base = next((n for n in reversed(whole) if _contains(state, whole[n])), None)
         parts[name] = list(parts[base]) if base else []
         rest = {key: value for key, value in state.items() if base is None or key not in whole[base]}
         shards = split_torch_state_dict_into_shards(rest, max_shard_size=limit - _HEADER)
-        for number, keys in enumerate(shards.filename_to_tensors.values(), 1):
-            file = f"{name}-{number}.safetensors"
-            with replacing(target / file) as draft:
-                save_file({key: rest[key] for key in keys}, draft, metadata={"format": "pt"})
-                if (size := draft.stat().st_size) > limit:
-                    raise ValueError(
-                        f"{name} has a tensor too large for a file of {limit:,} bytes: {file} would have {size:,}."
-                    )
-            parts[name].append(file)
+        for keys in shards.filename_to_tensors.values():
+            parts[name].append(_write(target, name, {key: rest[key] for key in keys}, limit))
         whole[name] = state
     return parts
 
 
+def _write(target: Path, name: str, tensors: dict[str, Tensor], limit: int) -> str:
+    """Writes one part, and returns the name of its file."""
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=target) as temporary:
+        draft = Path(temporary) / WEIGHTS
+        with write_errors(target):
+            save_file(tensors, draft, metadata={"format": "pt"})
+        if (size := draft.stat().st_size) > limit:
+            raise ValueError(f"{name} has a tensor too large for a file of {limit:,} bytes: it would have {size:,}.")
+        make_readable(draft)
+        path = target / f"{name}-{file_sha256(draft)[:8]}.safetensors"
+        draft.replace(path)
+    return path.name
+
+
 def _contains(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> bool:
     return all(key in state and state[key].dtype == v.dtype and torch.equal(state[key], v) for key, v in base.items())
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again.") from error
 
 
 def join(parts: Sequence[Path], path: Path, sha256: str) -> Path:
@@ -77,7 +94,7 @@ def join(parts: Sequence[Path], path: Path, sha256: str) -> Path:
     for part in parts:
         if not part.is_file():
             raise FileNotFoundError(f"{part} is missing: get it from where the others come from.")
-        state |= load_file(part)
+        state |= _read(part)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as draft:
         save_file(state, draft, metadata={"format": "pt"})

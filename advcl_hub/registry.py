@@ -47,7 +47,7 @@ class Release:
         config: config.json of the export: architecture, `model_args`, `pretrained_cfg`, `label_names`.
         files: by name the `sha256` and `size` of the files that are checked whenever they are read.
         hub_id: `ORG/NAME` on the Hub, None if they are not there.
-        revision: commit on the Hub.
+        revision: commit on the Hub; of weights that are not pushed yet, the tag that the push will make.
         folder: where they lie on this machine (in the package, a checkout, or a user's own), None for those on the Hub.
         parts: files that the weights are made of, where they lie in a checkout; see `advcl_hub.parts`.
         facts: for people: `summary`, `head` (see `head_of`), `data`, `threat_model`, `results`, `provenance`, `licence`,
@@ -148,7 +148,7 @@ def load_releases(path: Path = RELEASED) -> list[Release]:
             if hub_id and "/" not in hub_id:
                 hub_id = f"{organisation(data)}/{hub_id}"
             if not entry.get("bundled") and not (hub_id and entry["revision"]):
-                raise ValueError("it is neither bundled nor pinned on the Hub")
+                raise ValueError("it is neither bundled nor pinned to a commit or a tag on the Hub")
             parts = tuple(CHECKOUT / part for part in entry.get("parts", ()) if (CHECKOUT / name).is_dir())
             folder = BUNDLED / name if entry.get("bundled") else CHECKOUT / name if parts else None
             found.append(

@@ -126,6 +126,8 @@ def release(folders: Mapping[str, Path], *, hub: str | None = None, robustbench:
         if architecture != name.partition(".")[0]:
             raise ValueError(f"{folder} holds a {architecture}, not {name}.")
         verify_folder(folder)
+        if folder.resolve() in [home.resolve() for home in (CARDS / name, BUNDLED / name, CHECKOUT / name)]:
+            raise ValueError(f"{folder} is where {name} lies, and would be replaced: give a folder of its own.")
     large = {n: f for n, f in folders.items() if not hub and (f / WEIGHTS).stat().st_size >= BUNDLED_BYTES}
     parts = split(large, CHECKOUT) if large else {}
     data = json.loads(RELEASED.read_text())
@@ -197,12 +199,12 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.folder and (args.folder / kept.FOLDERS).is_file():
-            if args.name or not args.licence:
-                raise ValueError("What a plan kept has its name already, and needs a --licence.")
+            if args.name or args.hub or args.robustbench or not args.licence:
+                raise ValueError("What a plan kept has its name and is not on the Hub yet: give a --licence only.")
             release_kept(args.folder, args.licence, args.note)
         elif args.folder:
-            if not args.name:
-                parser.error("a folder needs a name")
+            if not args.name or args.licence or args.note:
+                raise ValueError("A folder needs a name; its licence and notes are those of `advcl-hub card`.")
             release({args.name: args.folder}, hub=args.hub, robustbench=args.robustbench)
         for path, text in cards().items():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 import advcl_hub  # noqa: F401
 from advcl_hub import export
-from advcl_hub.export import GOLDEN, WEIGHTS, export_folder, join_shards, load_folder, verify_folder
+from advcl_hub.export import GOLDEN, WEIGHTS, export_folder, load_folder, verify_folder
 from advcl_hub.files import file_sha256
 from advcl_hub.models.branch_norm import add_branches
 
@@ -40,23 +40,9 @@ def test_reloads_equal_with_and_without_a_head(tmp_path: Path, name: str, kwargs
     assert verify_folder(folder) < 1e-3
 
 
-def test_float16_shards_join_to_the_exported_file(tmp_path: Path) -> None:
+def test_float16_is_the_rounded_weights(tmp_path: Path) -> None:
     encoder = model()
     whole = export_folder(encoder, tmp_path / "whole", results={}, dtype="float16")
-    parts = export_folder(encoder, tmp_path / "parts", results={}, dtype="float16", max_shard_size="60KB")
-    shards = sorted(parts.glob("model-*.safetensors"))
-    assert len(shards) > 1 and not (parts / WEIGHTS).exists()
-    with pytest.raises(FileNotFoundError, match="Join its shards first"):
-        verify_folder(parts)
-    hidden = shards[0].rename(tmp_path / "hidden")
-    with pytest.raises(FileNotFoundError, match="lacks model-00001"):
-        join_shards(parts)
-    hidden.rename(shards[0])
-    join_shards(parts)
-    assert file_sha256(parts / WEIGHTS) == file_sha256(whole / WEIGHTS)
-    verify_folder(parts)
-    with pytest.raises(FileNotFoundError, match="nothing to join"):
-        join_shards(parts)
     half = {k: v.half() if v.is_floating_point() else v for k, v in encoder.state_dict().items()}
     state = load_folder(whole).state_dict()
     assert all(torch.equal(state[k], v.to(state[k].dtype)) for k, v in half.items())

@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from advcl_hub.export import WEIGHTS, join_shards, verify_folder
+from advcl_hub.export import WEIGHTS
 from train.checkpoint import load_checkpoint
 from train.export import main
 from train.pretrain import Trainer
@@ -47,18 +47,10 @@ def test_any_branch_averaged_or_not(run: Path, tmp_path: Path, export: Callable[
     assert expected.keys() == stored.keys() and all(torch.equal(v, stored[k]) for k, v in expected.items())
 
 
-def test_what_to_do_with_shards_is_said(tmp_path: Path, export: Callable[..., str]) -> None:
-    said = export("--output", str(tmp_path / "e"), "--dtype", "float16", "--max-shard-size", "60KB")
-    assert said.index("join_shards") < said.index("Load it")
-    join_shards(tmp_path / "e")
-    verify_folder(tmp_path / "e")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--branch", "x"], "error: No batch-norm branch 'x': this run's objective has clean, adv"),
-        (["--max-shard-size", "big"], "'big' is not a size such as 16MB"),
         (["--output", "{run}"], "is not an earlier export"),
     ],
 )

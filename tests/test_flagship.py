@@ -14,9 +14,11 @@ import pytest
 import yaml
 
 from advcl_hub.export import RESULTS, WEIGHTS
+from advcl_hub.files import lock
 from advcl_hub.parts import LIMIT
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
+from advcl_hub.training.stop import StopRequest
 from train import flagship, kept
 from train.checkpoint import load_checkpoint
 from train.flagship import fewer_epochs
@@ -73,9 +75,14 @@ def test_a_rehearsal_does_every_stage_and_says_what_came_out(rehearsed: tuple[Pa
     assert record["finished"] and record["recipe"]["epochs"] == chosen["epochs"] == max(1, trial["epochs"])
     assert record["recipe"]["speed"]["compile"] == chosen["compiled"] == (trial["chosen"] == "compiled")
     assert record["recipe"]["attack"]["steps"] == 3 and record["recipe"]["model_kwargs"]["zero_init_last"] is False
-    assert set(trial["ways"]) == ({"eager"} if trial["not_compiled"] else {"eager", "compiled"})
+    if shutil.which("g++"):  # else the plan is eager, and says why
+        assert trial["not_compiled"] is None and set(trial["ways"]) == {"eager", "compiled"}
+        graphs = trial["ways"]["compiled"]["graphs"]
+        kinds = [graph["graph"].rpartition(" ")[2] for graph in graphs if graph["seconds"] > 0]
+        assert kinds.count("forward") >= 5 and kinds.count("backward") >= 5  # three branches, two of them attacked, too
     for way in trial["ways"].values():
-        assert way["images_per_second"] > 0 and 0 < way["share_of_matrix_rate"] < 1.5 and 0 < way["data_and_views_share"] < 1
+        assert way["images_per_second"] > 0 and way["share_of_matrix_rate"] > 0
+        assert way["data_and_views_share"] * way["seconds"][0] == pytest.approx(trial["data_and_views_seconds"])
     figures = json.loads((output / "aff_figures" / RESULTS).read_text())
     assert (
         figures["model"]["provenance"]["encoder"]["provenance"]["dtype"] == figures["model"]["provenance"]["dtype"] == "float16"
@@ -90,7 +97,8 @@ def test_what_is_kept_is_small_and_whole(rehearsed: tuple[Path, str], tmp_path: 
     assert list(folders) == ["encoder", "slf", "aff"]
     for name, made in {"encoder": "encoder", "slf": "slf/float16", "aff": "aff/float16"}.items():
         assert (folders[name] / WEIGHTS).read_bytes() == (output / made / WEIGHTS).read_bytes()
-    assert (output / "kept" / "slf-1.safetensors").stat().st_size < 2_000  # the head: the encoder's parts are shared
+    (head,) = (output / "kept").glob("slf-*.safetensors")
+    assert head.stat().st_size < 2_000  # the encoder's parts are shared
     kept_files = {path.relative_to(tmp_path / "back").as_posix() for path in (tmp_path / "back").rglob("*")}
     wanted = {"pretrain-run/log.jsonl", "pretrain-run/curves.png", "aff_figures/results.json", "benchmark/trial.json"}
     assert wanted | {"logs/pretrain.log", "slf_figures/images.csv"} <= kept_files
@@ -124,7 +132,7 @@ def test_a_rehearsed_plan_is_released_by_name(rehearsed: tuple[Path, str], tmp_p
     names = [f"resnet8_cifar.rehearsal{head}" for head in ("", "_slf", "_aff")]
     assert all(f"model_cards/{name}/README.md" in said for name in names)
     parts = {path.name for path in (checkout / "model_cards" / "weights").glob("*.safetensors")}
-    assert parts == {f"{name}-1.safetensors" for name in names}
+    assert {part.rpartition("-")[0] for part in parts} == set(names) and len(parts) == 3
     card = (checkout / "model_cards" / names[0] / "README.md").read_text()
     assert "linear head on the frozen encoder (SLF)" in card and "adversarial full finetuning (AFF)" in card
     assert "A rehearsal." in card
@@ -145,8 +153,8 @@ def test_a_rehearsed_plan_is_released_by_name(rehearsed: tuple[Path, str], tmp_p
 # ------------------------------------------------------------------------------------------------- kills, budgets, failures
 
 
-def tiny_plan(folder: Path, minutes: float = 0.3, **slf: Any) -> Path:
-    """A plan that pretrains a small network for some seconds and saves every second."""
+def tiny_plan(folder: Path) -> Path:
+    """A plan for a small network, which saves every second."""
     settings = {
         "data.source": "fake:40",
         "data.size": 16,
@@ -163,11 +171,11 @@ def tiny_plan(folder: Path, minutes: float = 0.3, **slf: Any) -> Path:
         "benchmark": {"run": "benchmark", "share": 0.1, "recipe": "digits_demo", "settings": settings},
         "pretrain": {"run": "pretrain", "of": "benchmark", "share": 0.7},
         "encoder": {"run": "export", "of": "pretrain"},
-        "slf": {"run": "finetune", "of": "encoder", "share": 0.1, "settings": {"protocol": "slf", "epochs": 2, **slf}},
+        "slf": {"run": "finetune", "of": "encoder", "share": 0.1, "settings": {"protocol": "slf", "epochs": 2}},
         "aff": {"run": "finetune", "of": "encoder", "share": 0.1, "settings": {"protocol": "sff", "epochs": 2}},
     }
     path = folder / "plan.yaml"
-    values = {"name": "resnet8_cifar.tiny", "minutes": minutes, "data": "fake:40", "stages": stages}
+    values = {"name": "resnet8_cifar.tiny", "minutes": 1.0, "data": "fake:40", "stages": stages}
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
 
@@ -194,44 +202,16 @@ def start(*arguments: object) -> "subprocess.Popen[str]":
     )
 
 
-def test_killed_within_a_stage_and_between_stages_it_goes_on(tmp_path: Path) -> None:
-    plan, output = tiny_plan(tmp_path, preset="deacl", protocol="sff"), tmp_path / "runs"
-    process = start(plan, "--output", output)
-    wait_for(lambda: (output / "pretrain" / FILE).is_file() and load_checkpoint(output / "pretrain").step > 0, process)
-    process.kill()  # it alone: what it started works on
-    assert "A process is at work in" in refusal(plan, "--output", output)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    wait_for_lock(output)
-    decided = json.loads((output / kept.PLAN).read_text())["stages"]["pretrain"]
-    measured = (output / "benchmark" / "trial.json").stat().st_mtime_ns
-    steps = read_log(output / "pretrain")[-1]["step"]
-
-    process = start(plan, "--output", output)  # stopped, as by a batch system, when it has gone on
-    wait_for(lambda: [entry for entry in read_log(output / "pretrain") if entry["step"] > steps], process)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate()[0]
-    assert process.returncode == 0 and "| pretrain | stopped |" in said and "Next: pretrain. The same command goes on:" in said
-    assert "| encoder | waits for pretrain |" in said
-    unfinished = kept.unpack(output / "kept", tmp_path / "unfinished")["pretrain_unfinished"]
-    assert json.loads((unfinished / RESULTS).read_text())["finished"] is False
-
-    said = call(plan, "--output", output, code=1)  # the preset of slf does not exist: the others are done
-    assert "== benchmark" not in said and "== pretrain" in said
-    assert (output / "benchmark" / "trial.json").stat().st_mtime_ns == measured
-    record = json.loads((output / "pretrain" / "export" / RESULTS).read_text())
-    assert record["finished"] and record["recipe"]["epochs"] == decided["epochs"]
-    log = [entry["step"] for entry in read_log(output / "pretrain")]
-    assert log == sorted(set(log)) and log[-1] == 5 * decided["epochs"]
-    assert "| slf | failed |" in said and "The preset deacl has no sff" in said and "the same call tries it again" in said
-    assert "| encoder | done |" in said and "| aff | done |" in said
-    assert list(kept.unpack(output / "kept", tmp_path / "back")) == ["encoder", "aff"]
+def measured(output: Path, epochs: int) -> None:
+    """As if the benchmark were done: so many epochs fit, whatever this machine does besides."""
+    (output / "benchmark").mkdir(parents=True)
+    way = {"images_per_second": 1.0, "share_of_matrix_rate": 0.1}
+    record = {"chosen": "eager", "epochs": epochs, "ways": {"eager": way}}
+    (output / "benchmark" / "trial.json").write_text(json.dumps(record))
 
 
-def wait_for_lock(output: Path) -> None:
+def wait_until_free(output: Path) -> None:
     """Until the system has ended what was killed."""
-    from advcl_hub.files import lock
-
     for _ in range(600):
         with (output / "lock").open("a") as file:
             if lock(file):
@@ -240,27 +220,66 @@ def wait_for_lock(output: Path) -> None:
     raise AssertionError("the lock stays")
 
 
+def test_killed_within_a_stage_it_goes_on(tmp_path: Path) -> None:
+    plan, output = tiny_plan(tmp_path), tmp_path / "runs"
+    measured(output, 10**6)
+    process = start(plan, "--output", output)
+    wait_for(lambda: (output / "pretrain" / FILE).is_file() and load_checkpoint(output / "pretrain").step > 0, process)
+    process.kill()  # it alone: what it started works on
+    assert "A process is at work in" in refusal(plan, "--output", output)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_until_free(output)
+    (output / "benchmark" / "trial.json").write_text((output / "benchmark" / "trial.json").read_text().replace("1000000", "2"))
+
+    steps = load_checkpoint(output / "pretrain").step
+    process = start(plan, "--output", output)
+    wait_for(lambda: load_checkpoint(output / "pretrain").step > steps, process)
+    os.killpg(process.pid, signal.SIGTERM)  # as batch systems do: to the command and to what it started
+    said = process.communicate()[0]
+    assert process.returncode == 0 and "| pretrain | stopped |" in said and "Next: pretrain. The same command goes on:" in said
+    assert "== benchmark" not in said and "1000000 epochs, eager" in said and "| encoder | waits for pretrain |" in said
+    checkpoint = load_checkpoint(output / "pretrain")
+    assert checkpoint.recipe.epochs == 10**6 and checkpoint.step > steps
+    log = [entry["step"] for entry in read_log(output / "pretrain")]
+    assert log == sorted(set(log)) and log[0] == 1
+    so_far = kept.unpack(output / "kept", tmp_path / "back")["pretrain"]
+    record = json.loads((so_far / RESULTS).read_text())
+    assert (record["finished"], record["step"]) == (False, checkpoint.step)
+
+
+def test_a_failed_stage_leaves_the_others_and_what_is_done_stays_done(tmp_path: Path) -> None:
+    plan, output = tiny_plan(tmp_path), tmp_path / "runs"
+    measured(output, 2)
+    (output / "slf").mkdir()
+    (output / "slf" / "classifier").write_text("in the way")
+    said = call(plan, "--output", output, code=1)
+    assert "| slf | failed |" in said and "is not an earlier export" in said and "the same call tries it again" in said
+    assert "| pretrain | done |" in said and "| encoder | done |" in said and "| aff | done |" in said
+    assert list(kept.unpack(output / "kept", tmp_path / "back")) == ["encoder", "aff"]
+    (output / "slf" / "classifier").unlink()
+    shutil.rmtree(output / "aff")  # as if the last call had been killed between two stages
+    said = call(plan, "--output", output)
+    assert [line for line in said.splitlines() if line.startswith("== ")] == ["== slf", "== aff"] and "Finished." in said
+    assert list(kept.unpack(output / "kept", tmp_path / "again")) == ["encoder", "slf", "aff"]
+
+
+def test_the_weights_of_pretraining_are_kept_until_they_are_exported(tmp_path: Path) -> None:
+    plan, output = tiny_plan(tmp_path), tmp_path / "runs"
+    measured(output, 2)
+    output.joinpath("encoder").mkdir()
+    (output / "encoder" / "thesis.tex").write_text("in the way")
+    said = call(plan, "--output", output, code=1)
+    assert "| pretrain | done |" in said and "| encoder | failed |" in said and "| slf | waits for encoder |" in said
+    folder = kept.unpack(output / "kept", tmp_path / "back")["pretrain"]
+    assert json.loads((folder / RESULTS).read_text())["finished"] is True
+
+
 def test_without_time_nothing_is_begun(tmp_path: Path) -> None:
     plan, output = tiny_plan(tmp_path), tmp_path / "runs"
     said = call(plan, "--output", output, "--time-budget", "3s")
     assert "| benchmark | to do |" in said and "Next: benchmark." in said and not (output / "benchmark").exists()
     assert (output / "kept" / "summary.md").is_file()
-
-
-def test_a_stage_that_fails_leaves_the_others_and_is_tried_again(rehearsed: tuple[Path, str], tmp_path: Path) -> None:
-    output = tmp_path / "runs"
-    shutil.copytree(rehearsed[0], output)
-    for name in ("slf_figures", "aff_figures"):
-        shutil.rmtree(output / name)
-    weights = output / "slf" / "float16" / WEIGHTS
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    said = call("resnet18_advcl", "--rehearse", "--output", output, code=1)
-    assert "| slf_figures | failed |" in said and "is not the file that was exported" in said
-    assert "| aff_figures | done |" in said and "== aff_figures" in said
-    weights.write_bytes(whole)
-    said = call("resnet18_advcl", "--rehearse", "--output", output)
-    assert "== slf_figures" in said and "== aff_figures" not in said and "Finished." in said
 
 
 # ---------------------------------------------------------------------------------------------------------------- refused
@@ -287,6 +306,13 @@ def test_two_plans_in_one_folder_are_refused(rehearsed: tuple[Path, str], tmp_pa
         ({"stages": {"pretrain": {"settings": {"epochs": 1}}}}, "pretrain has no settings of its own"),
         ({"stages": {"slf": {"of": "pretrain"}}}, "stages.slf: of is 'pretrain', expected an earlier stage that runs export"),
         ({"stages": {"slf": {"run": "fine-tune"}}}, "stages.slf: run must be one of benchmark, pretrain, export"),
+        ({"stages": {"slf": {"settings": {"protocol": "sff", "preset": "deacl"}}}}, "stages.slf: The preset deacl has no sff"),
+        ({"stages": {"slf": {"settings": {"milestones": [1]}}}}, "stages.slf: "),
+        ({"stages": {"logs": {"run": "export", "of": "pretrain"}}}, "stages.logs: the name is taken by the plan's own files"),
+        (
+            {"stages": {"two": {"run": "export", "of": "pretrain"}}},
+            "stages encoder and two are exports: a plan makes one encoder",
+        ),
         ({"stages": {"encoder": {"of": None}}}, "stages.encoder: export needs `of`: a stage that runs pretrain"),
         ({"stages": {"a b": {"run": "export", "of": "pretrain"}}}, "stages.a b: a name has letters, digits and _ only"),
         ({"name": "resnet18_cifar.tiny"}, "it makes a resnet8_cifar, the plan's name is resnet18_cifar.tiny"),
@@ -334,11 +360,19 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_plan_is_whole(name: str) -> None:
     plan = load_plan(name, Inputs(Path("DATA"), Path("LABELS")))
-    assert sum(stage.share for stage in plan.stages.values()) == pytest.approx(1)
+    assert 0.9 < sum(stage.share for stage in plan.stages.values()) < 0.96  # the rest is for starts of processes
     assert load_plan(name, Inputs(), rehearse=True).stages.keys() == plan.stages.keys()
     for stage in plan.stages.values():
         if stage.run == "evaluate":
             assert options(stage)[:4] == ["--n", "1000", "--autoattack", "standard"]
+
+
+def test_there_are_four_probes_at_most() -> None:
+    plan = load_plan("resnet18_advcl", Inputs(labels=Path("L")))
+    for epochs in range(1, 40):
+        command = pretrain_command(plan.stages["benchmark"], Inputs(labels=Path("L")), epochs, True, Path("run"))
+        every = int(next(word.partition("=")[2] for word in reversed(command) if word.startswith("judge.every=")))
+        assert 1 <= epochs // every + (epochs % every > 0) <= 4
 
 
 def test_warm_up_and_probes_keep_their_share_of_the_epochs() -> None:
@@ -352,19 +386,56 @@ def test_warm_up_and_probes_keep_their_share_of_the_epochs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("records", "seconds", "expected"),
+    ("records", "share", "spent", "expected"),
     [
-        ([(0.1, 3.0), (0.6, 5.0)], 100.0, None),  # 4 s an epoch after a slow start: 10 epochs fit
-        ([(0.1, 3.0), (0.6, 5.0)], 30.0, 7),
-        ([(0.1, 3.0), (0.6, 5.0)], 1.0, 1),
-        ([(0.5, 3.0)], 30.0, 5),  # 6 s an epoch, as far as is known
-        ([], 1.0, None),
+        ([(0.1, 3.0), (0.6, 5.0)], 100.0, 8.0, None),  # 4 s an epoch, 3 s to start: 37.6 s are left to do
+        ([(0.1, 3.0), (0.6, 5.0)], 48.7, 8.0, None),  # just so: 8 + 3 + 9.4 * 4 = 48.6
+        ([(0.1, 3.0), (0.6, 5.0)], 48.5, 8.0, 9),
+        ([(0.1, 3.0), (0.6, 5.0)], 31.0, 8.0, 5),  # 20 s for a new run
+        ([(0.1, 3.0), (0.6, 5.0)], 1.0, 8.0, 1),
+        ([(0.5, 3.0)], 40.0, 5.0, 5),  # 6 s an epoch, as far as is known: 33 s are left
+        ([], 1.0, 8.0, None),
     ],
 )
 def test_finetuning_is_shortened_to_its_share(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[tuple[float, float]], seconds: float, expected: int | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    records: list[tuple[float, float]],
+    share: float,
+    spent: float,
+    expected: int | None,
 ) -> None:
+    """Analytic, for 10 epochs."""
     monkeypatch.setattr(flagship, "load_state", lambda folder: ({"facts": {"settings": {"epochs": 10}}}, {}))
-    lines = [{"step": i, "epoch": epoch, "seconds": spent} for i, (epoch, spent) in enumerate(records)]
+    lines = [{"step": i, "epoch": epoch, "seconds": seconds} for i, (epoch, seconds) in enumerate(records)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert fewer_epochs(tmp_path, seconds) == expected
+    assert fewer_epochs(tmp_path, share, spent) == expected
+
+
+def test_a_finetuning_that_is_too_slow_begins_anew_beside_its_first_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands, one by one, without running them; the next call goes on with the shorter one."""
+    output, commands = tmp_path / "runs", list[list[str]]()
+    plan = load_plan(str(tiny_plan(tmp_path)), Inputs())
+
+    def pretend(command: list[str], *rest: Any) -> None:
+        commands.append(command)
+        folder = Path(command[command.index("--output") + 1]) if "--output" in command else Path(command[5])
+        if "--epochs" in command and "--time-budget" not in command and command.count("--epochs") == 2:
+            (folder / "classifier").mkdir(parents=True)
+            (folder / "classifier" / RESULTS).write_text("{}")
+
+    monkeypatch.setattr(flagship, "run_command", pretend)
+    monkeypatch.setattr(flagship, "fewer_epochs", lambda *args: 1)
+    made = flagship.Flagship(flagship.Record(plan, False), Inputs(), output, output / "kept")
+    made._finetune("slf", StopRequest())
+    ends = [command[command.index("finetune") + 2 :] if "finetune" in command else command[4:] for command in commands]
+    assert ends[0][-4:] == ["--output", str(output / "slf"), "--time-budget", "2s"] and ends[0].count("--epochs") == 1
+    assert ends[1][-4:] == ["--epochs", "1", "--output", str(output / "slf-1ep")]
+    assert ends[2][:2] == [str(output / "slf-1ep" / "classifier"), str(output / "slf-1ep" / "float16")] and len(ends) == 3
+    made.lock.close()
+    again = flagship.Flagship(flagship.Record(plan, False), Inputs(), output, output / "kept")
+    assert (again.record.stages["slf"].measured, again.record.stages["slf"].epochs) == (True, 1)
+    assert again.folder("slf") == output / "slf-1ep" and again.folder("pretrain") == output / "pretrain"
+    again.lock.close()

@@ -1,9 +1,11 @@
 """What a plan keeps: few small files, always whole, from which the folders come back."""
 
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -38,7 +40,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_everything_comes_back(encoder: Path, others: dict[str, Path], tmp_path: Path) -> None:
     files = keep(tmp_path / "kept", {"encoder": encoder}, others, "as it stands\n")
-    assert [file.name for file in files] == ["curves.png", "encoder-1.safetensors", "folders.zip", "summary.md"]
+    assert [re.sub("-[0-9a-f]{8}", "", file.name) for file in files] == [
+        *("curves.png", "encoder.safetensors", "folders.zip", "summary.md")
+    ]
     shutil.rmtree(tmp_path / "runs")
     folders = unpack(tmp_path / "kept", tmp_path / "back")
     assert folders == {"encoder": tmp_path / "back" / "encoder"}
@@ -47,16 +51,81 @@ def test_everything_comes_back(encoder: Path, others: dict[str, Path], tmp_path:
     assert found["plan.json"] == b"plan.json" and "run/later" not in found
 
 
+def part(folder: Path, name: str) -> Path:
+    """The one part of a small model."""
+    (found,) = folder.glob(f"{name}-*.safetensors")
+    return found
+
+
 def test_keeping_again_removes_the_parts_of_a_model_that_is_gone_and_nothing_else(
     encoder: Path, others: dict[str, Path], tmp_path: Path
 ) -> None:
     target = tmp_path / "kept"
-    keep(target, {"run_unfinished": encoder}, others, "")
+    keep(target, {"pretrain": encoder}, others, "")
     (target / "mine-1.safetensors").write_text("of somebody else")
     keep(target, {"encoder": encoder}, others, "")
-    assert {"encoder-1.safetensors", "mine-1.safetensors"} <= {path.name for path in target.iterdir()}
-    assert not (target / "run_unfinished-1.safetensors").exists()
-    assert unpack(target, tmp_path / "back").keys() == {"encoder"}
+    assert part(target, "mine").is_file() and part(target, "encoder").is_file()
+    assert not list(target.glob("pretrain-*")) and unpack(target, tmp_path / "back").keys() == {"encoder"}
+
+
+class Killed(BaseException):
+    """As SIGKILL, nothing that is caught."""
+
+
+class KilledAt:
+    """Lets so many acts happen, and none after them."""
+
+    def __init__(self, moment: int) -> None:
+        self.left = moment
+
+    def count(self, path: Path, *args: Any, act: Any, **options: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+        return act(path, *args, **options)
+
+
+def killing(kill: KilledAt, act: Any) -> Any:
+    return lambda path, *args, **options: kill.count(path, *args, act=act, **options)
+
+
+def test_cut_off_at_any_moment_the_earlier_state_or_the_new_one_is_whole(
+    encoder: Path, others: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before every write, rename and removal in turn; drafts that stay do no harm and go with the next call."""
+    other = export_encoder(tmp_path / "runs" / "other", seed=1)
+    expected = {(folder / WEIGHTS).read_bytes() for folder in (encoder, other)}
+    states = set()
+    for moment in range(100):
+        target = tmp_path / f"kept{moment}"
+        keep(target, {"run": encoder}, others, "one")
+        with monkeypatch.context() as patch:
+            kill = KilledAt(moment)
+            for name in ("replace", "unlink"):
+                patch.setattr(Path, name, killing(kill, getattr(Path, name)))
+            try:
+                keep(target, {"run": other}, others, "two")
+                finished = True
+            except Killed:
+                finished = False
+        back = unpack(target, tmp_path / f"back{moment}")["run"]
+        states.add((back / WEIGHTS).read_bytes())
+        assert states <= expected
+        keep(target, {"run": other}, others, "three")
+        if finished:
+            break
+    assert states == expected and moment > 3
+    assert sorted(path.name for path in target.iterdir() if path.name.startswith(".")) == []
+
+
+def test_two_plans_cannot_keep_in_one_folder(encoder: Path, others: dict[str, Path], tmp_path: Path) -> None:
+    others["plan.json"].write_text('{"plan": {"name": "one"}}')
+    keep(tmp_path / "kept", {"encoder": encoder}, others, "")
+    keep(tmp_path / "kept", {"encoder": encoder}, others, "again")
+    others["plan.json"].write_text('{"plan": {"name": "two"}}')
+    with pytest.raises(ValueError, match="holds the files of another plan"):
+        keep(tmp_path / "kept", {}, others, "")
+    assert part(tmp_path / "kept", "encoder").is_file()
 
 
 def test_a_folder_with_something_else_is_refused_and_loses_nothing(encoder: Path, tmp_path: Path) -> None:
@@ -73,7 +142,7 @@ def test_what_does_not_fit_is_told(encoder: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(ValueError, match="holds 3 files, more than can be taken away in 2 files"):
         keep(tmp_path / "kept", {"encoder": encoder}, {}, "")
     monkeypatch.setattr(kept, "LIMIT", 1000)
-    with pytest.raises(ValueError, match=r"encoder-1\.safetensors, folders\.zip larger than 0 MiB"):
+    with pytest.raises(ValueError, match=r"encoder-\w+\.safetensors, folders\.zip larger than 0 MiB"):
         keep(tmp_path / "kept", {"encoder": encoder}, {}, "")
 
 
@@ -82,12 +151,16 @@ def test_damage_is_found(encoder: Path, tmp_path: Path) -> None:
     keep(source, {"encoder": encoder}, {}, "")
     with pytest.raises(FileNotFoundError, match=r"has no folders\.zip: not what a plan keeps"):
         unpack(tmp_path, tmp_path / "a")
-    whole = (source / "encoder-1.safetensors").read_bytes()
-    (source / "encoder-1.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    weights = part(source, "encoder")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ValueError, match="do not give the weights that were exported"):
         unpack(source, tmp_path / "b")
-    (source / "encoder-1.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"encoder-1\.safetensors is missing"):
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"encoder-\w+\.safetensors is damaged"):
+        unpack(source, tmp_path / "b2")
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"encoder-\w+\.safetensors is missing"):
         unpack(source, tmp_path / "c")
     (source / "folders.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match="is damaged"):

@@ -5,14 +5,13 @@ python -m train.export runs/resnet18 --linear-head --output exports/resnet18_lin
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from advcl_hub.export import WEIGHTS, export_folder, verify_folder
+from advcl_hub.export import export_folder, verify_folder
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.inputs import load_training_data
 from train.network import plain_encoder
@@ -26,7 +25,6 @@ def export_checkpoint(
     branch: str | None = None,
     ema: bool | None = None,
     dtype: str = "float32",
-    max_shard_size: str | None = None,
     linear_head: bool = False,
     figures: dict[str, Any] | None = None,
 ) -> Path:
@@ -36,7 +34,7 @@ def export_checkpoint(
         checkpoint: a training state.
         folder: where to.
         branch, ema: see `Checkpoint.encoder_state`.
-        dtype, max_shard_size: see `advcl_hub.export.export_folder`.
+        dtype: see `advcl_hub.export.export_folder`.
         linear_head: add a linear classifier, fitted to the frozen features of the run's training images (`train.probe`).
         figures: measured results to record.
 
@@ -70,7 +68,6 @@ def export_checkpoint(
         model_args=recipe.model_kwargs,
         label_names=classes,
         dtype=dtype,
-        max_shard_size=max_shard_size,
     )
 
 
@@ -97,12 +94,6 @@ def classifier_lines(folder: Path, checkpoint: Checkpoint) -> str:
     )
 
 
-def _size(text: str) -> str:
-    if not re.fullmatch(r"\d+[KMG]B", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 16MB or 1GB")
-    return text
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m train.export", description=__doc__.split("\n")[0])
@@ -112,7 +103,6 @@ def main() -> None:
     parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: if there are any)")
     parser.add_argument("--linear-head", action="store_true", help="a classifier: a linear head fitted to the frozen features")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
-    parser.add_argument("--max-shard-size", type=_size, help='e.g. 16MB; join with "advcl_hub.export.join_shards"')
     args = parser.parse_args()
     output = args.output or args.run / ("classifier" if args.linear_head else "export")
     try:
@@ -123,17 +113,11 @@ def main() -> None:
             branch=args.branch,
             ema=args.ema,
             dtype=args.dtype,
-            max_shard_size=args.max_shard_size,
             linear_head=args.linear_head,
         )
         if not checkpoint.finished:
             print(f"Note: the run is not finished (step {checkpoint.step}).")
-        if (output / WEIGHTS).is_file():
-            verify_folder(output)
-        else:
-            print(
-                f"Join the shards before use: python -c \"from advcl_hub.export import join_shards; join_shards('{output}')\""
-            )
+        verify_folder(output)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(classifier_lines(output, checkpoint) if args.linear_head else usage_lines(output))

@@ -14,6 +14,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,13 @@ _PIECE = 30.0  # seconds of finetuning, at most, after which its speed is known
 
 
 @dataclass
-class Memory:
+class StageState:
     """What is known of a stage between calls.
 
     Attributes:
-        seconds: spent on it.
+        seconds: time spent on it.
         measured: whether it is known how many epochs fit its share.
-        epochs: of a stage that trains: so many fit; None are those that its settings say.
+        epochs: number of epochs that fits the share; None: the number in the stage's settings.
         compiled: whether pretraining is faster compiled.
         error: why it failed the last time.
     """
@@ -61,7 +62,7 @@ class Record:
 
     plan: Plan
     rehearsal: bool
-    stages: dict[str, Memory] = field(default_factory=dict)
+    stages: dict[str, StageState] = field(default_factory=dict)
 
 
 class Flagship:
@@ -83,7 +84,7 @@ class Flagship:
         self.plan, self.stages = record.plan, record.plan.stages
         self.file = output / kept.PLAN
         check_writable(output)
-        kept.check_kept(keep)
+        kept.check_kept(keep, self.file)
         output.mkdir(parents=True, exist_ok=True)
         with write_errors(output / "lock"):
             self.lock = (output / "lock").open("a")
@@ -94,19 +95,19 @@ class Flagship:
         except ValueError:
             self.lock.close()
             raise
-        self.record.stages = {name: known.get(name, Memory()) for name in self.stages}
+        self.record.stages = {name: known.get(name, StageState()) for name in self.stages}
         if not self.file.is_file():
             self.write()
 
-    def earlier(self) -> dict[str, Memory]:
+    def earlier(self) -> dict[str, StageState]:
         """What is known of the stages from earlier calls. Raises ValueError if they carried out another plan."""
         try:
-            found = json.loads(self.file.read_text(encoding="utf-8"))
-            stages: dict[str, Memory] = build(dict[str, Memory], found.pop("stages"))
+            earlier = json.loads(self.file.read_text(encoding="utf-8"))
+            stages: dict[str, StageState] = build(dict[str, StageState], earlier.pop("stages"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.file} is damaged ({error}): choose another --output.") from None
         ours = json.loads(json.dumps({"plan": self.plan.to_dict(), "rehearsal": self.record.rehearsal}))
-        if different := differences(found, ours):
+        if different := differences(earlier, ours):
             lines = "\n  ".join(different.values())
             raise ValueError(f"{self.output} holds another plan; choose another --output, or undo:\n  {lines}")
         return stages
@@ -154,16 +155,17 @@ class Flagship:
                 break
             if self.done(name) or (stage.of is not None and not self.done(stage.of)):
                 continue
-            memory, began = self.record.stages[name], time.monotonic()
-            memory.error = None
+            state, began = self.record.stages[name], time.monotonic()
+            state.error = None
             log.info("\n== %s", name)
             try:
                 getattr(self, f"_{stage.run}")(name, stop)
-            except StageError as error:
-                memory.error = str(error)
+            except (StageError, ValueError, OSError) as error:
+                state.error = str(error)
                 log.info("%s failed: %s", name, error)
-            memory.seconds += time.monotonic() - began
-            self.write()
+            finally:
+                state.seconds += time.monotonic() - began
+                self.write()
             self.keep()
 
     def call(self, name: str, command: list[str], stop: StopRequest) -> None:
@@ -178,19 +180,19 @@ class Flagship:
 
     def _pretrain(self, name: str, stop: StopRequest) -> None:
         """Pretrains in as many epochs as the benchmark says fit, compiled if that is faster."""
-        memory, source = self.record.stages[name], self.stages[name].of
+        state, source = self.record.stages[name], self.stages[name].of
         assert source is not None
-        if not memory.measured:
+        if not state.measured:
             trial = self.read(source)
-            memory.measured, memory.epochs, memory.compiled = True, max(1, trial["epochs"]), trial["chosen"] == COMPILED
+            state.measured, state.epochs, state.compiled = True, max(1, trial["epochs"]), trial["chosen"] == COMPILED
             if not trial["epochs"]:
                 log.info("Not even one epoch fits into the share of %s: it takes one.", name)
             self.write()
-        assert memory.epochs is not None
-        log.info("%d epochs, %s", memory.epochs, "compiled" if memory.compiled else "eager")
+        assert state.epochs is not None
+        log.info("%d epochs, %s", state.epochs, "compiled" if state.compiled else "eager")
         self.call(
             name,
-            plan.pretrain_command(self.stages[source], self.inputs, memory.epochs, memory.compiled, self.folder(name)),
+            plan.pretrain_command(self.stages[source], self.inputs, state.epochs, state.compiled, self.folder(name)),
             stop,
         )
 
@@ -202,28 +204,30 @@ class Flagship:
 
     def _finetune(self, name: str, stop: StopRequest) -> None:
         """Finetunes; after a first piece it is known whether all epochs fit the share, or with how many to begin anew."""
-        stage, memory = self.stages[name], self.record.stages[name]
+        stage, state, share = self.stages[name], self.record.stages[name], self.plan.seconds(name)
         assert stage.of is not None
         encoder = self.model(stage.of)
 
-        def command() -> list[str]:
-            return plan.finetune_command(stage, self.plan, self.inputs, encoder, memory.epochs, self.folder(name))
+        def train(*more: str) -> bool:
+            """Goes on, and returns whether the classifier is there."""
+            command = plan.finetune_command(stage, self.plan, self.inputs, encoder, state.epochs, self.folder(name))
+            if not (self.folder(name) / "classifier" / RESULTS).is_file():
+                self.call(name, [*command, *more], stop)
+            return (self.folder(name) / "classifier" / RESULTS).is_file()
 
-        tuned = self.folder(name) / "classifier" / RESULTS
-        if not memory.measured and not tuned.is_file():
-            piece = max(1.0, min(_PIECE, self.plan.seconds(name) / 3))
-            self.call(name, [*command(), "--time-budget", f"{piece:g}s"], stop)
-            memory.measured = not stop.requested
-            if memory.measured and not tuned.is_file():
-                memory.epochs = fewer_epochs(self.folder(name), self.plan.seconds(name))
-                if memory.epochs:
-                    log.info("%s is too slow for its share: it begins anew, with %d epochs.", name, memory.epochs)
+        if not state.measured:
+            began = time.monotonic()
+            finished = train("--time-budget", f"{max(1.0, min(_PIECE, share / 3)):g}s")
+            if stop.requested:
+                return
+            state.measured = True
+            if not finished:
+                state.epochs = fewer_epochs(self.folder(name), share, time.monotonic() - began)
+            if state.epochs:
+                log.info("All epochs of %s do not fit its share: it begins anew, with %d.", name, state.epochs)
             self.write()
-        classifier = self.folder(name) / "classifier"
-        if not (classifier / RESULTS).is_file() and not stop.requested:
-            self.call(name, command(), stop)
-        if (classifier / RESULTS).is_file() and not stop.requested:
-            self.call(name, plan.convert_command(classifier, self.model(name)), stop)
+        if train() and not stop.requested:
+            self.call(name, plan.convert_command(self.folder(name) / "classifier", self.model(name)), stop)
 
     def _evaluate(self, name: str, stop: StopRequest) -> None:
         """Measures a classifier."""
@@ -236,43 +240,43 @@ class Flagship:
 
     def summary(self) -> str:
         """Every stage in a line of a table: how far it is, what it took, and what came out."""
-        spent = sum(memory.seconds for memory in self.record.stages.values())
+        spent = sum(state.seconds for state in self.record.stages.values())
         lines = [f"{self.plan.name}: {spent / 60:.1f} of {self.plan.minutes:g} minutes used", ""]
         lines += ["| stage | state | minutes | planned | result |", "| --- | --- | --- | --- | --- |"]
         for name in self.stages:
-            memory = self.record.stages[name]
-            cells = [name, self.state(name), f"{memory.seconds / 60:.1f}", f"{self.plan.seconds(name) / 60:.1f}"]
+            state = self.record.stages[name]
+            cells = [name, self.state(name), f"{state.seconds / 60:.1f}", f"{self.plan.seconds(name) / 60:.1f}"]
             lines.append(f"| {' | '.join([*cells, self.outcome(name)])} |")
         return "\n".join(lines)
 
     def state(self, name: str) -> str:
         """`done`, `failed`, `stopped`, `to do`, or what it waits for."""
-        memory = self.record.stages[name]
         if self.done(name):
             return "done"
         of = self.stages[name].of
         if of is not None and not self.done(of):
             return f"waits for {of}"
-        return "failed" if memory.error else "stopped" if memory.seconds else "to do"
+        state = self.record.stages[name]
+        return "failed" if state.error else "stopped" if state.seconds else "to do"
 
     def outcome(self, name: str) -> str:
         """What came out of a stage, in a few words."""
-        memory, record = self.record.stages[name], self.read(name)
+        state, record = self.record.stages[name], self.read(name)
         match self.stages[name].run:
-            case _ if memory.error:
-                return memory.error.replace("|", "/").replace("\n", " ")
+            case _ if state.error:
+                return state.error.replace("|", "/").replace("\n", " ")
             case "benchmark" if record:
                 way = record["ways"][record["chosen"]]
                 rate = f"{way['images_per_second']:,.0f} images/s, {way['share_of_matrix_rate']:.0%} of the matrix rate"
                 return f"{record['chosen']}: {rate}; {record['epochs']} epochs fit"
             case "pretrain" | "finetune" if steps := [r for r in read_log(self.folder(name)) if "seconds" in r]:
-                last, of = steps[-1], f" of {memory.epochs}" if memory.epochs else ""
+                last, of = steps[-1], f" of {state.epochs}" if state.epochs else ""
                 return f"epoch {last['epoch']:.1f}{of}, {last['seconds']:.0f} s of training"
             case "evaluate" if record:
                 accuracy = record["accuracy"]
                 figures = {"SA": "standard", "PGD": "pgd", "AutoAttack": "autoattack"}
-                said = [f"{short} {accuracy[key]['value']:.1%}" for short, key in figures.items() if key in accuracy]
-                return f"{', '.join(said)}; {record['data']['images']} images"
+                measured = [f"{short} {accuracy[key]['value']:.1%}" for short, key in figures.items() if key in accuracy]
+                return f"{', '.join(measured)}; {record['data']['images']} images"
         return ""
 
     def close(self, command: str) -> int:
@@ -284,10 +288,20 @@ class Flagship:
             log.info("Next: %s. The same command goes on:\n  %s", left[0], command)
         else:
             log.info("Finished. To release it:\n  python model_cards/release.py %s --licence LICENCE", self.keep_folder)
-        return 1 if any(memory.error for memory in self.record.stages.values()) else 0
+        return 1 if any(state.error for state in self.record.stages.values()) else 0
 
     def keep(self) -> None:
         """Renews the kept files; work goes on if that fails."""
+        try:
+            files = kept.keep(self.keep_folder, *self.worth_keeping(), self.summary() + "\n")
+        except (ValueError, OSError) as error:
+            log.info("Not everything is kept: %s", error)
+        else:
+            size = sum(file.stat().st_size for file in files)
+            log.info("Kept in %s: %d files, %.1f MB", self.keep_folder, len(files), size / 1e6)
+
+    def worth_keeping(self) -> tuple[dict[str, Path], dict[str, Path]]:
+        """By name the exported folders, and the other files and folders that are kept."""
         models, others = dict[str, Path](), {kept.PLAN: self.file, "logs": self.output / "logs"}
         for name, stage in self.stages.items():
             folder = self.folder(name)
@@ -295,33 +309,40 @@ class Flagship:
                 others |= {f"{name}-run/{file}": folder / file for file in _RUN_FILES}
             if stage.run == "pretrain":
                 others[kept.CURVES] = folder / "curves.png"
-                if not self.done(name) and (folder / FILE).is_file():
-                    models[f"{name}_unfinished"] = self.output / f"{name}-unfinished"
-                    export_checkpoint(load_checkpoint(folder), models[f"{name}_unfinished"], dtype=plan.DTYPE)
+                exported = any(s.run == "export" and s.of == name and self.done(other) for other, s in self.stages.items())
+                if not exported and (folder / FILE).is_file():
+                    models[name] = self.output / f"{name}-so-far"
+                    export_checkpoint(load_checkpoint(folder), models[name], dtype=plan.DTYPE)
             elif self.done(name):
                 (models if stage.run in ("export", "finetune") else others)[name] = self.model(name)
-        try:
-            files = kept.keep(self.keep_folder, models, others, self.summary() + "\n")
-        except (ValueError, OSError) as error:
-            log.info("Not everything is kept: %s", error)
-        else:
-            size = sum(file.stat().st_size for file in files)
-            log.info("Kept in %s: %d files, %.1f MB", self.keep_folder, len(files), size / 1e6)
+        return models, others
 
 
-def fewer_epochs(folder: Path, seconds: float) -> int | None:
-    """How many epochs of the finetuning that was begun in a folder fit into so many seconds; None if all of them do."""
-    settings = load_state(folder)[0]["facts"]["settings"]
+def fewer_epochs(folder: Path, share: float, spent: float) -> int | None:
+    """How many epochs of a finetuning fit into its share, when a first piece of it is done.
+
+    Args:
+        folder: of the finetuning.
+        share: seconds for all of it, starts of the process included.
+        spent: seconds that the first piece took, its start included.
+
+    Returns:
+        The number of epochs to begin anew with, or None if all epochs fit when it goes on.
+    """
     records = [r for r in read_log(folder) if r.get("seconds")]
     if not records:
         return None
+    epochs = load_state(folder)[0]["facts"]["settings"]["epochs"]
     first, last = records[0], records[-1]
-    if last["epoch"] > first["epoch"]:  # the first steps choose algorithms
+    if last["epoch"] > first["epoch"]:  # the first steps are slower: they choose algorithms
         pace = (last["seconds"] - first["seconds"]) / (last["epoch"] - first["epoch"])
     else:
         pace = last["seconds"] / last["epoch"]
-    fit = max(1, int(seconds / pace))
-    return fit if fit < settings["epochs"] else None
+    start_up = max(0.0, spent - last["seconds"])
+    left = share - spent - start_up
+    if pace * (epochs - last["epoch"]) <= left:
+        return None
+    return max(1, min(epochs - 1, int(left / pace)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -345,6 +366,9 @@ def main(argv: list[str] | None = None) -> None:
             require(path is None or path.exists(), f"{option} is {path}, which does not exist.")
         record = Record(load_plan(args.plan, inputs, rehearse=args.rehearse), args.rehearse)
         flagship = Flagship(record, inputs, output, args.keep or output / "kept")
+        attacks = [name for name, s in record.plan.stages.items() if s.run == "evaluate" and s.settings.get("autoattack")]
+        if attacks and find_spec("pyautoattack") is None:
+            log.info("pyautoattack is not installed: %s will fail without it.", " and ".join(attacks))
         with stop:
             flagship.keep()  # before anything is done: the folder may be a new one
             flagship.run(stop)

@@ -1,19 +1,21 @@
 """What a plan leaves to take away: at most 8 files of at most 16 MiB, whole after every stage.
 
-    NAME-1.safetensors ...   weights, in parts (`advcl_hub.parts`)
-    folders.zip              everything else: exports, evaluations, logs and pictures of the runs, the plan and what it decided
-    summary.md, curves.png   to look at
+    NAME-SHA256.safetensors   weights, in parts (`advcl_hub.parts`)
+    folders.zip               everything else: exports, evaluations, logs and pictures of the runs, the plan and what it decided
+    summary.md, curves.png    to look at
 
-`model_cards/release.py` takes such a folder.
+folders.zip is replaced when all parts that it names are there, and earlier parts go after that: a call that is cut off at any
+moment leaves the earlier state or the new one. `model_cards/release.py` takes such a folder.
 """
 
 import json
+import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-
-from safetensors import SafetensorError
+from typing import Any
 
 from advcl_hub.export import RESULTS, WEIGHTS, verify_folder
 from advcl_hub.files import check_writable, replacing
@@ -22,6 +24,8 @@ from advcl_hub.parts import LIMIT, join, split
 PLAN, FOLDERS, SUMMARY, CURVES = "plan.json", "folders.zip", "summary.md", "curves.png"
 FILES = 8
 _PARTS = "parts.json"  # in the archive: by model the files of its weights
+_PART = re.compile(r"\w+-[0-9a-f]{8}\.safetensors")
+_DRAFT = re.compile(r"\.part-.*|\.\d+-(folders\.zip|summary\.md|curves\.png)")  # written when a call was cut off
 
 
 def keep(target: Path, models: Mapping[str, Path], others: Mapping[str, Path], summary: str) -> list[Path]:
@@ -41,9 +45,11 @@ def keep(target: Path, models: Mapping[str, Path], others: Mapping[str, Path], s
         ValueError: the folder holds something else, or this is more than 8 files of 16 MiB.
         OSError: a file cannot be read or written.
     """
-    check_kept(target)
+    check_kept(target, others.get(PLAN))
     target.mkdir(parents=True, exist_ok=True)
-    earlier = _parts(target)
+    earlier = {Path(file).name for files in _archived(target, _PARTS).values() for file in files}
+    for path in [path for path in target.iterdir() if _DRAFT.fullmatch(path.name)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     parts = split(models, target)
     with replacing(target / FOLDERS) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(_PARTS, json.dumps(parts))
@@ -67,23 +73,35 @@ def keep(target: Path, models: Mapping[str, Path], others: Mapping[str, Path], s
     return files
 
 
-def _parts(target: Path) -> set[str]:
-    """Names of the weights' files that were kept before."""
+def check_kept(target: Path, plan: Path | None = None) -> None:
+    """Checks that files may be kept in a folder: it is new, empty, or holds what was kept before.
+
+    Args:
+        target: the folder.
+        plan: plan.json of the plan that keeps them, if it exists already.
+
+    Raises:
+        ValueError: the folder holds something else, or the files of another plan.
+        OSError: it cannot be written.
+    """
+    check_writable(target)
+    names = {path.name for path in target.iterdir() if not _DRAFT.fullmatch(path.name)} if target.is_dir() else set()
+    if FOLDERS not in names and not all(map(_PART.fullmatch, names)):  # parts alone: a first call was cut off
+        what = ", ".join(sorted(names)[:3])
+        raise ValueError(f"{target} holds something else ({what}): choose another folder to keep files in.")
+    earlier = _archived(target, PLAN).get("plan")
+    if earlier and plan is not None and plan.is_file() and json.loads(plan.read_text(encoding="utf-8"))["plan"] != earlier:
+        raise ValueError(f"{target} holds the files of another plan: choose another folder to keep files in.")
+
+
+def _archived(target: Path, name: str) -> dict[str, Any]:
+    """A record in the archive, empty if there is none."""
     try:
         with zipfile.ZipFile(target / FOLDERS) as archive:
-            return {Path(file).name for files in json.loads(archive.read(_PARTS)).values() for file in files}
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError):
-        return set()
-
-
-def check_kept(target: Path) -> None:
-    """Raises ValueError or OSError unless the kept files may be written to a folder: it is new, empty, or holds such files."""
-    check_writable(target)
-    names = {path.name for path in target.iterdir()} if target.is_dir() else set()
-    if names and not {FOLDERS, SUMMARY} & names:
-        raise ValueError(
-            f"{target} holds something else ({', '.join(sorted(names)[:3])}): choose another folder to keep files in."
-        )
+            record = json.loads(archive.read(name))
+            return record if isinstance(record, dict) else {}
+    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError):
+        return {}
 
 
 def unpack(source: Path, target: Path) -> dict[str, Path]:
@@ -111,6 +129,6 @@ def unpack(source: Path, target: Path) -> dict[str, Path]:
             sha256 = json.loads((folders[name] / RESULTS).read_text(encoding="utf-8"))["sha256"][WEIGHTS]
             join([source / Path(file).name for file in files], folders[name] / WEIGHTS, sha256)
             verify_folder(folders[name])
-    except (zipfile.BadZipFile, SafetensorError, KeyError, TypeError, AttributeError) as error:
+    except (zipfile.BadZipFile, zlib.error, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{source} is damaged ({error!r}): copy it again.") from error
     return folders

@@ -4,9 +4,10 @@ A plan's keys are the fields of `Plan`; its stages have those of `Stage`. `train
 """
 
 import json
+import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from timm.models import is_model
 
 from advcl_hub.cli.measure import evaluate
 from advcl_hub.cli.tune import finetune
+from advcl_hub.finetuning.presets import Settings, choose_settings
 from train.recipe import Recipe, build, load_recipe, read_yaml, require
 
 PLANS = Path(__file__).with_name("plans")
 # By command what a stage continues from, and the option lists of those commands that are not recipes.
 NEEDS = {"benchmark": None, "pretrain": "benchmark", "export": "pretrain", "finetune": "export", "evaluate": "finetune"}
+RESERVED = ("logs", "lock", "kept")
 _CLICK: dict[str, click.Command] = {"finetune": finetune, "evaluate": evaluate}
 DTYPE = "float16"  # of the weights that a plan leaves, which are those that it measures
 
@@ -31,7 +34,8 @@ class Stage:
     Attributes:
         run: `benchmark` (`train.trial`), `pretrain`, `export`, `finetune` or `evaluate`.
         of: the stage whose result it takes; none for a benchmark.
-        share: of the plan's minutes. Pretraining gets as many epochs as fit, finetuning at most as many.
+        share: part of the plan's minutes, in [0, 1]. Pretraining takes the number of epochs that fits; finetuning takes its own
+            number, or fewer if that does not fit.
         recipe: of a benchmark: what to measure, and then to pretrain.
         settings: of a benchmark, overrides of the recipe by dotted key; else options of the command, without their dashes.
     """
@@ -72,17 +76,20 @@ class Plan:
         require(self.minutes > 0, f"minutes must be positive, got {self.minutes:g}")
         total = sum(stage.share for stage in self.stages.values())
         require(total < 1 + 1e-9, f"the shares of the stages add up to {total:g}, more than 1")
-        seen: dict[str, Stage] = {}
+        earlier: dict[str, Stage] = {}
         for name, stage in self.stages.items():
-            require(name.replace("_", "").isalnum(), f"stages.{name}: a name has letters, digits and _ only")
+            require(re.fullmatch(r"[A-Za-z0-9_]+", name) is not None, f"stages.{name}: a name has letters, digits and _ only")
+            require(name not in RESERVED, f"stages.{name}: the name is taken by the plan's own files")
             if stage.of is not None:
                 wanted = NEEDS[stage.run]
-                fits = stage.of in seen and seen[stage.of].run == wanted
+                fits = stage.of in earlier and earlier[stage.of].run == wanted
                 require(fits, f"stages.{name}: of is {stage.of!r}, expected an earlier stage that runs {wanted}")
-            seen[name] = stage
+            earlier[name] = stage
+        exports = [name for name, stage in self.stages.items() if stage.run == "export"]
+        require(len(exports) <= 1, f"stages {' and '.join(exports)} are exports: a plan makes one encoder")
 
     def seconds(self, name: str) -> float:
-        """The share of a stage."""
+        """Seconds of the plan that a stage may take."""
         return 60 * self.minutes * self.stages[name].share
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,13 +135,18 @@ def load_plan(name: str, inputs: Inputs, *, rehearse: bool = False) -> Plan:
                 model = recipe(stage, inputs).model
                 require(model == plan.name.partition(".")[0], f"it makes a {model}, the plan's name is {plan.name}")
             elif stage.run in _CLICK:
-                command = _CLICK[stage.run]
-                command.make_context(stage.run, ["MODEL", "--data", plan.data, *options(stage)])
+                words = ["MODEL", "--data", plan.data, *options(stage)]
+                given = _CLICK[stage.run].make_context(stage.run, words).params
+                if stage.run == "finetune":
+                    names = {f.name for f in fields(Settings)} - {"protocol", "preset"}
+                    chosen = {key: value for key, value in given.items() if key in names and value is not None}
+                    require("milestones" not in chosen, "milestones follow from the epochs, which may be fewer: leave them out")
+                    choose_settings(given["protocol"], given["preset"], data=plan.data, overrides=chosen)
         except (ValueError, click.ClickException) as error:
-            said = error.format_message() if isinstance(error, click.ClickException) else str(error)
-            if inputs.labels is None and "pseudo_labels.path" in said:
-                said += "; --labels FILE sets pseudo_labels.path"
-            raise ValueError(f"stages.{stage_name}: {said}") from None
+            message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+            if inputs.labels is None and "pseudo_labels.path" in message:
+                message += "; --labels FILE sets pseudo_labels.path"
+            raise ValueError(f"stages.{stage_name}: {message}") from None
     return plan
 
 
@@ -166,13 +178,13 @@ def trial_command(stage: Stage, inputs: Inputs, seconds: float, folder: Path) ->
 
 
 def pretrain_command(benchmark: Stage, inputs: Inputs, epochs: int, compiled: bool, folder: Path) -> list[str]:
-    """Pretrains the recipe of a benchmark in so many epochs; the warm-up keeps its share of them, and four probes judge it."""
+    """Pretrains the recipe of a benchmark in so many epochs; the warm-up keeps its share, and at most four probes judge it."""
     assert benchmark.recipe is not None
     c = recipe(benchmark, inputs)
     warmup = round(c.optimizer.warmup_epochs * epochs / c.epochs, 3)
     chosen = {"epochs": epochs, "optimizer.warmup_epochs": warmup, "speed.compile": compiled}
     if c.judge.every:
-        chosen["judge.every"] = max(1, epochs // 4)
+        chosen["judge.every"] = -(-epochs // 4)
     last = [f"{key}={_text(value)}" for key, value in chosen.items()]
     settings = [*overrides(benchmark), *inputs.overrides(), *last]
     return _python("train.pretrain", benchmark.recipe, *settings, "--output", str(folder))

@@ -1,5 +1,6 @@
 """Commands as processes of their own: shown, logged, and stopped when their time is over."""
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -33,7 +34,7 @@ def run_command(
         keep_open: file descriptors that it inherits, such as that of a lock.
 
     Raises:
-        StageError: it failed, other than by that signal; its last error is told.
+        StageError: it failed for another reason than a stop; the message names its last error.
     """
     shown = f"$ {shlex.join(['python' if command[0] == sys.executable else command[0], *command[1:]])}"
     print(shown, flush=True)
@@ -68,38 +69,42 @@ def run_command(
 
 
 def _wait(process: "subprocess.Popen[str]", stop: StopRequest) -> bool:
-    """Waits for a process; whether it was told to stop."""
-    told = False
+    """Waits for the end of a process. Returns whether it was stopped, by us or by a signal to both processes."""
+    stopping = False
     while True:
         try:
-            process.wait(timeout=_GRACE if told else min(0.2, max(0.0, stop.remaining)))
-            return told
+            process.wait(timeout=_GRACE if stopping else min(0.2, max(0.0, stop.remaining)))
+            return stopping or stop.requested
         except subprocess.TimeoutExpired:
-            if told:
+            if stopping:
                 process.kill()
             elif stop.requested:
-                told = True
+                stopping = True
                 process.terminate()
 
 
 def _copy(source: IO[str], file: IO[str], tail: "deque[str]") -> None:
-    """Shows and logs lines as they come."""
+    """Shows and logs lines as they come; reads on where that fails, or the command would wait for ever."""
     for line in source:
-        print(line, end="", flush=True)
-        file.write(line)
-        file.flush()
         tail.append(line.strip())
+        with contextlib.suppress(OSError, ValueError):
+            file.write(line)
+            file.flush()
+        with contextlib.suppress(OSError, ValueError):
+            print(line, end="", flush=True)
 
 
 def _reason(code: int, tail: list[str], log: Path) -> str:
     """Why a command failed, and what to do, from the last lines that it printed."""
     lines = [line for line in tail if line]
-    said = next((line for line in reversed(lines) if line.lower().startswith("error: ")), None)
-    if said is None:
-        said = f"exit code {code}; its last line is {lines[-1]!r}" if lines else f"exit code {code} without a word"
-    hint = f"Type its command alone (first line of {log.name}) to look closer"
+    errors = [line.partition(": ")[2] for line in lines if line.lower().startswith("error: ")]
+    if errors:
+        reason = errors[-1]
+    else:
+        reason = f"exit code {code}; its last line is {lines[-1]!r}" if lines else f"exit code {code} without a word"
+    hint = f"Type its command alone (it begins with $ in {log.name}) to look closer"
     if any("out of memory" in line.lower() for line in lines):
         hint = "Lower its batch size in the plan, in a new folder"
     elif code == -9:
         hint = "The system killed it, most likely for memory: free some, or lower its batch size"
-    return f"{said.partition(': ')[2] if said.lower().startswith('error: ') else said}. {hint}; the same call tries it again."
+    return f"{reason.rstrip('.')}. {hint}; the same call tries it again."

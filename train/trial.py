@@ -10,6 +10,7 @@ import datetime
 import json
 import logging
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -64,7 +65,7 @@ class Way:
 
 
 def choose(ways: dict[str, Way], seconds: float, steps_per_epoch: int) -> tuple[str, int]:
-    """The way in which most epochs fit into so many seconds, and their number; of equals the first."""
+    """The way in which most epochs fit into so many seconds, and their number; if several are equal, the first."""
     fits = {name: way.epochs(seconds, steps_per_epoch) for name, way in ways.items()}
     best = max(fits, key=lambda name: fits[name])
     return best, fits[best]
@@ -83,25 +84,30 @@ def measure(recipe: Recipe, folder: Path, rounds: int, tell: Callable[[str], Non
         The ways by name, the trainer that runs eagerly, and why the compiled one is missing (empty if it is not).
     """
     trainers = {EAGER: Trainer(replace(recipe, speed=replace(recipe.speed, compile=False)), folder)}
-    failure, first, graphs = "", dict[str, float](), dict[str, tuple[tuple[str, float], ...]]()
+    eager, failure = trainers[EAGER], ""
+    first = {EAGER: clock(_stepper(eager), eager.device)}
+    graphs: tuple[tuple[str, float], ...] = ()
     if recipe.speed.compile:
         tell("compiling")
         try:
-            trainers[COMPILED] = compiled = Trainer(recipe, folder)
+            compiled = Trainer(recipe, folder)
             clear_compilation_metrics()
             first[COMPILED] = clock(_stepper(compiled), compiled.device)
-            graphs[COMPILED] = tuple(_graphs())
+            trainers[COMPILED] = compiled
         except Exception as error:  # whatever a compiler raises, the eager step still runs
-            trainers.pop(COMPILED, None)
             failure = (str(error).strip() or repr(error)).splitlines()[0]
-    eager = trainers[EAGER]
-    first[EAGER] = clock(_stepper(eager), eager.device)
+        else:
+            graphs = tuple(_graphs())
     steps = {name: _stepper(trainer) for name, trainer in trainers.items()}
     times = race(steps, eager.device, rounds, warm_up=2, tell=tell)
-    for name, trainer in trainers.items():
-        trainer.require_finite(bool(trainer.meter.sums.isfinite().all()), f"{name} loss is")
+    finite = {name: bool(trainer.meter.sums.isfinite().all()) for name, trainer in trainers.items()}
+    require(finite[EAGER], "The loss of the eager step is not finite: lower optimizer.lr or use speed.mixed_precision=no.")
+    if not finite.get(COMPILED, True):
+        del steps[COMPILED]
+        failure = "its loss is not finite"
     memory = {name: peak_memory(step, eager.device) for name, step in steps.items()}
-    return {name: Way(times[name], first[name], memory[name], graphs.get(name, ())) for name in trainers}, eager, failure
+    ways = {name: Way(times[name], first[name], memory[name], graphs if name == COMPILED else ()) for name in steps}
+    return ways, eager, failure
 
 
 def _batches(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -118,12 +124,13 @@ def _stepper(trainer: Trainer) -> Callable[[], None]:
 
 
 def _graphs() -> list[tuple[str, float]]:
-    """Names and seconds of the graphs that were compiled since the metrics were cleared."""
-    found = []
+    """Names and seconds of the graphs that were compiled since the metrics were cleared; torch tells them as it likes."""
+    graphs = []
     for metric in get_compilation_metrics():
-        kind = "forward" if metric.is_forward else "backward"
-        found.append((f"{metric.compile_id} {kind}", (metric.duration_us or 0) / 1e6))
-    return found
+        kind = "forward" if getattr(metric, "is_forward", True) else "backward"
+        name, microseconds = getattr(metric, "compile_id", "?"), getattr(metric, "duration_us", None)
+        graphs.append((f"{name} {kind}", (microseconds or 0) / 1e6))
+    return graphs
 
 
 def report(ways: dict[str, Way], trainer: Trainer) -> tuple[Section, dict[str, Any]]:
@@ -196,15 +203,17 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: a step does not fit into memory ({str(error).splitlines()[0]}): lower batch_size.")
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    record["command"] = without_local_paths(f"python -m train.trial {' '.join(argv)}")
+    record["command"] = without_local_paths(f"python -m train.trial {shlex.join(argv)}")
     args.output.mkdir(parents=True, exist_ok=True)
     with replacing(args.output / TRIAL) as draft:
-        draft.write_text(json.dumps(record, indent=2) + "\n")
+        draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def run(recipe: Recipe, folder: Path, seconds: float, rounds: int) -> dict[str, Any]:
     """Measures, prints the table, and returns what trial.json holds."""
     began = time.monotonic()
+    machine = hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu"), 1)
+    log.info("%s; torch %s", machine["name"], torch.__version__)
     ways, trainer, failure = measure(recipe, folder / "run", rounds, lambda text: log.info("trial: %s", text))
     section, numbers = report(ways, trainer)
     chosen, epochs = choose(ways, seconds, trainer.steps_per_epoch)
@@ -231,7 +240,7 @@ def run(recipe: Recipe, folder: Path, seconds: float, rounds: int) -> dict[str, 
         "steps_per_epoch": trainer.steps_per_epoch,
         "not_compiled": failure or None,
         **numbers,
-        "hardware": hardware(trainer.device, 1),
+        "hardware": machine,
         "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
