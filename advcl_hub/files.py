@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -111,7 +112,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written, because the disk is full or for other reasons.
     """
-    draft = path.with_name(f".{os.getpid()}-{path.name}")  # of this process: another may write the same file
+    draft = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")  # others may write the same file
     try:
         with write_errors(path):
             yield draft

@@ -95,7 +95,10 @@ def join(parts: Sequence[Path], path: Path, sha256: str) -> Path:
         if not part.is_file():
             raise FileNotFoundError(f"{part} is missing: get it from where the others come from.")
         state |= _read(part)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{path.parent} cannot be made ({error.strerror}): set HF_HOME to another folder.") from error
     with replacing(path) as draft:
         save_file(state, draft, metadata={"format": "pt"})
         if file_sha256(draft) != sha256:

@@ -1,9 +1,9 @@
 """Releases weights: an entry in advcl_hub/released.json, a place for their files, and their card here.
 
-python model_cards/release.py FOLDER resnet8_cifar.advcl_c10
-python model_cards/release.py KEPT --licence apache-2.0                          # all that a plan kept (train/flagship.py)
-python model_cards/release.py FOLDER resnet18_cifar.advcl_c10 --hub ORG/NAME@COMMIT   # pushed there before
-python model_cards/release.py                                                    # all cards and the README's table anew
+python -m model_cards.release FOLDER resnet8_cifar.advcl_c10
+python -m model_cards.release KEPT --licence apache-2.0                          # all that a plan kept (train/flagship.py)
+python -m model_cards.release FOLDER resnet18_cifar.advcl_c10 --hub ORG/NAME@COMMIT   # pushed there before
+python -m model_cards.release                                                    # all cards and the README's table anew
 
 Weights below 1 MB go into the package. Larger ones lie in model_cards/weights, in parts, until somebody has pushed them:
 `advcl-hub push NAME ORG/NAME`, then the third line.
@@ -30,6 +30,8 @@ from advcl_hub.registry import CHECKOUT as CHECKOUT
 from advcl_hub.registry import RELEASED as RELEASED
 from advcl_hub.registry import Release, head_of, load_releases, open_source, row
 from train import kept
+from train.plan import Plan
+from train.recipe import build
 
 ROOT = Path(__file__).parents[1]
 CARDS = Path(__file__).parent
@@ -110,18 +112,27 @@ def pushed(hub: str, folder: Path) -> dict[str, str]:
     return {"hub_id": repository.removeprefix(f"{json.loads(RELEASED.read_text())['organisation']}/"), "revision": commit}
 
 
-def release(folders: Mapping[str, Path], *, hub: str | None = None, robustbench: str | None = None) -> None:
+def release(
+    folders: Mapping[str, Path], *, overwrite: bool = False, hub: str | None = None, robustbench: str | None = None
+) -> None:
     """Adds releases, or replaces them.
 
     Args:
         folders: exported ones with their evaluations, by the name of the release; an encoder before its classifiers.
+        overwrite: whether other weights of these names may be replaced.
         hub: where the one folder was pushed.
         robustbench: name of the one folder for RobustBench.
 
     Raises:
-        ValueError: another architecture, or the Hub has other weights at that commit.
+        ValueError: another architecture, other weights that would be replaced, or the Hub has other weights at that commit.
     """
+    data = json.loads(RELEASED.read_text())
     for name, folder in folders.items():
+        if not re.fullmatch(r"\w+\.[\w.-]+", name, re.ASCII):
+            raise ValueError(f"{name!r} is no name of a release: ARCHITECTURE.TAG, of letters, digits, dots, - and _.")
+        earlier = data["releases"].get(name)
+        if earlier and not overwrite and earlier["files"][WEIGHTS]["sha256"] != file_sha256(folder / WEIGHTS):
+            raise ValueError(f"{name} is released with other weights: choose another name, or replace them with --replace.")
         architecture = read_export(folder)[1]["architecture"]
         if architecture != name.partition(".")[0]:
             raise ValueError(f"{folder} holds a {architecture}, not {name}.")
@@ -130,7 +141,6 @@ def release(folders: Mapping[str, Path], *, hub: str | None = None, robustbench:
             raise ValueError(f"{folder} is where {name} lies, and would be replaced: give a folder of its own.")
     large = {n: f for n, f in folders.items() if not hub and (f / WEIGHTS).stat().st_size >= BUNDLED_BYTES}
     parts = split(large, CHECKOUT) if large else {}
-    data = json.loads(RELEASED.read_text())
     before = _parts(data)
     where: dict[str, Any]
     files: tuple[str, ...]
@@ -142,8 +152,8 @@ def release(folders: Mapping[str, Path], *, hub: str | None = None, robustbench:
             home, files = CHECKOUT / name, (GOLDEN,)
         else:
             where, home, files = {"bundled": True}, BUNDLED / name, (WEIGHTS, GOLDEN)
-        for earlier in (CARDS / name, BUNDLED / name, CHECKOUT / name):
-            shutil.rmtree(earlier, ignore_errors=True)
+        for before_it in (CARDS / name, BUNDLED / name, CHECKOUT / name):
+            shutil.rmtree(before_it, ignore_errors=True)
         home.mkdir(parents=True)
         for file in (RESULTS, CONFIG, PICTURE, *files):
             if (folder / file).is_file():
@@ -160,11 +170,17 @@ def _parts(data: Mapping[str, Any]) -> set[str]:
     return {part for found in data["releases"].values() for part in found.get("parts", ())}
 
 
-def release_kept(source: Path, licence: str, notes: Sequence[str]) -> None:
+def release_kept(source: Path, licence: str, notes: Sequence[str], *, overwrite: bool, rehearsal: bool) -> None:
     """Releases the encoder and the classifiers of a plan under its name, with their evaluations. Raises as `release` does."""
     with tempfile.TemporaryDirectory() as temporary:
         models = kept.unpack(source, Path(temporary))
-        plan = json.loads((Path(temporary) / kept.PLAN).read_text())["plan"]
+        record = json.loads((Path(temporary) / kept.PLAN).read_text(encoding="utf-8"))
+        try:
+            build(Plan, plan := record["plan"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{source} has a damaged {kept.PLAN}: {error}.") from error
+        if record.get("rehearsal") and not rehearsal:
+            raise ValueError(f"{source} is a rehearsal, whose figures mean nothing: --rehearsal releases it, to try.")
         folders, measured = dict[str, Path](), dict[str, list[Path]]()
         for stage, settings in plan["stages"].items():
             if settings["run"] == "evaluate" and (Path(temporary) / stage / RESULTS).is_file():
@@ -182,7 +198,7 @@ def release_kept(source: Path, licence: str, notes: Sequence[str]) -> None:
             add_to_results(folder, evaluations, notes, licence)
         if plan["name"] not in folders:
             raise ValueError(f"{source} holds no finished encoder: let the plan go on.")
-        release(folders)
+        release(folders, overwrite=overwrite)
 
 
 def main() -> None:
@@ -194,6 +210,8 @@ def main() -> None:
     parser.add_argument("name", nargs="?", help="ARCHITECTURE.TAG")
     parser.add_argument("--licence", help="of what a plan kept, as the Hub writes it")
     parser.add_argument("--note", action="append", default=[], help="a sentence for its cards' section on limits")
+    parser.add_argument("--replace", action="store_true", help="other weights of that name")
+    parser.add_argument("--rehearsal", action="store_true", help="release a rehearsal, to try")
     parser.add_argument("--hub", metavar="ORG/NAME@COMMIT", help="where it was pushed")
     parser.add_argument("--robustbench", metavar="MODEL_DATASET_THREAT", help="name for RobustBench, of a classifier")
     args = parser.parse_args()
@@ -201,11 +219,15 @@ def main() -> None:
         if args.folder and (args.folder / kept.FOLDERS).is_file():
             if args.name or args.hub or args.robustbench or not args.licence:
                 raise ValueError("What a plan kept has its name and is not on the Hub yet: give a --licence only.")
-            release_kept(args.folder, args.licence, args.note)
+            release_kept(args.folder, args.licence, args.note, overwrite=args.replace, rehearsal=args.rehearsal)
+        elif args.folder and not args.folder.is_dir():
+            raise ValueError(f"{args.folder} is no folder.")
+        elif args.folder and (args.folder / "kept" / kept.FOLDERS).is_file():
+            raise ValueError(f"{args.folder} is the folder of a plan: did you mean {args.folder / 'kept'}?")
         elif args.folder:
             if not args.name or args.licence or args.note:
                 raise ValueError("A folder needs a name; its licence and notes are those of `advcl-hub card`.")
-            release({args.name: args.folder}, hub=args.hub, robustbench=args.robustbench)
+            release({args.name: args.folder}, overwrite=args.replace, hub=args.hub, robustbench=args.robustbench)
         for path, text in cards().items():
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as draft:

@@ -17,6 +17,8 @@ from tests.small_encoders import export_encoder
 from train import kept
 from train.kept import keep, unpack
 
+PLAN = {"name": "one"}
+
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Path:
@@ -39,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_everything_comes_back(encoder: Path, others: dict[str, Path], tmp_path: Path) -> None:
-    files = keep(tmp_path / "kept", {"encoder": encoder}, others, "as it stands\n")
+    files = keep(tmp_path / "kept", PLAN, {"encoder": encoder}, others, "as it stands\n")
     assert [re.sub("-[0-9a-f]{8}", "", file.name) for file in files] == [
         *("curves.png", "encoder.safetensors", "folders.zip", "summary.md")
     ]
@@ -61,9 +63,9 @@ def test_keeping_again_removes_the_parts_of_a_model_that_is_gone_and_nothing_els
     encoder: Path, others: dict[str, Path], tmp_path: Path
 ) -> None:
     target = tmp_path / "kept"
-    keep(target, {"pretrain": encoder}, others, "")
+    keep(target, PLAN, {"pretrain": encoder}, others, "")
     (target / "mine-1.safetensors").write_text("of somebody else")
-    keep(target, {"encoder": encoder}, others, "")
+    keep(target, PLAN, {"encoder": encoder}, others, "")
     assert part(target, "mine").is_file() and part(target, "encoder").is_file()
     assert not list(target.glob("pretrain-*")) and unpack(target, tmp_path / "back").keys() == {"encoder"}
 
@@ -98,20 +100,20 @@ def test_cut_off_at_any_moment_the_earlier_state_or_the_new_one_is_whole(
     states = set()
     for moment in range(100):
         target = tmp_path / f"kept{moment}"
-        keep(target, {"run": encoder}, others, "one")
+        keep(target, PLAN, {"run": encoder}, others, "one")
         with monkeypatch.context() as patch:
             kill = KilledAt(moment)
             for name in ("replace", "unlink"):
                 patch.setattr(Path, name, killing(kill, getattr(Path, name)))
             try:
-                keep(target, {"run": other}, others, "two")
+                keep(target, PLAN, {"run": other}, others, "two")
                 finished = True
             except Killed:
                 finished = False
         back = unpack(target, tmp_path / f"back{moment}")["run"]
         states.add((back / WEIGHTS).read_bytes())
         assert states <= expected
-        keep(target, {"run": other}, others, "three")
+        keep(target, PLAN, {"run": other}, others, "three")
         if finished:
             break
     assert states == expected and moment > 3
@@ -119,13 +121,15 @@ def test_cut_off_at_any_moment_the_earlier_state_or_the_new_one_is_whole(
 
 
 def test_two_plans_cannot_keep_in_one_folder(encoder: Path, others: dict[str, Path], tmp_path: Path) -> None:
-    others["plan.json"].write_text('{"plan": {"name": "one"}}')
-    keep(tmp_path / "kept", {"encoder": encoder}, others, "")
-    keep(tmp_path / "kept", {"encoder": encoder}, others, "again")
-    others["plan.json"].write_text('{"plan": {"name": "two"}}')
+    target = tmp_path / "kept"
+    others["plan.json"].write_text(json.dumps({"plan": PLAN}))
+    keep(target, PLAN, {"encoder": encoder}, others, "")
+    keep(target, PLAN, {"encoder": encoder}, others, "again")
     with pytest.raises(ValueError, match="holds the files of another plan"):
-        keep(tmp_path / "kept", {}, others, "")
-    assert part(tmp_path / "kept", "encoder").is_file()
+        keep(target, {"name": "two"}, {}, others, "")
+    with pytest.raises(ValueError, match="of an earlier run of this plan, whose --output is another or lost"):
+        kept.check_kept(target, PLAN, new=True)
+    assert part(target, "encoder").is_file()
 
 
 def test_a_folder_with_something_else_is_refused_and_loses_nothing(encoder: Path, tmp_path: Path) -> None:
@@ -133,22 +137,22 @@ def test_a_folder_with_something_else_is_refused_and_loses_nothing(encoder: Path
     target.mkdir()
     (target / "thesis.tex").write_text("years")
     with pytest.raises(ValueError, match=r"holds something else \(thesis\.tex\): choose another folder"):
-        keep(target, {"encoder": encoder}, {}, "")
+        keep(target, PLAN, {"encoder": encoder}, {}, "")
     assert [path.name for path in target.iterdir()] == ["thesis.tex"]
 
 
 def test_what_does_not_fit_is_told(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "FILES", 2)
     with pytest.raises(ValueError, match="holds 3 files, more than can be taken away in 2 files"):
-        keep(tmp_path / "kept", {"encoder": encoder}, {}, "")
+        keep(tmp_path / "kept", PLAN, {"encoder": encoder}, {}, "")
     monkeypatch.setattr(kept, "LIMIT", 1000)
     with pytest.raises(ValueError, match=r"encoder-\w+\.safetensors, folders\.zip larger than 0 MiB"):
-        keep(tmp_path / "kept", {"encoder": encoder}, {}, "")
+        keep(tmp_path / "kept", PLAN, {"encoder": encoder}, {}, "")
 
 
 def test_damage_is_found(encoder: Path, tmp_path: Path) -> None:
     source = tmp_path / "kept"
-    keep(source, {"encoder": encoder}, {}, "")
+    keep(source, PLAN, {"encoder": encoder}, {}, "")
     with pytest.raises(FileNotFoundError, match=r"has no folders\.zip: not what a plan keeps"):
         unpack(tmp_path, tmp_path / "a")
     weights = part(source, "encoder")
@@ -170,7 +174,7 @@ def test_damage_is_found(encoder: Path, tmp_path: Path) -> None:
 def test_an_archive_cannot_reach_out_of_its_folder(encoder: Path, tmp_path: Path) -> None:
     """Somebody else's files: names with .. stay inside, parts come from the folder alone."""
     source, outside = tmp_path / "kept", tmp_path / "outside.safetensors"
-    keep(source, {"encoder": encoder}, {}, "")
+    keep(source, PLAN, {"encoder": encoder}, {}, "")
     shutil.copy(encoder / WEIGHTS, outside)
     with zipfile.ZipFile(source / "folders.zip") as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
@@ -192,7 +196,7 @@ def test_a_resnet18_with_two_heads_is_eight_files(tmp_path: Path, others: dict[s
         models[name] = export_folder(model.eval(), tmp_path / name, results={}, dtype="float16")
     model.load_state_dict(load_file(models["encoder"] / WEIGHTS), strict=False)
     models["slf"] = export_folder(model, tmp_path / "slf", results={}, dtype="float16")
-    files = keep(tmp_path / "kept", {name: models[name] for name in ("encoder", "slf", "aff")}, others, "")
+    files = keep(tmp_path / "kept", PLAN, {name: models[name] for name in ("encoder", "slf", "aff")}, others, "")
     assert len(files) == 8 and max(file.stat().st_size for file in files) <= 16 * 2**20
     assert sum(file.stat().st_size for file in files) < 46e6
     assert list(unpack(tmp_path / "kept", tmp_path / "back")) == ["encoder", "slf", "aff"]

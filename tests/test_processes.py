@@ -58,13 +58,13 @@ def test_a_stop_is_a_signal_and_then_a_stronger_one(program: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        ("import sys; print('loading'); sys.exit('error: no such folder: /x')", "no such folder: /x. Type its command alone"),
-        ("import sys; print('Error: no token; log in', file=sys.stderr); sys.exit(1)", "no token; log in. Type its command"),
+        ("import sys; print('loading'); sys.exit('error: no such folder: /x')", "no such folder: /x. The same call"),
+        ("import sys; print('Error: no token; log in', file=sys.stderr); sys.exit(1)", "no token; log in. The same call"),
         (
             "print('one'); raise KeyError('layer')",
-            "exit code 1; its last line is \"KeyError: 'layer'\". Type its command alone",
+            "exit code 1; its last line is \"KeyError: 'layer'\". To look closer",
         ),
-        ("import sys; sys.exit(4)", "exit code 4 without a word"),
+        ("import sys; sys.exit(4)", "exit code 4; it printed nothing. To look closer, type its command alone"),
         ("raise RuntimeError('CUDA out of memory. Tried 2 GiB')", "Lower its batch size in the plan, in a new folder"),
         ("import os; os.kill(os.getpid(), 9)", "The system killed it, most likely for memory"),
     ],
@@ -72,7 +72,7 @@ def test_a_stop_is_a_signal_and_then_a_stronger_one(program: str, tmp_path: Path
 def test_a_failure_says_why_and_what_to_do(program: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(StageError) as failed:
         run_command(python(program), tmp_path / "stage.log", StopRequest(), {})
-    assert message in str(failed.value) and str(failed.value).endswith("the same call tries it again.")
+    assert message in str(failed.value) and str(failed.value).endswith(". The same call tries it again.")
 
 
 def test_an_interruption_ends_the_command_too(tmp_path: Path) -> None:

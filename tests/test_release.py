@@ -28,6 +28,11 @@ def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "checkout"
     for part in ("advcl_hub", "model_cards"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.rmtree(folder / "model_cards" / "weights", ignore_errors=True)  # large weights, where there are any
+    released = folder / "advcl_hub" / "released.json"
+    data = json.loads(released.read_text())
+    data["releases"] = {name: entry for name, entry in data["releases"].items() if "parts" not in entry}
+    released.write_text(json.dumps(data, indent=2) + "\n")
     shutil.copy(ROOT / "README.md", folder)
     return folder
 
@@ -67,6 +72,7 @@ def test_bundled_first_and_on_the_hub_later(checkout: Path, tmp_path: Path) -> N
         ).commit
         assert "has other weights than" in client(run, checkout, folder, NAME, "--hub", f"acme/other@{wrong}")
         assert "a release is pinned" in client(run, checkout, folder, NAME, "--hub", "acme/encoder@v1")
+        assert "is released with other weights" in client(run, checkout, tmp_path / "other", NAME)
         assert "not resnet8_cifar.x" in client(run, checkout, folder, "resnet8_cifar.x")
         assert released(checkout)[NAME] == entry and bundled.is_dir()
         assert client(run, checkout, folder, NAME, "--hub", f"acme/encoder@{right}") == ""
@@ -120,8 +126,16 @@ def test_large_weights_lie_in_the_checkout_until_they_are_pushed(checkout: Path,
 def test_what_a_plan_kept_needs_a_licence_and_an_encoder(checkout: Path, tmp_path: Path, client: Client) -> None:
     folder = export_encoder(tmp_path / "encoder", "resnet20_cifar", **SMALL_RESNET)
     plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps({"plan": {"name": NAME, "stages": {"encoder": {"run": "export"}}}}))
-    keep(tmp_path / "kept", {"pretrain_unfinished": folder}, {"plan.json": plan}, "")
-    assert "needs a --licence" in client(run, checkout, tmp_path / "kept")
+    benchmark, pretrain = {"run": "benchmark", "recipe": "x"}, {"run": "pretrain", "of": "benchmark"}
+    values = {"name": NAME, "minutes": 1, "data": "digits", "stages": {"benchmark": benchmark, "pretrain": pretrain}}
+    plan.write_text(json.dumps({"plan": values}))
+    keep(tmp_path / "kept", values, {"pretrain": folder}, {"plan.json": plan}, "")
+    assert "give a --licence only" in client(run, checkout, tmp_path / "kept")
+    assert f"did you mean {tmp_path / 'kept'}?" in client(run, checkout, tmp_path, "--licence", "mit")
+    assert "no-such is no folder" in client(run, checkout, tmp_path / "no-such", NAME)
     assert "holds no finished encoder: let the plan go on" in client(run, checkout, tmp_path / "kept", "--licence", "mit")
+    plan.write_text(json.dumps({"plan": {**values, "name": "../../evil"}}))
+    keep(tmp_path / "evil", {}, {"encoder": folder}, {"plan.json": plan}, "")
+    assert "has a damaged plan.json: name: '../../evil'" in client(run, checkout, tmp_path / "evil", "--licence", "mit")
+    assert "is no name of a release" in client(run, checkout, folder, "resnet20_cifar.a/../b")
     assert NAME not in released(checkout)

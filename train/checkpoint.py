@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from advcl_hub.models.branch_norm import branch_state_dict
-from advcl_hub.training.state import group, load_state, save_state
+from advcl_hub.training.state import FILE, group, load_state, save_state
 from train.recipe import Recipe, from_dict
 
 
@@ -71,4 +71,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         ValueError: the file is corrupt or not one of ours.
     """
     info, tensors = load_state(folder)
-    return Checkpoint(info["step"], info["seconds"], from_dict(info["recipe"]), info["provenance"], tensors, info["finished"])
+    try:
+        recipe = from_dict(info["recipe"])
+        return Checkpoint(info["step"], info["seconds"], recipe, info["provenance"], tensors, info["finished"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / FILE} is no checkpoint of pretraining ({error!r}). Remove it to start over.") from error

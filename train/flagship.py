@@ -18,10 +18,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from advcl_hub.data import load_data
 from advcl_hub.export import RESULTS
 from advcl_hub.files import check_writable, lock, replacing, write_errors
 from advcl_hub.training.runlog import read_log
-from advcl_hub.training.state import FILE, differences, load_state
+from advcl_hub.training.state import FILE, differences
 from advcl_hub.training.stop import StopRequest, duration
 from train import kept, plan
 from train.checkpoint import load_checkpoint
@@ -29,11 +30,19 @@ from train.export import export_checkpoint
 from train.plan import Inputs, Plan, load_plan
 from train.processes import StageError, run_command
 from train.recipe import build, require
-from train.trial import COMPILED, TRIAL
+from train.trial import COMPILED, TRIAL, fewer_epochs
 
 log = logging.getLogger("advcl")
 _LEAST = 15.0  # seconds: with less left, no stage is started
 _RUN_FILES = ("log.jsonl", "curves.png", "views.png", "batch.png", "recipe.yaml")
+# What the record of a finished stage holds, at least.
+_RECORDS = {
+    "benchmark": ("chosen", "ways", "fit_seconds"),
+    "pretrain": ("finished", "sha256"),
+    "export": ("sha256",),
+    "finetune": ("sha256",),
+    "evaluate": ("accuracy", "data"),
+}
 _PIECE = 30.0  # seconds of finetuning, at most, after which its speed is known
 
 
@@ -84,7 +93,13 @@ class Flagship:
         self.plan, self.stages = record.plan, record.plan.stages
         self.file = output / kept.PLAN
         check_writable(output)
-        kept.check_kept(keep, self.file)
+        new = not self.file.is_file()
+        if strangers := [name for name in self.stages if new and (output / name).exists()]:
+            raise ValueError(f"{output} holds {', '.join(strangers)} and no {kept.PLAN}: choose another --output.")
+        inside = keep.resolve() in (output.resolve(), *output.resolve().parents) or output.resolve() in keep.resolve().parents
+        if inside and keep.resolve() != (output / "kept").resolve():
+            raise ValueError(f"--keep is {keep}: give a folder outside of {output}, or {output / 'kept'}.")
+        kept.check_kept(keep, self.plan.to_dict(), new=new)
         output.mkdir(parents=True, exist_ok=True)
         with write_errors(output / "lock"):
             self.lock = (output / "lock").open("a")
@@ -96,8 +111,9 @@ class Flagship:
             self.lock.close()
             raise
         self.record.stages = {name: known.get(name, StageState()) for name in self.stages}
-        if not self.file.is_file():
+        if new:
             self.write()
+        self.kept = False  # whether the last try to keep files succeeded
 
     def earlier(self) -> dict[str, StageState]:
         """What is known of the stages from earlier calls. Raises ValueError if they carried out another plan."""
@@ -108,6 +124,9 @@ class Flagship:
             raise ValueError(f"{self.file} is damaged ({error}): choose another --output.") from None
         ours = json.loads(json.dumps({"plan": self.plan.to_dict(), "rehearsal": self.record.rehearsal}))
         if different := differences(earlier, ours):
+            if "rehearsal" in different:
+                there = "a rehearsal" if earlier.get("rehearsal") else "no rehearsal"
+                raise ValueError(f"{self.output} holds {there}: choose another --output.")
             lines = "\n  ".join(different.values())
             raise ValueError(f"{self.output} holds another plan; choose another --output, or undo:\n  {lines}")
         return stages
@@ -137,10 +156,12 @@ class Flagship:
         return self.folder(name) / TRIAL if run == "benchmark" else self.model(name) / RESULTS
 
     def read(self, name: str) -> dict[str, Any]:
-        """The record in that file, empty if the stage is not finished."""
-        path = self.result(name)
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return {} if self.stages[name].run == "pretrain" and not record.get("finished") else record
+        """The record in that file, empty if the stage is not finished or the file is damaged: then the stage runs again."""
+        try:
+            record = json.loads(self.result(name).read_text(encoding="utf-8"))
+            return record if all(record[key] for key in _RECORDS[self.stages[name].run]) else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
     def done(self, name: str) -> bool:
         """Whether a stage is finished."""
@@ -153,9 +174,9 @@ class Flagship:
         for name, stage in self.stages.items():
             if stop.requested or stop.remaining < _LEAST:
                 break
+            state, began = self.record.stages[name], time.monotonic()
             if self.done(name) or (stage.of is not None and not self.done(stage.of)):
                 continue
-            state, began = self.record.stages[name], time.monotonic()
             state.error = None
             log.info("\n== %s", name)
             try:
@@ -241,7 +262,8 @@ class Flagship:
     def summary(self) -> str:
         """Every stage in a line of a table: how far it is, what it took, and what came out."""
         spent = sum(state.seconds for state in self.record.stages.values())
-        lines = [f"{self.plan.name}: {spent / 60:.1f} of {self.plan.minutes:g} minutes used", ""]
+        rehearsal = ", a rehearsal" if self.record.rehearsal else ""
+        lines = [f"{self.plan.name}{rehearsal}: {spent / 60:.1f} of {self.plan.minutes:g} minutes used", ""]
         lines += ["| stage | state | minutes | planned | result |", "| --- | --- | --- | --- | --- |"]
         for name in self.stages:
             state = self.record.stages[name]
@@ -263,7 +285,7 @@ class Flagship:
         """What came out of a stage, in a few words."""
         state, record = self.record.stages[name], self.read(name)
         match self.stages[name].run:
-            case _ if state.error:
+            case _ if state.error and not self.done(name):
                 return state.error.replace("|", "/").replace("\n", " ")
             case "benchmark" if record:
                 way = record["ways"][record["chosen"]]
@@ -286,14 +308,21 @@ class Flagship:
         left = [name for name in self.stages if not self.done(name)]
         if left:
             log.info("Next: %s. The same command goes on:\n  %s", left[0], command)
-        else:
-            log.info("Finished. To release it:\n  python model_cards/release.py %s --licence LICENCE", self.keep_folder)
-        return 1 if any(state.error for state in self.record.stages.values()) else 0
+        elif self.record.rehearsal:
+            log.info("Rehearsed: every stage works here. Its figures mean nothing. All of it: %s", self.output)
+        elif self.kept:
+            folder = shlex.quote(str(self.keep_folder))
+            log.info("Finished. To release it:\n  python -m model_cards.release %s --licence LICENCE", folder)
+        if not self.kept:
+            log.info("Not everything is kept in %s (see above): the same command tries again.", self.keep_folder)
+        return 0 if self.kept and not any(self.record.stages[name].error for name in left) else 1
 
     def keep(self) -> None:
         """Renews the kept files; work goes on if that fails."""
+        self.kept = False
         try:
-            files = kept.keep(self.keep_folder, *self.worth_keeping(), self.summary() + "\n")
+            files = kept.keep(self.keep_folder, self.plan.to_dict(), *self.worth_keeping(), self.summary() + "\n")
+            self.kept = True
         except (ValueError, OSError) as error:
             log.info("Not everything is kept: %s", error)
         else:
@@ -318,33 +347,6 @@ class Flagship:
         return models, others
 
 
-def fewer_epochs(folder: Path, share: float, spent: float) -> int | None:
-    """How many epochs of a finetuning fit into its share, when a first piece of it is done.
-
-    Args:
-        folder: of the finetuning.
-        share: seconds for all of it, starts of the process included.
-        spent: seconds that the first piece took, its start included.
-
-    Returns:
-        The number of epochs to begin anew with, or None if all epochs fit when it goes on.
-    """
-    records = [r for r in read_log(folder) if r.get("seconds")]
-    if not records:
-        return None
-    epochs = load_state(folder)[0]["facts"]["settings"]["epochs"]
-    first, last = records[0], records[-1]
-    if last["epoch"] > first["epoch"]:  # the first steps are slower: they choose algorithms
-        pace = (last["seconds"] - first["seconds"]) / (last["epoch"] - first["epoch"])
-    else:
-        pace = last["seconds"] / last["epoch"]
-    start_up = max(0.0, spent - last["seconds"])
-    left = share - spent - start_up
-    if pace * (epochs - last["epoch"]) <= left:
-        return None
-    return max(1, min(epochs - 1, int(left / pace)))
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m train.flagship", description=__doc__.split("\n")[0])
@@ -358,6 +360,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("timm").setLevel(logging.WARNING)
     stop = StopRequest(args.time_budget)
     output = args.output or Path("runs", Path(args.plan).stem + ("-rehearsal" if args.rehearse else ""))
     try:
@@ -366,6 +369,8 @@ def main(argv: list[str] | None = None) -> None:
             require(path is None or path.exists(), f"{option} is {path}, which does not exist.")
         record = Record(load_plan(args.plan, inputs, rehearse=args.rehearse), args.rehearse)
         flagship = Flagship(record, inputs, output, args.keep or output / "kept")
+        if not any(flagship.done(name) for name in flagship.stages):
+            load_data(record.plan.data, "test", root=inputs.root)  # what the last stages would refuse is refused now
         attacks = [name for name, s in record.plan.stages.items() if s.run == "evaluate" and s.settings.get("autoattack")]
         if attacks and find_spec("pyautoattack") is None:
             log.info("pyautoattack is not installed: %s will fail without it.", " and ".join(attacks))

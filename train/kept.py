@@ -5,12 +5,16 @@
     summary.md, curves.png    to look at
 
 folders.zip is replaced when all parts that it names are there, and earlier parts go after that: a call that is cut off at any
-moment leaves the earlier state or the new one. `model_cards/release.py` takes such a folder.
+moment leaves the earlier state or the new one. `model_cards/release.py` takes such a folder, and the folders come back by
+
+    python -m train.kept KEPT FOLDER
 """
 
+import argparse
 import json
 import re
 import shutil
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -20,19 +24,23 @@ from typing import Any
 from advcl_hub.export import RESULTS, WEIGHTS, verify_folder
 from advcl_hub.files import check_writable, replacing
 from advcl_hub.parts import LIMIT, join, split
+from train.recipe import require
 
 PLAN, FOLDERS, SUMMARY, CURVES = "plan.json", "folders.zip", "summary.md", "curves.png"
 FILES = 8
 _PARTS = "parts.json"  # in the archive: by model the files of its weights
 _PART = re.compile(r"\w+-[0-9a-f]{8}\.safetensors")
-_DRAFT = re.compile(r"\.part-.*|\.\d+-(folders\.zip|summary\.md|curves\.png)")  # written when a call was cut off
+_DRAFT = re.compile(r"\.part-.*|\.\d+-\d+-(folders\.zip|summary\.md|curves\.png)")  # written when a call was cut off
 
 
-def keep(target: Path, models: Mapping[str, Path], others: Mapping[str, Path], summary: str) -> list[Path]:
+def keep(
+    target: Path, plan: Mapping[str, Any], models: Mapping[str, Path], others: Mapping[str, Path], summary: str
+) -> list[Path]:
     """Replaces what is kept.
 
     Args:
         target: folder of the kept files, which holds nothing else.
+        plan: whose files they are; `others` holds its record, plan.json.
         models: exported folders by name, an encoder before the classifiers that were finetuned from it.
         others: files and folders to keep besides, by their name; `curves.png` among them stands alone, too. What does not exist
             is left out.
@@ -45,7 +53,7 @@ def keep(target: Path, models: Mapping[str, Path], others: Mapping[str, Path], s
         ValueError: the folder holds something else, or this is more than 8 files of 16 MiB.
         OSError: a file cannot be read or written.
     """
-    check_kept(target, others.get(PLAN))
+    check_kept(target, plan)
     target.mkdir(parents=True, exist_ok=True)
     earlier = {Path(file).name for files in _archived(target, _PARTS).values() for file in files}
     for path in [path for path in target.iterdir() if _DRAFT.fullmatch(path.name)]:
@@ -73,15 +81,16 @@ def keep(target: Path, models: Mapping[str, Path], others: Mapping[str, Path], s
     return files
 
 
-def check_kept(target: Path, plan: Path | None = None) -> None:
-    """Checks that files may be kept in a folder: it is new, empty, or holds what was kept before.
+def check_kept(target: Path, plan: Mapping[str, Any], *, new: bool = False) -> None:
+    """Checks that files may be kept in a folder: it is new, empty, or holds what this plan kept before.
 
     Args:
         target: the folder.
-        plan: plan.json of the plan that keeps them, if it exists already.
+        plan: as plain values.
+        new: whether the plan only begins, so that nothing of it can be there.
 
     Raises:
-        ValueError: the folder holds something else, or the files of another plan.
+        ValueError: the folder holds something else, the files of another plan, or of an earlier run of this one.
         OSError: it cannot be written.
     """
     check_writable(target)
@@ -90,8 +99,9 @@ def check_kept(target: Path, plan: Path | None = None) -> None:
         what = ", ".join(sorted(names)[:3])
         raise ValueError(f"{target} holds something else ({what}): choose another folder to keep files in.")
     earlier = _archived(target, PLAN).get("plan")
-    if earlier and plan is not None and plan.is_file() and json.loads(plan.read_text(encoding="utf-8"))["plan"] != earlier:
-        raise ValueError(f"{target} holds the files of another plan: choose another folder to keep files in.")
+    if earlier and (new or earlier != json.loads(json.dumps(plan))):
+        whose = "an earlier run of this plan, whose --output is another or lost" if new else "another plan"
+        raise ValueError(f"{target} holds the files of {whose}: choose another folder to keep files in.")
 
 
 def _archived(target: Path, name: str) -> dict[str, Any]:
@@ -132,3 +142,21 @@ def unpack(source: Path, target: Path) -> dict[str, Path]:
     except (zipfile.BadZipFile, zlib.error, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{source} is damaged ({error!r}): copy it again.") from error
     return folders
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m train.kept", description="Unpacks what a plan kept.")
+    parser.add_argument("kept", type=Path, help="folder of the kept files")
+    parser.add_argument("folder", type=Path, help="new folder for what is in them")
+    args = parser.parse_args()
+    try:
+        require(not args.folder.exists(), f"{args.folder} exists already: give a new folder.")
+        for name, folder in unpack(args.kept, args.folder).items():
+            print(f"{name}: {folder}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -23,6 +23,7 @@ PLANS = Path(__file__).with_name("plans")
 # By command what a stage continues from, and the option lists of those commands that are not recipes.
 NEEDS = {"benchmark": None, "pretrain": "benchmark", "export": "pretrain", "finetune": "export", "evaluate": "finetune"}
 RESERVED = ("logs", "lock", "kept")
+_CHOSEN = ("help", "data", "root", "output", "time_budget", "json", "milestones")  # by train.flagship, or by the epochs
 _CLICK: dict[str, click.Command] = {"finetune": finetune, "evaluate": evaluate}
 DTYPE = "float16"  # of the weights that a plan leaves, which are those that it measures
 
@@ -72,8 +73,11 @@ class Plan:
     stages: dict[str, Stage]
 
     def __post_init__(self) -> None:
+        named = re.fullmatch(r"\w+\.[\w.-]+", self.name, re.ASCII) is not None
+        require(named, f"name: {self.name!r} is not ARCHITECTURE.TAG, of letters, digits, dots, - and _")
         require(is_model(self.name.partition(".")[0]), f"name: timm has no architecture {self.name.partition('.')[0]!r}")
-        require(self.minutes > 0, f"minutes must be positive, got {self.minutes:g}")
+        require(0 < self.minutes < float("inf"), f"minutes must be a positive number, got {self.minutes:g}")
+        require(bool(self.stages), "stages are missing")
         total = sum(stage.share for stage in self.stages.values())
         require(total < 1 + 1e-9, f"the shares of the stages add up to {total:g}, more than 1")
         earlier: dict[str, Stage] = {}
@@ -82,9 +86,16 @@ class Plan:
             require(name not in RESERVED, f"stages.{name}: the name is taken by the plan's own files")
             if stage.of is not None:
                 wanted = NEEDS[stage.run]
-                fits = stage.of in earlier and earlier[stage.of].run == wanted
-                require(fits, f"stages.{name}: of is {stage.of!r}, expected an earlier stage that runs {wanted}")
+                require(stage.of in earlier, f"stages.{name}: of is {stage.of!r}, and no earlier stage is called so")
+                run = earlier[stage.of].run
+                require(
+                    run == wanted,
+                    f"stages.{name}: of is {stage.of!r}, which runs {run}; {stage.run} needs one that runs {wanted}",
+                )
             earlier[name] = stage
+        for stage in self.stages.values():
+            alike = [other for other, s in self.stages.items() if stage.run == s.run == "pretrain" and stage.of == s.of]
+            require(len(alike) < 2, f"stages {' and '.join(alike)} would train the same: a benchmark is for one pretraining")
         exports = [name for name, stage in self.stages.items() if stage.run == "export"]
         require(len(exports) <= 1, f"stages {' and '.join(exports)} are exports: a plan makes one encoder")
 
@@ -135,14 +146,15 @@ def load_plan(name: str, inputs: Inputs, *, rehearse: bool = False) -> Plan:
                 model = recipe(stage, inputs).model
                 require(model == plan.name.partition(".")[0], f"it makes a {model}, the plan's name is {plan.name}")
             elif stage.run in _CLICK:
+                for key in stage.settings:
+                    require(key.replace("-", "_") not in _CHOSEN, f"settings.{key} is not for a plan to set")
                 words = ["MODEL", "--data", plan.data, *options(stage)]
                 given = _CLICK[stage.run].make_context(stage.run, words).params
                 if stage.run == "finetune":
                     names = {f.name for f in fields(Settings)} - {"protocol", "preset"}
                     chosen = {key: value for key, value in given.items() if key in names and value is not None}
-                    require("milestones" not in chosen, "milestones follow from the epochs, which may be fewer: leave them out")
                     choose_settings(given["protocol"], given["preset"], data=plan.data, overrides=chosen)
-        except (ValueError, click.ClickException) as error:
+        except (ValueError, TypeError, click.ClickException) as error:
             message = error.format_message() if isinstance(error, click.ClickException) else str(error)
             if inputs.labels is None and "pseudo_labels.path" in message:
                 message += "; --labels FILE sets pseudo_labels.path"

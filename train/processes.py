@@ -98,13 +98,13 @@ def _reason(code: int, tail: list[str], log: Path) -> str:
     """Why a command failed, and what to do, from the last lines that it printed."""
     lines = [line for line in tail if line]
     errors = [line.partition(": ")[2] for line in lines if line.lower().startswith("error: ")]
-    if errors:
-        reason = errors[-1]
-    else:
-        reason = f"exit code {code}; its last line is {lines[-1]!r}" if lines else f"exit code {code} without a word"
-    hint = f"Type its command alone (it begins with $ in {log.name}) to look closer"
     if any("out of memory" in line.lower() for line in lines):
-        hint = "Lower its batch size in the plan, in a new folder"
+        reason = f"{(errors or lines)[-1].rstrip('.')}. Lower its batch size in the plan, in a new folder"
+    elif errors:
+        reason = errors[-1].rstrip(".")
     elif code == -9:
-        hint = "The system killed it, most likely for memory: free some, or lower its batch size"
-    return f"{reason.rstrip('.')}. {hint}; the same call tries it again."
+        reason = "The system killed it, most likely for memory: free some, or lower its batch size in the plan, in a new folder"
+    else:
+        last = f"its last line is {lines[-1]!r}" if lines else "it printed nothing"
+        reason = f"exit code {code}; {last}. To look closer, type its command alone (after the last $ in {log})"
+    return f"{reason}. The same call tries it again."

@@ -239,7 +239,7 @@ def read_yaml(name: str, folder: Path, what: str) -> dict[str, Any]:
         raise FileNotFoundError(f"No {what} {name!r}. Known: {', '.join(known)}; or give the path of a YAML file.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     require(isinstance(values, dict), f"{path} must hold `key: value` lines")
     return typing.cast(dict[str, Any], values)
@@ -295,11 +295,12 @@ def build(kind: Any, value: Any, path: str = "") -> Any:
         return tuple(build(k, v, path) for k, v in zip(kinds, value, strict=True))
     if origin is dict:
         require(isinstance(value, Mapping), f"{path} must be a group of settings, got {value!r}")
+        require(all(isinstance(key, str) for key in value), f"the keys of {path} must be text, got {list(value)}")
         return {key: build(args[1], v, _join(path, key)) for key, v in value.items()}
     if kind is float and isinstance(value, str | int | float) and not isinstance(value, bool):
         try:  # YAML leaves 8/255 and 1e-4 as text
             return float(Fraction(value)) if isinstance(value, str) else float(value)
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):
             pass
     elif type(value) is kind:
         return value

@@ -24,6 +24,8 @@ from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metri
 
 from advcl_hub.evaluation.results import hardware, versions
 from advcl_hub.files import check_writable, replacing, without_local_paths
+from advcl_hub.training.runlog import read_log
+from advcl_hub.training.state import load_state
 from advcl_hub.training.stop import duration
 from train.benchmark.report import Row, Section
 from train.benchmark.timing import Timing, clock, count_flops, matmul_rate, peak_memory, race
@@ -184,9 +186,36 @@ def step_flops(recipe: Recipe, trainer: Trainer) -> float:
     return count_flops(lambda: network(images, labels).total.backward()) * recipe.batch_size / few
 
 
+def fewer_epochs(folder: Path, share: float, spent: float) -> int | None:
+    """How many epochs of a finetuning fit into its share, when a first piece of it is done.
+
+    Args:
+        folder: of the finetuning.
+        share: seconds for all of it, starts of the process included.
+        spent: seconds that the first piece took, its start included.
+
+    Returns:
+        The number of epochs to begin anew with, or None if all epochs fit when it goes on.
+    """
+    records = [r for r in read_log(folder) if r.get("seconds")]
+    if not records:
+        return None
+    epochs = load_state(folder)[0]["facts"]["settings"]["epochs"]
+    first, last = records[0], records[-1]
+    if last["epoch"] > first["epoch"]:  # the first steps are slower: they choose algorithms
+        pace = (last["seconds"] - first["seconds"]) / (last["epoch"] - first["epoch"])
+    else:
+        pace = last["seconds"] / last["epoch"]
+    start_up = max(0.0, spent - last["seconds"])
+    left = share - spent - start_up
+    if pace * (epochs - last["epoch"]) <= left:
+        return None
+    return max(1, min(epochs - 1, int(left / pace)))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m train.trial", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m train.trial", description=__doc__.split("\n")[0].rstrip(":") + ".")
     parser.add_argument("recipe", help="name of a file in train/recipes, or a path")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
     parser.add_argument("--fit", type=duration, default=3600.0, metavar="TIME", help="say how many epochs fit: 90s, 9m, 2h")
@@ -199,14 +228,14 @@ def main(argv: list[str] | None = None) -> None:
         require(args.rounds >= 1, f"--rounds must be at least 1, got {args.rounds}.")
         check_writable(args.output)
         record = run(load_recipe(args.recipe, args.overrides), args.output, args.fit, args.rounds)
+        record["command"] = without_local_paths(f"python -m train.trial {shlex.join(argv)}")
+        args.output.mkdir(parents=True, exist_ok=True)
+        with replacing(args.output / TRIAL) as draft:
+            draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: a step does not fit into memory ({str(error).splitlines()[0]}): lower batch_size.")
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    record["command"] = without_local_paths(f"python -m train.trial {shlex.join(argv)}")
-    args.output.mkdir(parents=True, exist_ok=True)
-    with replacing(args.output / TRIAL) as draft:
-        draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def run(recipe: Recipe, folder: Path, seconds: float, rounds: int) -> dict[str, Any]:
@@ -223,13 +252,15 @@ def run(recipe: Recipe, folder: Path, seconds: float, rounds: int) -> dict[str, 
     for way in ways.values():
         for graph, spent in way.graphs:
             log.info("compiled in %5.1f s: graph %s", spent, graph)
-    fits = ", ".join(f"{name} {way.epochs(seconds, trainer.steps_per_epoch)}" for name, way in ways.items())
+    fits = [f"{name} {way.epochs(seconds, trainer.steps_per_epoch)}" for name, way in ways.items()]
+    fits += [] if recipe.speed.compile else ["compiled not measured (speed.compile is false)"]
     log.info(
-        "Into %.0f s fit so many epochs of %d steps: %s. Best: %s. (The trial took %.0f s.)",
-        seconds,
+        "Epochs of %d steps that fit into %.0f s: %s. Best: %s, %d epochs. (The trial took %.0f s.)",
         trainer.steps_per_epoch,
-        fits,
-        f"{chosen}, {epochs} epochs",
+        seconds,
+        ", ".join(fits),
+        chosen,
+        epochs,
         time.monotonic() - began,
     )
     return {

@@ -85,7 +85,7 @@ def _render(folder: Path, results: Mapping[str, Any], config: Mapping[str, Any],
         "recipe": json.dumps(made["recipe"], indent=2) if made else None,
         "limits": _limits(results, made),
         "files": results["sha256"],
-        "licence": _line(results.get("licence") or "Not stated."),
+        "licence": _line(results.get("licence") or "Not stated").rstrip(".") + ".",
         "citation": _ADVCL if is_advcl(results, made) else None,
     }
     data = metadata(title, results, config, evaluations, made)

@@ -84,9 +84,11 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     path = folder / LOG
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 

@@ -49,6 +49,9 @@ class StopRequest:
 def duration(text: str) -> float:
     """Seconds from `90s`, `9m` or `2h`; for argparse."""
     try:
-        return float(text[:-1]) * _UNITS[text[-1:]]
+        seconds = float(text[:-1]) * _UNITS[text[-1:]]
+        if not 0 <= seconds < float("inf"):
+            raise ValueError
+        return seconds
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90s, 9m or 2h") from None
