@@ -53,7 +53,7 @@ def test_warm_up_and_probes_keep_their_share_of_the_epochs() -> None:
         ({"stages": {"pretrain": {"settings": {"epochs": 1}}}}, "pretrain has no settings of its own"),
         (
             {"stages": {"slf": {"of": "pretrain"}}},
-            "stages.slf: of is 'pretrain', which runs pretrain; finetune needs export",
+            "stages.slf: of is 'pretrain', which runs pretrain; finetune needs one that runs export",
         ),
         ({"stages": {"slf": {"of": "encodr"}}}, "stages.slf: of is 'encodr', and no earlier stage is called so"),
         ({"stages": {"slf": {"run": "fine-tune"}}}, "stages.slf: run must be one of benchmark, pretrain, export"),
@@ -78,7 +78,7 @@ def test_warm_up_and_probes_keep_their_share_of_the_epochs() -> None:
         ({"name": "resnet8_cifar"}, "name: 'resnet8_cifar' is not ARCHITECTURE.TAG"),
         ({"name": "resnet8_cifar.my tag/x"}, "is not ARCHITECTURE.TAG"),
         ({"name": "resnet8.tiny"}, "timm has no architecture 'resnet8'"),
-        ({"minutes": 0}, "minutes must be positive"),
+        ({"minutes": 0}, "minutes must be a positive number"),
         ({"minutes": "many"}, "minutes must be float, got 'many'"),
         ({"data": ...}, "data is missing"),
     ],
