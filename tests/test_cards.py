@@ -167,7 +167,7 @@ DATA = json.loads(RELEASED.read_text())["releases"]
 
 def test_cards_and_the_readme_are_not_stale() -> None:
     for path, text in release.cards().items():
-        assert path.read_text() == text, f"{path.name} is stale: python model_cards/release.py"
+        assert path.read_text() == text, f"{path.name} is stale: python -m model_cards.release"
     folders = {path.name for path in release.CARDS.iterdir() if path.is_dir() and path.name not in ("__pycache__", "weights")}
     assert folders == set(DATA) >= {path.name for path in BUNDLED.glob("*")}
 
