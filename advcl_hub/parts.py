@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,6 +35,8 @@ def split(folders: Mapping[str, Path], target: Path, limit: int = LIMIT) -> dict
         ValueError: a single tensor is larger than a file may be, or a file of weights is damaged.
         OSError: a file cannot be read or written.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards  # every start of the library would wait for it
+
     target.mkdir(parents=True, exist_ok=True)
     whole: dict[str, dict[str, Tensor]] = {}
     parts: dict[str, list[str]] = {}
