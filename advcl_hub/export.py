@@ -74,7 +74,7 @@ def export_folder(
         _save_golden(exported, draft / GOLDEN)
         sha256 = {name: file_sha256(draft / name) for name in CHECKED}
         record = {**without_local_paths(results), "dtype": dtype, "sha256": sha256}
-        (draft / RESULTS).write_text(json.dumps(record, indent=2) + "\n")
+        (draft / RESULTS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -94,7 +94,7 @@ def export_again(source: str | Path, folder: str | Path, *, dtype: str) -> Path:
     if source.resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
         raise ValueError(f"{folder} would replace {source}, or lie inside it: choose another folder.")
     verify_folder(source)
-    results, config = (json.loads((source / name).read_text()) for name in (RESULTS, CONFIG))
+    results, config = (json.loads((source / name).read_text(encoding="utf-8")) for name in (RESULTS, CONFIG))
     earlier = {"dtype": results.get("dtype"), "sha256": results["sha256"][WEIGHTS]}
     kept = {key: value for key, value in results.items() if key not in ("dtype", "sha256", "evaluations")}
     again = export_folder(
@@ -148,7 +148,7 @@ def verify_folder(folder: str | Path) -> float:
 
 def _recorded_sha256(folder: Path) -> dict[str, str]:
     try:
-        recorded = json.loads((folder / RESULTS).read_text())["sha256"]
+        recorded = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["sha256"]
         return {name: recorded[name] for name in CHECKED}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'results.json'} is damaged ({error!r}): copy it again.") from None
@@ -173,14 +173,14 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _correct_pool_size(model: nn.Module, path: Path) -> None:
     """timm's cfg has the size of the last feature map for images of the architecture's usual size; ours may have others."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     cfg = config["pretrained_cfg"]
     if cfg.get("pool_size"):
         with torch.no_grad():
             features = model.forward_features(torch.zeros(1, *cfg["input_size"]))  # type: ignore[operator]
         if features.ndim == 4 and str(getattr(model, "output_fmt", "NCHW")) == "NCHW":
             cfg["pool_size"] = list(features.shape[-2:])
-            path.write_text(json.dumps(config, indent=2) + "\n")
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_golden(model: nn.Module, path: Path) -> None:

@@ -139,7 +139,7 @@ def load_releases(path: Path = RELEASED) -> list[Release]:
     Raises:
         ValueError: the file is damaged; the entry is named.
     """
-    data, found = json.loads(path.read_text()), []
+    data, found = json.loads(path.read_text(encoding="utf-8")), []
     for name, entry in data["releases"].items():
         try:
             if entry["config"]["architecture"] != name.partition(".")[0]:
@@ -224,8 +224,8 @@ def open_source(source: str | Path, name: str | None = None, *, cache_dir: str |
         else:
             results_file = None
     try:
-        config = json.loads(config_file.read_text())
-        results = json.loads(results_file.read_text()) if results_file else {}
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        results = json.loads(results_file.read_text(encoding="utf-8")) if results_file else {}
         files = {file: {"sha256": sha256} for file, sha256 in results.get("sha256", {}).items()}
         facts = {"own": True, "head": head_of(results, config)}
         return Release(name or config["architecture"], config, files, hub_id, revision, folder, facts)

@@ -82,7 +82,7 @@ def cards() -> dict[Path, str]:
     """By path the text of every card, and of the README with its table, as they should be."""
     found = load_releases(RELEASED)
     texts = {CARDS / r.name / "README.md": card(source(r), r.name, r.name) for r in found}
-    before, _, rest = README.read_text().partition(_MARKS[0])
+    before, _, rest = README.read_text(encoding="utf-8").partition(_MARKS[0])
     after = rest.partition(_MARKS[1])[2]
     return {**texts, README: f"{before}{_MARKS[0]}{table(found)}{_MARKS[1]}{after}"}
 
@@ -109,7 +109,8 @@ def pushed(hub: str, folder: Path) -> dict[str, str]:
     if open_source(f"hf-hub:{hub}").files[WEIGHTS]["sha256"] != file_sha256(folder / WEIGHTS):
         raise ValueError(f"{hub} has other weights than {folder}.")
     verify(hub)
-    return {"hub_id": repository.removeprefix(f"{json.loads(RELEASED.read_text())['organisation']}/"), "revision": commit}
+    ours = json.loads(RELEASED.read_text(encoding="utf-8"))["organisation"]
+    return {"hub_id": repository.removeprefix(f"{ours}/"), "revision": commit}
 
 
 def release(
@@ -126,7 +127,7 @@ def release(
     Raises:
         ValueError: another architecture, other weights that would be replaced, or the Hub has other weights at that commit.
     """
-    data = json.loads(RELEASED.read_text())
+    data = json.loads(RELEASED.read_text(encoding="utf-8"))
     for name, folder in folders.items():
         if not re.fullmatch(r"\w+\.[\w.-]+", name, re.ASCII):
             raise ValueError(f"{name!r} is no name of a release: ARCHITECTURE.TAG, of letters, digits, dots, - and _.")
@@ -161,7 +162,7 @@ def release(
         add_to_results(home)  # an older export may name local paths
         data["releases"][name] = entry(folder, where, robustbench=robustbench)
     with replacing(RELEASED) as draft:
-        draft.write_text(json.dumps(data, indent=2) + "\n")
+        draft.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     for part in before - _parts(data):  # of weights that were replaced, or pushed
         (CHECKOUT / part).unlink(missing_ok=True)
 
@@ -231,7 +232,7 @@ def main() -> None:
         for path, text in cards().items():
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as draft:
-                draft.write_text(text)
+                draft.write_text(text, encoding="utf-8")
             print(path.relative_to(ROOT))
         for found in load_releases(RELEASED):
             if found.folder and (found.folder / PICTURE).is_file():

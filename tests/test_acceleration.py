@@ -339,7 +339,7 @@ def test_records_from_before_it_could_compile_stand(tmp_path: Path) -> None:
     model = TinyNet()
     data, protocol = labelled_by(model, 5), Protocol(steps=1, check_images=0)
     first = evaluate(model, data, protocol, output=tmp_path, progress=False)
-    assert "compile" not in json.loads((tmp_path / "results.json").read_text())["protocol"]  # as it was then
+    assert "compile" not in json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["protocol"]  # as it was then
     with pytest.warns(UserWarning, match="nothing was measured again"):
         assert evaluate(model, data, protocol, output=tmp_path) == first
     with pytest.raises(ValueError, match="another protocol"):

@@ -150,7 +150,7 @@ def test_the_command_leaves_tables_figures_and_a_picture(tmp_path: Path, capsys:
     main([*arguments, "--only", "contrastive", "evaluation", "probe", "--output", str(tmp_path)])
     shown = capsys.readouterr()
     assert "## Contrastive loss" in shown.out and "evaluation: left out, it needs CIFAR-10: --root DATA" in shown.out
-    record = json.loads((tmp_path / "results.json").read_text())
+    record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert [s["name"] for s in record["sections"]] == ["contrastive", "probe"]
     assert record["command"].startswith("python -m train.benchmark --model resnet8_cifar")
     assert {"hardware", "versions", "date"} <= set(record)

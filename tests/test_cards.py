@@ -36,13 +36,13 @@ def copies(made: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
 
 
 def evaluation_record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / RESULTS).read_text())
+    return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
 
 
 def test_the_figures_of_an_evaluation_reach_card_and_metadata(copies: dict[str, Path]) -> None:
     folder = copies["classifier"]
     add_to_results(folder, [copies["evaluation"]], ["Digits are easy."], "cc-by-4.0")
-    text = write_card(folder, "acme/digits", "hf-hub:acme/digits").read_text()
+    text = write_card(folder, "acme/digits", "hf-hub:acme/digits").read_text(encoding="utf-8")
     record = evaluation_record(copies["evaluation"])
     for key in ("standard", "pgd", "autoattack"):
         assert f"{100 * record['accuracy'][key]['value']:.2f} [" in text
@@ -88,7 +88,7 @@ def test_adding_twice_changes_nothing_and_a_repetition_replaces(copies: dict[str
     assert add_to_results(folder, [copies["evaluation"]], ["A note."]) == first
     record = evaluation_record(copies["evaluation"])
     record["accuracy"]["standard"]["value"] = 0.5
-    (copies["evaluation"] / RESULTS).write_text(json.dumps(record))
+    (copies["evaluation"] / RESULTS).write_text(json.dumps(record), encoding="utf-8")
     assert [e["accuracy"]["standard"]["value"] for e in add_to_results(folder, [copies["evaluation"]])["evaluations"]] == [0.5]
 
 
@@ -99,7 +99,7 @@ def test_no_more_is_claimed_than_is_known(copies: dict[str, Path]) -> None:
     record = evaluation_record(copies["evaluation"])
     record["accuracy"] = {"standard": record["accuracy"]["standard"]}
     record["protocol"]["precision"] = "bfloat16"
-    (copies["evaluation"] / RESULTS).write_text(json.dumps(record))
+    (copies["evaluation"] / RESULTS).write_text(json.dumps(record), encoding="utf-8")
     add_to_results(copies["classifier"], [copies["evaluation"], copies["evaluation"]])
     text = card(copies["classifier"])
     assert "Measured against an attacker" not in text and "model-index" not in text
@@ -109,7 +109,7 @@ def test_no_more_is_claimed_than_is_known(copies: dict[str, Path]) -> None:
 def test_what_people_type_stays_text(copies: dict[str, Path]) -> None:
     folder = copies["encoder"]
     results = evaluation_record(folder) | {"origin": "a\n---\n# b {{ 7 * 7 }}", "notes": ["x\n\n## y", "</script>, /a/b | c"]}
-    (folder / RESULTS).write_text(json.dumps(results))
+    (folder / RESULTS).write_text(json.dumps(results), encoding="utf-8")
     text = card(folder, "title\n---\nname: x")
     assert "converted from a --- # b {{ 7 * 7 }}." in text and "\n- x ## y\n- &lt;/script>, /a/b / c\n" in text
     assert "\n# title --- name: x\n" in text and ModelCard(text).data.to_dict()["library_name"] == "timm"
@@ -117,7 +117,7 @@ def test_what_people_type_stays_text(copies: dict[str, Path]) -> None:
 
 def test_warnings_of_an_evaluation_stand_in_the_card(copies: dict[str, Path]) -> None:
     record = evaluation_record(copies["evaluation"]) | {"warnings": ["gradients are masked."]}
-    (copies["evaluation"] / RESULTS).write_text(json.dumps(record))
+    (copies["evaluation"] / RESULTS).write_text(json.dumps(record), encoding="utf-8")
     add_to_results(copies["classifier"], [copies["evaluation"]])
     assert "> **Warning.** this model: gradients are masked." in card(copies["classifier"])
 
@@ -142,7 +142,7 @@ def test_pretraining_is_told_with_its_pseudo_labels(copies: dict[str, Path]) -> 
             "hardware": {"device": "cpu, 1 threads"},
         },
     }
-    (folder / RESULTS).write_text(json.dumps(results))
+    (folder / RESULTS).write_text(json.dumps(results), encoding="utf-8")
     text = card(folder)
     assert "pretrained with AdvCL on parquet:cifar10 without its labels" in text and "keep adversarial robustness" in text
     assert "not learning from scratch" in text and "stopped before the end of its schedule" in text
@@ -155,19 +155,19 @@ def test_what_is_no_export_is_refused(content: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no results\.json"):
         card(tmp_path)
     for name in (RESULTS, "config.json"):
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"damaged|names no sha256"):
         card(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------- released weights
 
-DATA = json.loads(RELEASED.read_text())["releases"]
+DATA = json.loads(RELEASED.read_text(encoding="utf-8"))["releases"]
 
 
 def test_cards_and_the_readme_are_not_stale() -> None:
     for path, text in release.cards().items():
-        assert path.read_text() == text, f"{path.name} is stale: python -m model_cards.release"
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is stale: python -m model_cards.release"
     folders = {path.name for path in release.CARDS.iterdir() if path.is_dir() and path.name not in ("__pycache__", "weights")}
     assert folders == set(DATA) >= {path.name for path in BUNDLED.glob("*")}
 
@@ -186,7 +186,7 @@ def test_released_json_says_what_the_folder_says(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", DATA)
 def test_released_cards_are_complete(name: str) -> None:
-    text = (release.CARDS / name / "README.md").read_text()
+    text = (release.CARDS / name / "README.md").read_text(encoding="utf-8")
     data, errors = read_card(text.encode())[:2]
     assert not errors and data == yaml.safe_load(text.split("---\n")[1]) and data["model-index"]
     assert PICTURE in text and (release.CARDS / name / PICTURE).is_file()

@@ -254,7 +254,7 @@ def test_the_record_says_what_was_done(tmp_path: Path) -> None:
     network = acl_finetuned()
     file = save(tmp_path, {"state_dict": network.state_dict(), "optim": {}})
     done = convert(file, tmp_path / "folder", origin="somebody's ACL", dtype="float16")
-    written = json.loads((done.folder / "results.json").read_text())
+    written = json.loads((done.folder / "results.json").read_text(encoding="utf-8"))
     assert {key: written[key] for key in done.record} == done.record
     assert (written["file"], written["file_sha256"]) == ("model.pt", file_sha256(file))
     assert (written["entry"], written["other_entries"], written["notes"]) == ("state_dict", ["optim"], [])

@@ -178,10 +178,10 @@ def test_files_without_a_network(tmp_path: Path, content: Any, found: str) -> No
 
 def test_a_folder_of_something_else_stays(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    (tmp_path / "mine" / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="not an earlier export"):
         convert(save(tmp_path, acl().state_dict()), tmp_path / "mine")
-    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "mine" / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize(

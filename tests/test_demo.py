@@ -17,7 +17,7 @@ TINY = ("epochs=1", "optimizer.warmup_epochs=0", "judge.every=0", "attack.steps=
 def demo(output: Path) -> str:
     command = [sys.executable, "-m", "train.demo", *TINY, f"pseudo_labels.cache={output / 'labels'}", "--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -30,7 +30,7 @@ def test_the_demo_from_digits_to_a_robustness_table(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 0, name
     model = timm.create_model(f"local-dir:{tmp_path / 'classifier'}", pretrained=True)
     assert model.num_classes == 10
-    figures = json.loads((tmp_path / "classifier" / "results.json").read_text())["figures"]["test"]
+    figures = json.loads((tmp_path / "classifier" / "results.json").read_text(encoding="utf-8"))["figures"]["test"]
     assert figures["images"] == 359 and 0 <= figures["robust"] <= figures["standard"] <= 1
 
     again = demo(tmp_path)

@@ -60,5 +60,5 @@ def test_names(tmp_path: Any) -> None:
     assert split_revision("hf-hub:acme/m@v1") == ("acme/m", "v1") and split_revision("acme/m") == ("acme/m", None)
     file = tmp_path / "models--acme--m" / "snapshots" / "abc" / "config.json"
     file.parent.mkdir(parents=True)
-    file.write_text("{}")
+    file.write_text("{}", encoding="utf-8")
     assert commit_of(file) == "abc" and file_sha256(file).startswith("44136fa3")

@@ -59,10 +59,11 @@ def start(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
         command,
         stdout=pipe,
         stderr=pipe,
-        text=True,
         env=environment,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit it as ignored
+        encoding="utf-8",
+        # A shell's background jobs inherit it as ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -74,8 +75,8 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 def what_was_measured(folder: Path) -> tuple[str, dict[str, Any]]:
     """images.csv and results.json without what differs from run to run."""
-    record = json.loads((folder / "results.json").read_text())
-    return (folder / "images.csv").read_text(), {
+    record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return (folder / "images.csv").read_text(encoding="utf-8"), {
         k: v for k, v in record.items() if k not in ("seconds", "date", "command", "hardware")
     }
 
@@ -91,7 +92,7 @@ def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_the_folder_and_the_table(model: Path, uninterrupted: Path) -> None:
     left = {path.name for path in uninterrupted.iterdir()}
     assert left == {"results.json", "images.csv", "report.md", "curves.png", "per_class.png", "examples.png"}
-    record = json.loads((uninterrupted / "results.json").read_text())
+    record = json.loads((uninterrupted / "results.json").read_text(encoding="utf-8"))
     assert record["data"] | {"sha256": None} == {
         "name": "fake:60",
         "split": "test",
@@ -120,7 +121,7 @@ def test_asked_again_it_answers_from_the_folder_and_overwrites_nothing(model: Pa
 
 def wait_for_units(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
-    while sum(path.read_text().count('"unit"') for path in folder.glob("unfinished/*.jsonl")) < count:
+    while sum(path.read_text(encoding="utf-8").count('"unit"') for path in folder.glob("unfinished/*.jsonl")) < count:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
 
@@ -143,7 +144,7 @@ def test_after_kills_it_ends_as_if_nothing_had_happened(model: Path, uninterrupt
         process.communicate()
         assert not (output / "results.json").exists()
     for path in output.glob("unfinished/*.jsonl"):
-        path.write_text(path.read_text()[:-9])  # cut short in the middle of a line
+        path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")  # cut short in the middle of a line
     refused = run("evaluate", model, *ATTACKED, "--seed", "1", "--output", output)
     assert refused.exit_code == 1 and "unfinished evaluation with another protocol" in refused.output
     finish(start(model, *ATTACKED, "--output", output))
@@ -163,7 +164,7 @@ def test_two_processes_share_the_images_and_say_it_once(model: Path, uninterrupt
     said = finish(start(model, *ATTACKED, "--output", tmp_path / "e", processes=2))
     assert said.count("PGD-20") == 2  # the header and the line below the table
     assert what_was_measured(tmp_path / "e") == what_was_measured(uninterrupted)
-    assert json.loads((tmp_path / "e" / "results.json").read_text())["hardware"]["processes"] == 2
+    assert json.loads((tmp_path / "e" / "results.json").read_text(encoding="utf-8"))["hardware"]["processes"] == 2
 
 
 SCRIPT = """
@@ -175,11 +176,11 @@ sys.stdout.write(f"figures {Processes.current().count} {result.standard} {result
 
 
 def test_a_script_under_torchrun_shares_the_images_too(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, str(tmp_path / "script.py"), str(model), str(tmp_path / "e")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     alone = evaluate(model, "fake:60", Protocol(eps=1 / 255, check_images=0), progress=False)
     assert done.stdout.count(f"figures 2 {alone.standard} {alone.robust}") == 2
@@ -271,9 +272,9 @@ def test_a_model_of_the_hub_brings_its_provenance(model: Path, tmp_path: Path) -
         environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
         arguments = ["hf-hub:org/probe@main", *DATA, "--steps", "0", "--output", str(tmp_path / "e")]
         command = [sys.executable, "-m", "advcl_hub.cli", "evaluate", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "e" / "results.json").read_text())
+    record = json.loads((tmp_path / "e" / "results.json").read_text(encoding="utf-8"))
     assert record["model"]["provenance"]["provenance"]["pseudo_labels"] == {"encoder": "some_encoder"}
     local = run("evaluate", model, *DATA, "--steps", "0", "--json", "--output", tmp_path / "f")
     assert json.loads(local.output)["accuracy"] == record["accuracy"]
@@ -293,14 +294,16 @@ def test_no_network_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "{}", '{"kind": "encoder"}', "[]"])
 def test_report_refuses_what_is_no_evaluation(tmp_path: Path, content: str) -> None:
     assert "has no results.json" in run("report", tmp_path).output
-    (tmp_path / "results.json").write_text(content)
+    (tmp_path / "results.json").write_text(content, encoding="utf-8")
     result = run("report", tmp_path)
     assert result.exit_code == 1 and "is not the result of an evaluation" in result.output
 
 
 def test_help_names_every_option_and_imports_no_more_than_it_needs() -> None:
     code = "import sys; from advcl_hub import cli; print(sorted({'matplotlib', 'pyautoattack'} & set(sys.modules)))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, encoding="utf-8"
+    ).stdout
     assert loaded.strip() == "[]"
     for command in ("evaluate", "report"):
         assert run(command, "--help").exit_code == 0

@@ -61,7 +61,7 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"sha256": {}}'])
 def test_a_damaged_record_and_missing_files_are_named(tmp_path: Path, content: str) -> None:
     folder = export_folder(model(), tmp_path / "e", results={})
-    (folder / "results.json").write_text(content)
+    (folder / "results.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"results\.json is damaged"):
         verify_folder(folder)
     (folder / "config.json").unlink()
@@ -74,12 +74,12 @@ def test_other_behaviour_with_the_right_weights_is_found(tmp_path: Path) -> None
     for parameter in encoder.parameters():
         parameter.data *= 5  # as they are drawn, attention hardly matters
     folder = export_folder(encoder, tmp_path / "e", results={}, model_args=VIT)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["model_args"]["num_heads"] = 4
-    (folder / "config.json").write_text(json.dumps(config))
-    results = json.loads((folder / "results.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     results["sha256"]["config.json"] = file_sha256(folder / "config.json")
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     with pytest.raises(ValueError, match="computes something else"):
         verify_folder(folder)
 
@@ -87,13 +87,13 @@ def test_other_behaviour_with_the_right_weights_is_found(tmp_path: Path) -> None
 def test_replaces_an_earlier_export_and_leaves_other_folders_alone(tmp_path: Path) -> None:
     folder = export_folder(model(), tmp_path / "e", results={"run": 1})
     export_folder(model(), folder, results={"run": 2}, label_names=())
-    assert json.loads((folder / "results.json").read_text())["run"] == 2
+    assert json.loads((folder / "results.json").read_text(encoding="utf-8"))["run"] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["e"]
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    (tmp_path / "mine" / "thesis.txt").write_text("precious", encoding="utf-8")
     with pytest.raises(ValueError, match="not an earlier export"):
         export_folder(model(), tmp_path / "mine", results={})
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    assert (tmp_path / "mine" / "thesis.txt").read_text(encoding="utf-8") == "precious"
     with pytest.raises(ValueError, match="dtype must be one of"):
         export_folder(model(), tmp_path / "x", results={}, dtype="int8")
 
@@ -120,7 +120,7 @@ def test_a_failure_halfway_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         export_folder(model(), folder, results={"run": object()})
     assert [p.name for p in tmp_path.iterdir()] == ["e"]
-    assert json.loads((folder / "results.json").read_text())["run"] == 1
+    assert json.loads((folder / "results.json").read_text(encoding="utf-8"))["run"] == 1
 
 
 def test_a_failed_swap_puts_the_earlier_export_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_a_failed_swap_puts_the_earlier_export_back(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="no space"):
         export_folder(model(), folder, results={"run": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["e"]
-    assert json.loads((folder / "results.json").read_text())["run"] == 1
+    assert json.loads((folder / "results.json").read_text(encoding="utf-8"))["run"] == 1
 
 
 def test_a_model_that_still_has_branches_is_not_exported(tmp_path: Path) -> None:
@@ -150,23 +150,23 @@ def test_a_model_that_still_has_branches_is_not_exported(tmp_path: Path) -> None
 def test_the_given_model_args_are_recorded_without_none(tmp_path: Path) -> None:
     given = {"drop_path_rate": 0.25, "output_stride": None}  # not those the model was made with, which timm may add itself
     folder = export_folder(model(), tmp_path / "e", results={}, model_args=given)
-    recorded = json.loads((folder / "config.json").read_text())["model_args"]
+    recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_args"]
     assert recorded["drop_path_rate"] == 0.25 and "output_stride" not in recorded
 
 
 def test_class_names_go_with_a_classifier(tmp_path: Path) -> None:
     classifier = timm.create_model("resnet8_cifar", num_classes=2).eval()
     folder = export_folder(classifier, tmp_path / "e", results={}, label_names=("cat", "dog"))
-    assert json.loads((folder / "config.json").read_text())["label_names"] == ["cat", "dog"]
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["label_names"] == ["cat", "dog"]
     assert load_folder(folder).num_classes == 2
 
 
 def test_foreign_files_in_an_earlier_export_are_not_deleted(tmp_path: Path) -> None:
     folder = export_folder(model(), tmp_path / "e", results={})
-    (folder / "thesis.txt").write_text("precious")
+    (folder / "thesis.txt").write_text("precious", encoding="utf-8")
     with pytest.raises(ValueError, match="not an earlier export"):
         export_folder(model(), folder, results={})
-    assert (folder / "thesis.txt").read_text() == "precious"
+    assert (folder / "thesis.txt").read_text(encoding="utf-8") == "precious"
 
 
 def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:

@@ -9,21 +9,21 @@ from advcl_hub.files import check_writable, replacing, without_local_paths
 
 def test_the_earlier_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_text("earlier")
+    path.write_text("earlier", encoding="utf-8")
     with pytest.raises(KeyError), replacing(path) as draft:
-        draft.write_text("half")
+        draft.write_text("half", encoding="utf-8")
         raise KeyError
-    assert path.read_text() == "earlier"
+    assert path.read_text(encoding="utf-8") == "earlier"
     with replacing(path) as draft:
-        draft.write_text("new")
-        assert path.read_text() == "earlier" and draft.suffix == ".txt"
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+        draft.write_text("new", encoding="utf-8")
+        assert path.read_text(encoding="utf-8") == "earlier" and draft.suffix == ".txt"
+    assert path.read_text(encoding="utf-8") == "new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     message = r"a\.txt could not be written: .*What was there before is untouched"
     with pytest.raises(OSError, match=message), replacing(tmp_path / "absent" / "a.txt") as draft:
-        draft.write_text("x")
+        draft.write_text("x", encoding="utf-8")
 
 
 def test_a_folder_is_tried_without_a_trace(tmp_path: Path) -> None:

@@ -230,10 +230,10 @@ def test_an_unfinished_run_of_something_else_is_refused(run: Callable[..., Finet
 
 def test_a_folder_of_something_else_is_not_replaced(run: Callable[..., Finetuned], tmp_path: Path) -> None:
     (tmp_path / "run" / "classifier").mkdir(parents=True)
-    (tmp_path / "run" / "classifier" / "thesis.tex").write_text("years of work")
+    (tmp_path / "run" / "classifier" / "thesis.tex").write_text("years of work", encoding="utf-8")
     with pytest.raises(ValueError, match="exists and is not an earlier export"):
         run("slf")
-    assert (tmp_path / "run" / "classifier" / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "run" / "classifier" / "thesis.tex").read_text(encoding="utf-8") == "years of work"
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["classifier"], "said before any training"
 
 
@@ -320,14 +320,14 @@ def test_another_size_than_the_encoders_own(run: Callable[..., Finetuned], reque
     assert tuned.record["data"]["shape"] == [3, 24, 24] and tuned.load().pretrained_cfg["input_size"] == (3, 24, 24)
     with torch.no_grad():
         assert tuned.load()(torch.rand(2, 3, 24, 24)).shape == (2, 10)
-    config = json.loads((tuned.folder / "config.json").read_text())
+    config = json.loads((tuned.folder / "config.json").read_text(encoding="utf-8"))
     assert config["model_args"].get("img_size", 24) in (24, [24, 24])
 
 
 def test_own_images_in_folders(run: Callable[..., Finetuned], pets: Path) -> None:
     tuned = run("slf", f"folder:{pets}", batch_size=4)
     assert tuned.record["data"]["classes"] == ["cat", "dog"] and tuned.record["data"]["name"] == "folder:pets"
-    assert json.loads((tuned.folder / "config.json").read_text())["label_names"] == ["cat", "dog"]
+    assert json.loads((tuned.folder / "config.json").read_text(encoding="utf-8"))["label_names"] == ["cat", "dog"]
 
 
 def test_few_steps_are_warned_of(run: Callable[..., Finetuned], resnet: Path, tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ def start(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit it as ignored
+        encoding="utf-8",
+        # A shell's background jobs inherit it as ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -108,7 +110,7 @@ def test_two_processes_equal_one(
         said = finish(start(*arguments, "--output", tmp_path / str(count), processes=count))
         assert said.count("Use it:") == 1, "one process speaks"
         results.append(weights(tmp_path / str(count)))
-    record = json.loads((tmp_path / "2" / "classifier" / "results.json").read_text())
+    record = json.loads((tmp_path / "2" / "classifier" / "results.json").read_text(encoding="utf-8"))
     assert record["places"][0]["hardware"]["processes"] == 2 and record["step"] == (6 if "none" in options else 10)
     for key, value in results[0].items():
         torch.testing.assert_close(results[1][key], value, rtol=1e-3, atol=2e-5)
@@ -155,7 +157,7 @@ def test_the_presets_are_listed() -> None:
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_work(resnet: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     result = invoke("finetune", resnet, *QUICK, "--output", tmp_path / "file" / "run")
     assert result.exit_code == 1 and "cannot be written" in result.stderr
 
@@ -175,9 +177,9 @@ def test_an_encoder_of_the_hub(vit: Path, tmp_path: Path) -> None:
             "--output",
             str(tmp_path / "run"),
         ]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads((tmp_path / "run" / "classifier" / "results.json").read_text())
+    record = json.loads((tmp_path / "run" / "classifier" / "results.json").read_text(encoding="utf-8"))
     assert record["encoder"]["name"] == "hf-hub:org/vit" and record["encoder"]["provenance"]["kind"] == "encoder"
     found, encoder = weights(tmp_path / "run"), load_folder(vit).state_dict()
     assert found["pos_embed"].shape == (1, 17, 16) and torch.equal(found["pos_embed"], encoder["pos_embed"])

@@ -31,7 +31,14 @@ def call(*arguments: object, code: int = 0) -> str:
     """What the command says."""
     command = [sys.executable, "-m", "train.flagship", *map(str, arguments)]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1500
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1500,
+        encoding="utf-8",
     )
     assert done.returncode == code, done.stdout[-4000:]
     return done.stdout
@@ -50,7 +57,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def models(output: Path) -> dict[str, Path]:
     """The exported folders; a classifier's name tells if its epochs were shortened to its share."""
-    stages = json.loads((output / kept.PLAN).read_text())["stages"]
+    stages = json.loads((output / kept.PLAN).read_text(encoding="utf-8"))["stages"]
     shortened = {name: f"-{stages[name]['epochs']}ep" if stages[name]["epochs"] else "" for name in ("slf", "aff")}
     return {"encoder": output / "encoder"} | {n: output / f"{n}{end}" / "float16" for n, end in shortened.items()}
 
@@ -67,9 +74,9 @@ def test_a_rehearsal_does_every_stage_and_says_what_came_out(rehearsed: tuple[Pa
     assert "of the matrix rate" in table[2][-1] and "epochs fit" in table[2][-1]
     assert "SA " in table[-1][-1] and "PGD " in table[-1][-1] and "20 images" in table[-1][-1]
     assert "Rehearsed: every stage works here." in said and "release" not in said
-    trial = json.loads((output / "benchmark" / "trial.json").read_text())
-    record = json.loads((output / "pretrain" / "export" / RESULTS).read_text())
-    chosen = json.loads((output / kept.PLAN).read_text())["stages"]["pretrain"]
+    trial = json.loads((output / "benchmark" / "trial.json").read_text(encoding="utf-8"))
+    record = json.loads((output / "pretrain" / "export" / RESULTS).read_text(encoding="utf-8"))
+    chosen = json.loads((output / kept.PLAN).read_text(encoding="utf-8"))["stages"]["pretrain"]
     assert record["finished"] and record["recipe"]["epochs"] == chosen["epochs"] == max(1, trial["epochs"])
     assert record["recipe"]["speed"]["compile"] == chosen["compiled"] == (trial["chosen"] == "compiled")
     assert record["recipe"]["attack"]["steps"] == 3 and record["recipe"]["model_kwargs"]["zero_init_last"] is False
@@ -80,7 +87,7 @@ def test_a_rehearsal_does_every_stage_and_says_what_came_out(rehearsed: tuple[Pa
     for way in trial["ways"].values():
         assert way["images_per_second"] > 0 and way["share_of_matrix_rate"] > 0
         assert way["data_and_views_share"] * way["seconds"][0] == pytest.approx(trial["data_and_views_seconds"])
-    figures = json.loads((output / "aff_figures" / RESULTS).read_text())
+    figures = json.loads((output / "aff_figures" / RESULTS).read_text(encoding="utf-8"))
     assert (
         figures["model"]["provenance"]["encoder"]["provenance"]["dtype"] == figures["model"]["provenance"]["dtype"] == "float16"
     )
@@ -120,7 +127,7 @@ def test_a_rehearsed_plan_is_released_by_name(rehearsed: tuple[Path, str], tmp_p
     def python(program: str, *arguments: object) -> str:
         command = [sys.executable, "-c", program, *map(str, arguments)]
         env = environment() | {"PYTHONPATH": str(checkout), "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=300, encoding="utf-8")
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
@@ -130,10 +137,10 @@ def test_a_rehearsed_plan_is_released_by_name(rehearsed: tuple[Path, str], tmp_p
     assert all(f"model_cards/{name}/README.md" in said for name in names)
     parts = {path.name for path in (checkout / "model_cards" / "weights").glob("*.safetensors")}
     assert {part.rpartition("-")[0] for part in parts} == set(names) and len(parts) == 3
-    card = (checkout / "model_cards" / names[0] / "README.md").read_text()
+    card = (checkout / "model_cards" / names[0] / "README.md").read_text(encoding="utf-8")
     assert "linear head on the frozen encoder (SLF)" in card and "adversarial full finetuning (AFF)" in card
     assert "A try." in card
-    readme = (checkout / "README.md").read_text()
+    readme = (checkout / "README.md").read_text(encoding="utf-8")
     assert all(f"[`{name}`]" in readme for name in names)
     program = (
         "import sys, torch, timm, advcl_hub\n"
@@ -168,6 +175,7 @@ def start(*arguments: object) -> "subprocess.Popen[str]":
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        encoding="utf-8",
     )
 
 
@@ -177,13 +185,13 @@ def measured(plan: Path, output: Path, epochs: int) -> None:
     (output / "benchmark").mkdir()
     way = {"images_per_second": 1.0, "share_of_matrix_rate": 0.1}
     record = {"chosen": "eager", "epochs": epochs, "ways": {"eager": way}, "fit_seconds": 1.0}
-    (output / "benchmark" / "trial.json").write_text(json.dumps(record))
+    (output / "benchmark" / "trial.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def wait_until_free(output: Path) -> None:
     """Until the system has ended what was killed."""
     for _ in range(600):
-        with (output / "lock").open("a") as file:
+        with (output / "lock").open("a", encoding="utf-8") as file:
             if lock(file):
                 return
         time.sleep(0.1)
@@ -200,7 +208,9 @@ def test_killed_within_a_stage_it_goes_on(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     wait_until_free(output)
-    (output / "benchmark" / "trial.json").write_text((output / "benchmark" / "trial.json").read_text().replace("1000000", "2"))
+    (output / "benchmark" / "trial.json").write_text(
+        (output / "benchmark" / "trial.json").read_text(encoding="utf-8").replace("1000000", "2"), encoding="utf-8"
+    )
 
     steps = load_checkpoint(output / "pretrain").step
     process = start(plan, "--output", output)
@@ -214,7 +224,7 @@ def test_killed_within_a_stage_it_goes_on(tmp_path: Path) -> None:
     log = [entry["step"] for entry in read_log(output / "pretrain")]
     assert log == sorted(set(log)) and log[0] == 1
     so_far = kept.unpack(output / "kept", tmp_path / "back")["pretrain"]
-    record = json.loads((so_far / RESULTS).read_text())
+    record = json.loads((so_far / RESULTS).read_text(encoding="utf-8"))
     assert (record["finished"], record["step"]) == (False, checkpoint.step)
 
 
@@ -222,7 +232,7 @@ def test_a_failed_stage_leaves_the_others_and_what_is_done_stays_done(tmp_path: 
     plan, output = tiny_plan(tmp_path), tmp_path / "runs"
     measured(plan, output, 2)
     (output / "slf").mkdir()
-    (output / "slf" / "classifier").write_text("in the way")
+    (output / "slf" / "classifier").write_text("in the way", encoding="utf-8")
     said = call(plan, "--output", output, code=1)
     assert "| slf | failed |" in said and "is not an earlier export" in said and "The same call tries it again." in said
     assert "| pretrain | done |" in said and "| encoder | done |" in said and "| aff | done |" in said
@@ -238,11 +248,11 @@ def test_the_weights_of_pretraining_are_kept_until_they_are_exported(tmp_path: P
     plan, output = tiny_plan(tmp_path), tmp_path / "runs"
     measured(plan, output, 2)
     output.joinpath("encoder").mkdir()
-    (output / "encoder" / "thesis.tex").write_text("in the way")
+    (output / "encoder" / "thesis.tex").write_text("in the way", encoding="utf-8")
     said = call(plan, "--output", output, code=1)
     assert "| pretrain | done |" in said and "| encoder | failed |" in said and "| slf | waits for encoder |" in said
     folder = kept.unpack(output / "kept", tmp_path / "back")["pretrain"]
-    assert json.loads((folder / RESULTS).read_text())["finished"] is True
+    assert json.loads((folder / RESULTS).read_text(encoding="utf-8"))["finished"] is True
 
 
 def test_without_time_nothing_is_begun(tmp_path: Path) -> None:
@@ -261,7 +271,7 @@ def test_two_plans_in_one_folder_are_refused(rehearsed: tuple[Path, str], tmp_pa
     said = refusal("resnet18_advcl", "--labels", tmp_path / kept.PLAN, "--output", tmp_path)
     assert said == f"error: {tmp_path} holds a rehearsal: choose another --output."
     assert (tmp_path / kept.PLAN).read_bytes() == before
-    (tmp_path / kept.PLAN).write_text(before.decode().replace('"rehearsal": true', '"rehearsal": false'))
+    (tmp_path / kept.PLAN).write_text(before.decode().replace('"rehearsal": true', '"rehearsal": false'), encoding="utf-8")
     said = refusal(tiny_plan(tmp_path), "--output", tmp_path)
     assert said.startswith(f"error: {tmp_path} holds another plan; choose another --output, or undo:\n  plan.")
     assert "plan.name: 'resnet8_cifar.rehearsal' there, 'resnet8_cifar.tiny' now" in said
@@ -284,7 +294,7 @@ def test_folders_that_would_lose_something_are_refused(rehearsed: tuple[Path, st
 def test_a_damaged_record_makes_its_stage_run_again(tmp_path: Path, content: str) -> None:
     plan, output = tiny_plan(tmp_path), tmp_path / "runs"
     measured(plan, output, 2)
-    (output / "benchmark" / "trial.json").write_text(content)
+    (output / "benchmark" / "trial.json").write_text(content, encoding="utf-8")
     made = flagship.Flagship(flagship.Record(load_plan(str(plan), Inputs()), False), Inputs(), output, output / "kept")
     assert not made.done("benchmark") and "| benchmark | to do |" in made.summary()
     made.lock.close()
@@ -298,13 +308,15 @@ def test_missing_inputs_are_named(tmp_path: Path) -> None:
 
 def test_data_that_the_last_stage_would_refuse_is_refused_first(tmp_path: Path) -> None:
     path = tiny_plan(tmp_path)
-    path.write_text(path.read_text().replace("data: fake:40\nstages", "data: cifar11\nstages"))
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("data: fake:40\nstages", "data: cifar11\nstages"), encoding="utf-8"
+    )
     assert "unknown data source 'cifar11'; did you mean 'cifar10'?" in refusal(path, "--output", tmp_path / "runs")
     assert not (tmp_path / "runs" / "benchmark").exists()
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:
-    (tmp_path / kept.PLAN).write_text("{")
+    (tmp_path / kept.PLAN).write_text("{", encoding="utf-8")
     assert f"{tmp_path / kept.PLAN} is damaged" in refusal(tiny_plan(tmp_path), "--output", tmp_path)
 
 
@@ -323,7 +335,7 @@ def test_a_finetuning_that_is_too_slow_begins_anew_beside_its_first_piece(
         folder = Path(command[command.index("--output") + 1]) if "--output" in command else Path(command[5])
         if "--epochs" in command and "--time-budget" not in command and command.count("--epochs") == 2:
             (folder / "classifier").mkdir(parents=True)
-            (folder / "classifier" / RESULTS).write_text("{}")
+            (folder / "classifier" / RESULTS).write_text("{}", encoding="utf-8")
 
     monkeypatch.setattr(flagship, "run_command", pretend)
     monkeypatch.setattr(flagship, "fewer_epochs", lambda *args: 1)

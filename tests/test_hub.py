@@ -51,7 +51,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def test_push_is_one_commit_with_a_card_and_a_tag(hub: Hub, client: Client, folder: Path) -> None:
     (folder / "checkpoint.safetensors").write_bytes(b"optimizer state")
-    (folder / ".env").write_text("HF_TOKEN=secret")
+    (folder / ".env").write_text("HF_TOKEN=secret", encoding="utf-8")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     done = client(advcl_hub.push, folder, NAME)
     repo = hub.repos[NAME]
@@ -80,13 +80,13 @@ def test_dry_run_talks_to_nobody(hub: Hub, client: Client, folder: Path) -> None
 
 
 def test_local_paths_are_not_published(hub: Hub, client: Client, folder: Path) -> None:
-    results = json.loads((folder / RESULTS).read_text())
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     results["recipe"] = {"data": {"root": "/home/someone/secret/cifar10"}, "attack": {}, "epochs": 1}
     results |= {
         "provenance": {"data": {"name": "d", "images": 1, "sha256": "0"}, "versions": {}, "hardware": {"device": "cpu"}}
     }
     results |= {"step": 1, "branch": "adv", "seconds": 1.0}
-    (folder / RESULTS).write_text(json.dumps(results))
+    (folder / RESULTS).write_text(json.dumps(results), encoding="utf-8")
     client(advcl_hub.push, folder, NAME)
     published = b"".join(hub.files(NAME).values())
     assert b"someone" not in published and json.loads(hub.files(NAME)[RESULTS])["recipe"]["data"]["root"] == "cifar10"
@@ -102,8 +102,8 @@ def test_a_version_names_weights_for_good(hub: Hub, client: Client, folder: Path
     with pytest.raises(ValueError, match="newer ones on main"):
         client(advcl_hub.push, folder, NAME)
 
-    results = json.loads((other / RESULTS).read_text())
-    (other / RESULTS).write_text(json.dumps(results | {"notes": ["Birds are lost."]}))
+    results = json.loads((other / RESULTS).read_text(encoding="utf-8"))
+    (other / RESULTS).write_text(json.dumps(results | {"notes": ["Birds are lost."]}), encoding="utf-8")
     card = client(advcl_hub.push, other, NAME, version="v2")
     assert b"Birds are lost." in hub.files(NAME)["README.md"] and card.commit != second.commit
     assert hub.repos[NAME].refs["refs/tags/v2"] == second.commit
@@ -201,8 +201,8 @@ class Meanwhile(list[Any]):
 
 def test_two_who_push_at_once_do_not_mix_their_files(hub: Hub, client: Client, folder: Path) -> None:
     client(advcl_hub.push, folder, NAME)
-    results = json.loads((folder / RESULTS).read_text())
-    (folder / RESULTS).write_text(json.dumps(results | {"notes": ["Mine."]}))
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    (folder / RESULTS).write_text(json.dumps(results | {"notes": ["Mine."]}), encoding="utf-8")
 
     def theirs(path: str) -> None:
         if "/preupload/" in path:
@@ -283,7 +283,7 @@ def test_pull_says_what_is_wrong(hub: Hub, client: Client, folder: Path, tmp_pat
             client(advcl_hub.pull, name, tmp_path / "copy", token=None)
         assert len(str(error.value).splitlines()) == 1
     (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    (tmp_path / "thesis" / "thesis.tex").write_text("years of work", encoding="utf-8")
     with pytest.raises(ValueError, match="not an earlier export"):
         client(advcl_hub.pull, NAME, tmp_path / "thesis", token=None)
     hub.faults.append(Fault(".*", status=500))

@@ -61,7 +61,9 @@ def test_starting_takes_no_longer_than_importing_timm() -> None:
     code = "import sys; import {}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     loaded = {}
     for module in ("timm", "advcl_hub.cli"):
-        out = subprocess.run([sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True, encoding="utf-8"
+        ).stdout
         loaded[module] = set(out.split())
     assert loaded["advcl_hub.cli"] - loaded["timm"] <= {"click", "advcl_hub", "_colorize"}
 
@@ -79,7 +81,7 @@ def test_completion_offers_the_names() -> None:
     names = list(releases())
     command = [sys.executable, "-m", "advcl_hub.cli"]
     words = {"COMP_WORDS": "advcl-hub info resnet8", "COMP_CWORD": "2", "_ADVCL_HUB_COMPLETE": "bash_complete"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **words})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **words}, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     offered = {line.partition(",")[2] for line in done.stdout.splitlines()}
     assert offered == {name for name in names if name.startswith("resnet8")} != set()
@@ -92,7 +94,7 @@ def test_info_card_and_verify_of_a_folder(export: Path, tmp_path: Path) -> None:
     assert json.loads(run("info", folder, "--json").output)["config"]["architecture"] == "resnet8_cifar"
     assert "every sha256 is right" in run("verify", folder).output
     assert "README.md" in run("card", folder, "--note", "A note.", "--name", "acme/x").output
-    card = (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text(encoding="utf-8")
     assert "# acme/x" in card and "- A note." in card
     (folder / WEIGHTS).write_bytes(flipped((folder / WEIGHTS).read_bytes()))
     assert "not the file that was exported" in refused("verify", folder)
@@ -102,16 +104,16 @@ def test_info_card_and_verify_of_a_folder(export: Path, tmp_path: Path) -> None:
 
 
 def test_an_export_in_another_dtype(export: Path, tmp_path: Path) -> None:
-    results = json.loads((export / RESULTS).read_text())
+    results = json.loads((export / RESULTS).read_text(encoding="utf-8"))
     source = Path(shutil.copytree(export, tmp_path / "source"))
-    (source / RESULTS).write_text(json.dumps(results | {"evaluations": [{}], "notes": ["kept"]}))
+    (source / RESULTS).write_text(json.dumps(results | {"evaluations": [{}], "notes": ["kept"]}), encoding="utf-8")
     assert "float16, verified" in run("convert", source, tmp_path / "half", "--dtype", "float16").output
     assert (tmp_path / "half" / WEIGHTS).stat().st_size < 0.6 * (export / WEIGHTS).stat().st_size
     verify_folder(tmp_path / "half")
     images = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.allclose(load_folder(tmp_path / "half")(images), load_folder(export)(images), rtol=0.02, atol=0.02)
-    record = json.loads((tmp_path / "half" / RESULTS).read_text())
+    record = json.loads((tmp_path / "half" / RESULTS).read_text(encoding="utf-8"))
     assert record["notes"] == ["kept"] and "evaluations" not in record
     assert record["rounded_from"] == {"dtype": "float32", "sha256": results["sha256"][WEIGHTS]}
     assert "choose another folder" in refused("convert", source, source, "--dtype", "float16")
@@ -131,7 +133,7 @@ def test_convert_a_published_checkpoint(tmp_path: Path) -> None:
     assert "mean and std have to be given" in refused("convert", tmp_path / "ckpt.pth", tmp_path / "out")
     made = run("convert", tmp_path / "ckpt.pth", tmp_path / "out", "--mean", "0", "--std", "1", "--label-names", "a,b,c")
     assert made.exit_code == 0 and "layout kuangliu" in made.output and "Use it:" in made.output, made.output
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == ["a", "b", "c"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["label_names"] == ["a", "b", "c"]
 
 
 def test_push_info_pull_and_verify_on_a_hub(export: Path, hub: Hub, tmp_path: Path) -> None:
@@ -140,7 +142,7 @@ def test_push_info_pull_and_verify_on_a_hub(export: Path, hub: Hub, tmp_path: Pa
 
     def typed(*arguments: object) -> str:
         command = [sys.executable, "-m", "advcl_hub.cli", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, encoding="utf-8")
         assert "Traceback" not in done.stderr and done.returncode == 0, done.stderr
         return done.stdout
 
@@ -156,5 +158,7 @@ def test_push_info_pull_and_verify_on_a_hub(export: Path, hub: Hub, tmp_path: Pa
     assert verify_folder(tmp_path / "copy") == 0
     environment.pop("HF_TOKEN")
     command = [sys.executable, "-m", "advcl_hub.cli", "verify", name]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"HF_HOME": str(tmp_path / "fresh")})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment | {"HF_HOME": str(tmp_path / "fresh")}, encoding="utf-8"
+    )
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("Error: ") and "or is private" in done.stderr

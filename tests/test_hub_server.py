@@ -121,7 +121,9 @@ def test_xet(tmp_path: Path) -> None:
     with Hub({"hf_alice": ("alice", ["acme"])}, xet=tmp_path / "xet").serve() as hub:
         hub.create("acme/m", private=True)
         command, environment = [sys.executable, "-c", program], hub.environment(tmp_path, "hf_alice")
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, encoding="utf-8"
+        )
         assert done.returncode == 0, done.stderr
         assert hub.files("acme/m")["model.safetensors"] == Path(done.stdout.strip()).read_bytes() == WEIGHTS
         assert "/storage" not in str(hub.requests)

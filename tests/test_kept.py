@@ -31,7 +31,7 @@ def others(tmp_path: Path) -> dict[str, Path]:
     folder = tmp_path / "runs"
     (folder / "figures" / "deep").mkdir(parents=True)
     for name in ("plan.json", "curves.png", "log.jsonl", "figures/results.json", "figures/deep/images.csv"):
-        (folder / name).write_text(name)
+        (folder / name).write_text(name, encoding="utf-8")
     found = {name: folder / name for name in ("plan.json", "curves.png")}
     return found | {"run/log.jsonl": folder / "log.jsonl", "figures": folder / "figures", "run/later": folder / "later"}
 
@@ -64,7 +64,7 @@ def test_keeping_again_removes_the_parts_of_a_model_that_is_gone_and_nothing_els
 ) -> None:
     target = tmp_path / "kept"
     keep(target, PLAN, {"pretrain": encoder}, others, "")
-    (target / "mine-1.safetensors").write_text("of somebody else")
+    (target / "mine-1.safetensors").write_text("of somebody else", encoding="utf-8")
     keep(target, PLAN, {"encoder": encoder}, others, "")
     assert part(target, "mine").is_file() and part(target, "encoder").is_file()
     assert not list(target.glob("pretrain-*")) and unpack(target, tmp_path / "back").keys() == {"encoder"}
@@ -122,7 +122,7 @@ def test_cut_off_at_any_moment_the_earlier_state_or_the_new_one_is_whole(
 
 def test_two_plans_cannot_keep_in_one_folder(encoder: Path, others: dict[str, Path], tmp_path: Path) -> None:
     target = tmp_path / "kept"
-    others["plan.json"].write_text(json.dumps({"plan": PLAN}))
+    others["plan.json"].write_text(json.dumps({"plan": PLAN}), encoding="utf-8")
     keep(target, PLAN, {"encoder": encoder}, others, "")
     keep(target, PLAN, {"encoder": encoder}, others, "again")
     with pytest.raises(ValueError, match="holds the files of another plan"):
@@ -135,7 +135,7 @@ def test_two_plans_cannot_keep_in_one_folder(encoder: Path, others: dict[str, Pa
 def test_a_folder_with_something_else_is_refused_and_loses_nothing(encoder: Path, tmp_path: Path) -> None:
     target = tmp_path / "home"
     target.mkdir()
-    (target / "thesis.tex").write_text("years")
+    (target / "thesis.tex").write_text("years", encoding="utf-8")
     with pytest.raises(ValueError, match=r"holds something else \(thesis\.tex\): choose another folder"):
         keep(target, PLAN, {"encoder": encoder}, {}, "")
     assert [path.name for path in target.iterdir()] == ["thesis.tex"]

@@ -310,7 +310,7 @@ def test_reload_from_a_local_folder(name: str, tmp_path: Path) -> None:
     model.float().eval()
     save_for_hf(model, str(tmp_path), safe_serialization=True)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
-    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == name
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["architecture"] == name
 
     source = f"local-dir:{tmp_path}"
     model_args = {**SMALL[name], "pretrained": True}

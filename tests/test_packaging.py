@@ -19,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 # ---------------------------------------------------------------------------------------------------- floors
 
@@ -42,7 +42,7 @@ def rooms() -> Iterator[tuple[str, str, str]]:
         parts = path.relative_to(ROOT).with_suffix("").parts
         if parts != ("advcl_hub", "__init__"):
             room = "train" if parts[0] == "train" else parts[1]
-            yield room, ".".join(parts[:-1]), path.read_text()
+            yield room, ".".join(parts[:-1]), path.read_text(encoding="utf-8")
 
 
 def imported_rooms(source: str, package: str) -> set[str]:
@@ -173,7 +173,7 @@ def build_editable(folder, config_settings=None, metadata_directory=None):
 
 def write_script(path: Path, text: str) -> Path:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     path.chmod(0o755)
     return path
 
@@ -189,12 +189,12 @@ def environment(**variables: str) -> dict[str, str]:
 def bootstrap(venv: Path, *arguments: str, need_gb: str = "0.1", **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ".ci/bootstrap.py", "--venv", str(venv), "--stamp", str(venv / "stamp")]
     command += ["--need-gb", need_gb, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, encoding="utf-8")
 
 
 def make(project: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [shutil.which("make") or "make", "NEED_GB=0.1", *arguments]
-    return subprocess.run(command, cwd=project, env=environment(**variables), capture_output=True, text=True)
+    return subprocess.run(command, cwd=project, env=environment(**variables), capture_output=True, text=True, encoding="utf-8")
 
 
 def refusal(result: subprocess.CompletedProcess[str]) -> str:
@@ -212,21 +212,21 @@ def project(tmp_path: Path) -> Path:
     (folder / "train").mkdir(parents=True)
     shutil.copy(ROOT / "Makefile", folder)
     shutil.copytree(ROOT / ".ci", folder / ".ci")
-    (folder / "pyproject.toml").write_text(SMALL_PYPROJECT)
-    (folder / "backend.py").write_text(SMALL_BACKEND)
-    (folder / "train" / "demo.py").write_text("import sys\nprint('demo ran in', sys.prefix, sys.argv[1:])\n")
+    (folder / "pyproject.toml").write_text(SMALL_PYPROJECT, encoding="utf-8")
+    (folder / "backend.py").write_text(SMALL_BACKEND, encoding="utf-8")
+    (folder / "train" / "demo.py").write_text("import sys\nprint('demo ran in', sys.prefix, sys.argv[1:])\n", encoding="utf-8")
     return folder
 
 
 def test_bootstrap_can_be_read_by_an_old_python() -> None:
-    ast.parse((ROOT / ".ci/bootstrap.py").read_text(), feature_version=(3, 6))
+    ast.parse((ROOT / ".ci/bootstrap.py").read_text(encoding="utf-8"), feature_version=(3, 6))
 
 
 def test_make_sets_up_once_and_again_when_the_dependencies_change(project: Path) -> None:
     left_by_a_killed_run = project / ".venv"
     left_by_a_killed_run.mkdir()
     (left_by_a_killed_run / ".advcl-hub-unfinished").touch()
-    (left_by_a_killed_run / "bin").write_text("in the way of a new environment")
+    (left_by_a_killed_run / "bin").write_text("in the way of a new environment", encoding="utf-8")
 
     first = make(project, "demo")
     assert first.returncode == 0, first.stdout + first.stderr
@@ -270,9 +270,9 @@ def test_bootstrap_refuses_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_bootstrap_leaves_a_folder_that_is_no_environment_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
     assert "not a working virtual environment" in refusal(bootstrap(tmp_path))
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "thesis.tex").read_text(encoding="utf-8") == "years of work"
 
 
 def test_bootstrap_without_network_takes_a_newer_python_and_leaves_only_a_log(tmp_path: Path) -> None:
@@ -298,6 +298,7 @@ def test_bootstrap_interrupted_while_pip_works_leaves_no_environment(tmp_path: P
             text=True,
             # A shell starts background jobs with SIGINT ignored, and children inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            encoding="utf-8",
         ) as process:
             silent_index.settimeout(60)
             silent_index.accept()  # pip has asked, and will wait for the answer

@@ -76,13 +76,13 @@ def test_a_folder_holds_what_was_measured_and_every_picture_shows_something(
     model = TinyNet(classes) if channels == 3 else GreyNet(classes)
     found = measured(tmp_path, model, labelled_by(model, 30, wrong=2) if channels == 3 else grey(model, 30), **settings)
     assert {path.name for path in tmp_path.iterdir()} == files, "nothing unfinished may be left"
-    text = (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
     for name in sorted(files):
         if name.endswith(".png"):
             assert_drawn(tmp_path / name)
             assert f"![{name}]({name})" in text
-    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(found.record))
-    with (tmp_path / "images.csv").open(newline="") as file:
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == json.loads(json.dumps(found.record))
+    with (tmp_path / "images.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert len(table) == 30 and list(table[0]) == list(found.images)
     assert [row["index"] for row in table] == [str(index) for index in found.images["index"]]
@@ -119,7 +119,7 @@ def test_corruptions_are_measured_at_every_severity(tmp_path: Path) -> None:
             predictions = model(corrupt(data.images, "contrast", severity, data.indices) / 255).argmax(1)
         assert table["contrast"][severity - 1] == (predictions == data.labels).double().mean().item()
     assert found["mean"] == pytest.approx(np.mean(list(table.values()))) and found["mean"] < 1
-    assert f"{100 * found['mean']:.1f} %" in (tmp_path / "report.md").read_text()
+    assert f"{100 * found['mean']:.1f} %" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_where_everything_is_wrong_there_are_no_examples(tmp_path: Path) -> None:

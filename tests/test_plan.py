@@ -85,7 +85,7 @@ def test_warm_up_and_probes_keep_their_share_of_the_epochs() -> None:
 )
 def test_a_plan_with_a_mistake_is_refused_before_anything_starts(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = tiny_plan(tmp_path)
-    values = yaml.safe_load(path.read_text())
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
     for key, value in change.items():
         if value is ...:
             del values[key]
@@ -94,7 +94,7 @@ def test_a_plan_with_a_mistake_is_refused_before_anything_starts(tmp_path: Path,
                 values[key].setdefault(name, {}).update(fields)
         else:
             values[key] = value
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     said = refusal(path, "--output", tmp_path / "runs")
     assert said.startswith("error: ") and message in said and not (tmp_path / "runs").exists()
 

@@ -84,7 +84,7 @@ def test_aff_of_dynacl_divides_the_rate_earlier_on_large_images_of_stl10(
 
 
 def test_the_readme_shows_the_table_in_the_code() -> None:
-    assert table() in README.read_text()
+    assert table() in README.read_text(encoding="utf-8")
 
 
 def test_epochs_move_milestones_and_eps_the_step() -> None:

@@ -36,7 +36,9 @@ def start(output: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "train.pretrain", "digits_demo", *TINY, *arguments, "--output", str(output)]
     command.append(f"pseudo_labels.cache={output.parent / 'labels'}")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
 
 
 def run(output: Path, *arguments: str, code: int = 0) -> str:
@@ -88,7 +90,7 @@ def test_what_a_run_leaves_behind(whole: Path) -> None:
     assert records[-1]["step"] == 18 and records[-1]["epoch"] == 3
     assert records[0]["lr"] < max(r["lr"] for r in records) > records[-1]["lr"]
     assert verify_folder(whole / "export") < 1e-3
-    results = json.loads((whole / "export" / "results.json").read_text())
+    results = json.loads((whole / "export" / "results.json").read_text(encoding="utf-8"))
     assert results["branch"] == "adv" and results["ema"] is True
     assert results["provenance"]["data"]["images"] == 110  # of 120, a tenth of every class is held out
 
@@ -243,7 +245,13 @@ def test_sigterm_to_the_whole_group_stops_a_streaming_run_cleanly(tmp_path: Path
     command = [sys.executable, "-c", program, "digits_demo", *settings, "checkpoint_minutes=60"]
     command += [f"pseudo_labels.cache={tmp_path}", "--output", str(tmp_path / "run")]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        encoding="utf-8",
     )
     wait_for_step(tmp_path / "run", 3, process)
     os.killpg(process.pid, signal.SIGTERM)

@@ -28,7 +28,7 @@ class StopWhen:
 
     @property
     def requested(self) -> bool:
-        return self.log.is_file() and self.text in self.log.read_text().splitlines()
+        return self.log.is_file() and self.text in self.log.read_text(encoding="utf-8").splitlines()
 
 
 def python(program: str, *arguments: str) -> list[str]:
@@ -52,7 +52,7 @@ def test_a_stop_is_a_signal_and_then_a_stronger_one(program: str, tmp_path: Path
     monkeypatch.setattr(processes, "_GRACE", 5.0 if program is GENTLE else 0.2)
     log = tmp_path / "stage.log"
     run_command(python(program), log, StopWhen(log, "ready"), {})  # type: ignore[arg-type]
-    assert ("saved" in log.read_text().splitlines()) == (program is GENTLE)
+    assert ("saved" in log.read_text(encoding="utf-8").splitlines()) == (program is GENTLE)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_an_interruption_ends_the_command_too(tmp_path: Path) -> None:
     log, program = tmp_path / "stage.log", "import os, time; print(os.getpid()); print('ready', flush=True); time.sleep(600)"
     with pytest.raises(KeyboardInterrupt):
         run_command(python(program), log, Interrupted(log, "ready"), {})  # type: ignore[arg-type]
-    process = int(log.read_text().splitlines()[1])
+    process = int(log.read_text(encoding="utf-8").splitlines()[1])
     for _ in range(100):
         if not Path(f"/proc/{process}").exists():
             return

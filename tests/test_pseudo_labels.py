@@ -94,6 +94,7 @@ def test_labels_are_the_same_in_another_process_with_other_threads() -> None:
         capture_output=True,
         text=True,
         check=True,
+        encoding="utf-8",
     )
     data = load_data("digits", "test")
     here = make_pseudo_labels(data, "pixels", (2, 10), seed=3).labels
@@ -316,7 +317,7 @@ def test_command_on_digits_with_pixels(
 ) -> None:
     command = [sys.executable, "-m", "train.pseudo_labels", "--data", "digits", "--encoder", "pixels"]
     command += ["--k", "2", "10", "--output", str(tmp_path)]
-    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, encoding="utf-8")
     assert "written to" in run.stderr and "purity" in run.stdout
     caplog.set_level("INFO")
     run_main(tmp_path, "pixels")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def blocks(section: str) -> list[tuple[str, str]]:
     """(language, text) of the code in a section of the README."""
-    text = (ROOT / "README.md").read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     return re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
 
 
@@ -28,14 +28,20 @@ def test_finetuning_on_own_images_and_sharing_what_came_out(tmp_path: Path) -> N
         for name in ("cat", "dog"):
             for number in range(count):  # photographs of several sizes
                 write(tmp_path / "pets" / split / name / f"{number}.jpg", encode(pixels(40 + number, 30), "JPEG"))
-    (tmp_path / "program.py").write_text(program)
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
     command = shutil.which("advcl-hub", path=str(Path(sys.executable).parent))
     assert command, "the package is installed in the environment of the tests"
     environment = os.environ | {"PATH": f"{Path(command).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
     def run(typed: str) -> str:
         done = subprocess.run(
-            ["bash", "-c", f"set -e\n{typed}"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+            ["bash", "-c", f"set -e\n{typed}"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            encoding="utf-8",
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
@@ -47,7 +53,7 @@ def test_finetuning_on_own_images_and_sharing_what_came_out(tmp_path: Path) -> N
     assert (tmp_path / "evaluations/pets-classifier").is_dir()
 
     (_, typed), (_, program), *_ = blocks("Share it")
-    (tmp_path / "program.py").write_text(f"{program}\nprint(model.num_classes)\n")
+    (tmp_path / "program.py").write_text(f"{program}\nprint(model.num_classes)\n", encoding="utf-8")
     with Hub({"hf_alice": ("alice", ["ORG"])}).serve() as hub:
         environment |= hub.environment(tmp_path / "home", "hf_alice")
         environment["PATH"] = f"{Path(command).parent}:{environment['PATH']}"

@@ -24,7 +24,7 @@ SHAPE = (3, 32, 32)
 def test_every_recipe_in_the_project_is_valid_and_says_what_it_is(name: str) -> None:
     recipe = load_recipe(name, [LABELS, "pseudo_labels.encoder=null"])
     assert from_dict(recipe.to_dict()) == recipe
-    header = (RECIPES / f"{name}.yaml").read_text().split("model:")[0]
+    header = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").split("model:")[0]
     assert f"train.pretrain {name}" in header
 
 
@@ -117,7 +117,7 @@ def test_the_export_of_a_published_recipe_opens_through_timm(tmp_path: Path) -> 
     encoder = plain_encoder(recipe, SHAPE, branch_state_dict(network.encoder.state_dict(), "adv"))
     folder = export_folder(encoder, tmp_path / "export", results={}, model_args=recipe.model_kwargs)
     verify_folder(folder)
-    arguments = json.loads((folder / "config.json").read_text())["model_args"]
+    arguments = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_args"]
     assert (arguments["zero_init_last"], arguments["channels"]) == (False, [8, 8, 8, 8])
     name = f"local-dir:{folder}"
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_unknown_recipe_names_the_known_ones() -> None:
 
 
 def test_a_file_that_is_not_yaml(tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("a: [1,")
+    (tmp_path / "bad.yaml").write_text("a: [1,", encoding="utf-8")
     with pytest.raises(ValueError, match="is not YAML"):
         load_recipe(str(tmp_path / "bad.yaml"))
 

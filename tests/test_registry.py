@@ -168,8 +168,8 @@ def _as(folder: Path, export: Path, architecture: str) -> Path:
     """An export that says it is of another architecture, without results.json to contradict it."""
     shutil.copytree(export, folder / architecture)
     (folder / architecture / "results.json").unlink()
-    config = json.loads((export / "config.json").read_text())
-    (folder / architecture / "config.json").write_text(json.dumps(config | {"architecture": architecture}))
+    config = json.loads((export / "config.json").read_text(encoding="utf-8"))
+    (folder / architecture / "config.json").write_text(json.dumps(config | {"architecture": architecture}), encoding="utf-8")
     return folder / architecture
 
 
@@ -207,12 +207,12 @@ def test_a_byte_that_changes_after_registration_is_refused(encoder: Path, tmp_pa
 
 def test_a_config_cannot_point_to_other_weights(encoder: Path, tmp_path: Path) -> None:
     folder, other = Path(shutil.copytree(encoder, tmp_path / "copy")), export_encoder(tmp_path / "other", seed=5)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["pretrained_cfg"] |= {"source": "local-dir", "file": str(other), "hf_hub_id": "acme/x", "custom_load": True}
-    (folder / "config.json").write_text(json.dumps(config))
-    results = json.loads((folder / "results.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     results["sha256"]["config.json"] = file_sha256(folder / "config.json")
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     advcl_hub.register("resnet8_cifar.mine", folder)
     assert torch.equal(output(timm.create_model("resnet8_cifar.mine", pretrained=True)), output(load_folder(encoder)))
 
@@ -231,7 +231,7 @@ def test_the_functions_of_architectures_know_the_weights_and_can_be_pickled(enco
 def test_evaluation_and_finetuning_open_a_name(encoder: Path) -> None:
     advcl_hub.register("resnet8_cifar.mine", encoder)
     loaded = load_model("resnet8_cifar.mine")
-    assert loaded.provenance == json.loads((encoder / "results.json").read_text())
+    assert loaded.provenance == json.loads((encoder / "results.json").read_text(encoding="utf-8"))
     assert loaded.file_sha256 == file_sha256(encoder / WEIGHTS) and torch.equal(
         output(loaded.model), output(load_folder(encoder))
     )
@@ -243,9 +243,11 @@ def test_evaluation_and_finetuning_open_a_name(encoder: Path) -> None:
 def data_file(path: Path, folder: Path, **entry: Any) -> Path:
     """released.json with one entry, of an exported folder."""
     files = {name: {"sha256": file_sha256(folder / name), "size": (folder / name).stat().st_size} for name in (WEIGHTS, GOLDEN)}
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     found = {"config": config, "files": files, "facts": {"head": "none", "licence": "apache-2.0"}} | entry
-    path.write_text(json.dumps({"organisation": "acme", "releases": {f"{config['architecture']}.test": found}}))
+    path.write_text(
+        json.dumps({"organisation": "acme", "releases": {f"{config['architecture']}.test": found}}), encoding="utf-8"
+    )
     return path
 
 

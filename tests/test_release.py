@@ -30,9 +30,9 @@ def checkout(tmp_path: Path) -> Path:
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.rmtree(folder / "model_cards" / "weights", ignore_errors=True)  # large weights, where there are any
     released = folder / "advcl_hub" / "released.json"
-    data = json.loads(released.read_text())
+    data = json.loads(released.read_text(encoding="utf-8"))
     data["releases"] = {name: entry for name, entry in data["releases"].items() if "parts" not in entry}
-    released.write_text(json.dumps(data, indent=2) + "\n")
+    released.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     shutil.copy(ROOT / "README.md", folder)
     return folder
 
@@ -52,7 +52,7 @@ def run(checkout: Path, *arguments: object) -> str:
 
 
 def released(checkout: Path) -> dict[str, dict[str, Any]]:
-    return json.loads((checkout / "advcl_hub/released.json").read_text())["releases"]
+    return json.loads((checkout / "advcl_hub/released.json").read_text(encoding="utf-8"))["releases"]
 
 
 def test_bundled_first_and_on_the_hub_later(checkout: Path, tmp_path: Path) -> None:
@@ -63,8 +63,8 @@ def test_bundled_first_and_on_the_hub_later(checkout: Path, tmp_path: Path) -> N
         assert (bundled / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
         entry = released(checkout)[NAME]
         assert entry["bundled"] and "hub_id" not in entry and released(checkout).keys() == {*earlier, NAME}
-        assert f"[`{NAME}`](model_cards/{NAME}/README.md) | none |" in (checkout / "README.md").read_text()
-        assert (checkout / "model_cards" / NAME / "README.md").read_text().startswith("---\n")
+        assert f"[`{NAME}`](model_cards/{NAME}/README.md) | none |" in (checkout / "README.md").read_text(encoding="utf-8")
+        assert (checkout / "model_cards" / NAME / "README.md").read_text(encoding="utf-8").startswith("---\n")
 
         right = client(advcl_hub.push, folder, "acme/encoder").commit
         wrong = client(
@@ -79,7 +79,7 @@ def test_bundled_first_and_on_the_hub_later(checkout: Path, tmp_path: Path) -> N
     found = released(checkout)[NAME]
     assert (found["hub_id"], found["revision"]) == ("acme/encoder", right) and "bundled" not in found
     assert not bundled.exists() and not (checkout / "model_cards" / NAME / WEIGHTS).exists()
-    assert "| acme/encoder |" in (checkout / "README.md").read_text()
+    assert "| acme/encoder |" in (checkout / "README.md").read_text(encoding="utf-8")
 
 
 def load_by_name(name: str) -> torch.Tensor:
@@ -105,7 +105,7 @@ def test_large_weights_lie_in_the_checkout_until_they_are_pushed(checkout: Path,
         (file,) = entry["parts"]
         assert file.startswith(f"{NAME}-") and (entry["hub_id"], entry["revision"]) == (NAME, "v1")
         assert (weights / file).is_file() and not (weights / NAME / WEIGHTS).exists()
-        assert "| checkout |" in (checkout / "README.md").read_text()
+        assert "| checkout |" in (checkout / "README.md").read_text(encoding="utf-8")
         assert torch.equal(client(load_by_name, NAME), expected)
         (joined,) = (tmp_path / "home" / "advcl_hub").glob(f"*/{WEIGHTS}")
         assert joined.read_bytes() == (folder / WEIGHTS).read_bytes()
@@ -128,13 +128,13 @@ def test_what_a_plan_kept_needs_a_licence_and_an_encoder(checkout: Path, tmp_pat
     plan = tmp_path / "plan.json"
     benchmark, pretrain = {"run": "benchmark", "recipe": "x"}, {"run": "pretrain", "of": "benchmark"}
     values = {"name": NAME, "minutes": 1, "data": "digits", "stages": {"benchmark": benchmark, "pretrain": pretrain}}
-    plan.write_text(json.dumps({"plan": values}))
+    plan.write_text(json.dumps({"plan": values}), encoding="utf-8")
     keep(tmp_path / "kept", values, {"pretrain": folder}, {"plan.json": plan}, "")
     assert "give a --licence only" in client(run, checkout, tmp_path / "kept")
     assert f"did you mean {tmp_path / 'kept'}?" in client(run, checkout, tmp_path, "--licence", "mit")
     assert "no-such is no folder" in client(run, checkout, tmp_path / "no-such", NAME)
     assert "holds no finished encoder: let the plan go on" in client(run, checkout, tmp_path / "kept", "--licence", "mit")
-    plan.write_text(json.dumps({"plan": {**values, "name": "../../evil"}}))
+    plan.write_text(json.dumps({"plan": {**values, "name": "../../evil"}}), encoding="utf-8")
     keep(tmp_path / "evil", {}, {"encoder": folder}, {"plan.json": plan}, "")
     assert "has a damaged plan.json: name: '../../evil'" in client(run, checkout, tmp_path / "evil", "--licence", "mit")
     assert "is no name of a release" in client(run, checkout, folder, "resnet20_cifar.a/../b")

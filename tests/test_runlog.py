@@ -21,13 +21,13 @@ def test_continuing_drops_what_was_logged_after_the_checkpoint(tmp_path: Path) -
     for step in (1, 2, 3):
         log.write(step, loss=step / 3)
     log.close()
-    with (tmp_path / LOG).open("a") as file:
+    with (tmp_path / LOG).open("a", encoding="utf-8") as file:
         file.write('{"step": 4, "lo')  # killed while it wrote
     assert [r["step"] for r in read_log(tmp_path)] == [1, 2, 3]
     log = RunLog(tmp_path, 2)
     log.write(3, loss=0.5)
     log.close()
-    assert [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()] == [
+    assert [json.loads(line) for line in (tmp_path / LOG).read_text(encoding="utf-8").splitlines()] == [
         {"step": 1, "loss": 0.333333},
         {"step": 2, "loss": 0.666667},
         {"step": 3, "loss": 0.5},

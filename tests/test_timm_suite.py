@@ -46,7 +46,7 @@ def source_distribution() -> Path:
     if not archive.exists():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "timm"]
         command += ["--dest", str(cache), f"timm=={timm.__version__}"]
-        download = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        download = subprocess.run(command, capture_output=True, text=True, timeout=300, encoding="utf-8")
         if download.returncode or not archive.exists():
             reason = (download.stderr.strip().splitlines() or ["pip said nothing"])[-1]
             pytest.skip(f"the source distribution of timm {timm.__version__} cannot be downloaded: {reason}")
@@ -87,7 +87,7 @@ def test_timm_suite_passes_on_our_models(tmp_path: Path) -> None:
     environment |= {"HF_HOME": str(tmp_path / "home"), "ADVCL_TEST_TAGS": " ".join(f"{n}={s}" for n, s in tags.items())}
     with serve_hub(tmp_path / "hub") as address:
         environment["HF_ENDPOINT"] = address
-        run = subprocess.run(command, cwd=suite.parents[1], env=environment, capture_output=True, text=True)
+        run = subprocess.run(command, cwd=suite.parents[1], env=environment, capture_output=True, text=True, encoding="utf-8")
 
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     passed = passed_tests(report)

@@ -214,10 +214,10 @@ def test_weights_that_are_not_finite_are_not_saved(recipe: Callable[..., Recipe]
 def test_an_export_made_on_the_way_is_not_the_end(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     assert pretrain(recipe(), tmp_path / "run", StopRequest())
     record = tmp_path / "run" / "export" / "results.json"
-    whole = record.read_text()
-    record.write_text(json.dumps(json.loads(whole) | {"step": 1, "finished": False}))
+    whole = record.read_text(encoding="utf-8")
+    record.write_text(json.dumps(json.loads(whole) | {"step": 1, "finished": False}), encoding="utf-8")
     assert pretrain(recipe(), tmp_path / "run", StopRequest())
-    assert record.read_text() == whole
+    assert record.read_text(encoding="utf-8") == whole
 
 
 def test_an_output_that_cannot_be_written_is_refused_first(recipe: Callable[..., Recipe], tmp_path: Path) -> None:

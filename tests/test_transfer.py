@@ -55,7 +55,7 @@ def test_every_cell_has_its_run_and_its_evaluation(grid: Any) -> None:
 
 def test_the_table_has_a_row_an_encoder_and_protocol_and_two_columns_a_data_set(grid: Any) -> None:
     text = grid.table()
-    assert (grid.output / "report.md").read_text() == f"# Transfer\n\n{text}\n\n![comparison](comparison.png)\n"
+    assert (grid.output / "report.md").read_text(encoding="utf-8") == f"# Transfer\n\n{text}\n\n![comparison](comparison.png)\n"
     header, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
     assert header == "| encoder | finetuning | fake:80 SA | fake:80 PGD-2 | digits SA | digits PGD-2 |"
     assert rule == "|---|---|---:|---:|---:|---:|" and len(rows) == 4
@@ -72,7 +72,7 @@ def test_the_table_has_a_row_an_encoder_and_protocol_and_two_columns_a_data_set(
 
 
 def test_the_csv_has_a_line_a_cell(grid: Any) -> None:
-    with (grid.output / "results.csv").open(newline="") as file:
+    with (grid.output / "results.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 8
     for line, cell in zip(lines, grid.cells, strict=True):
@@ -127,9 +127,11 @@ def test_another_way_to_measure_costs_no_training_and_other_cells_stay_in_the_re
     assert trained == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
     other = advcl_hub.transfer([encoder], ["digits"], ["slf"], shots=[2], n=20, **options)
     assert len(other.cells) == 1
-    with (tmp_path / "results.csv").open(newline="") as file:
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
         assert [(line["data"], line["test_images"]) for line in csv.DictReader(file)] == [("digits", "20"), ("fake:80", "80")]
-    assert "digits SA" in (tmp_path / "report.md").read_text() and "fake:80 SA" in (tmp_path / "report.md").read_text()
+    assert "digits SA" in (tmp_path / "report.md").read_text(encoding="utf-8") and "fake:80 SA" in (
+        tmp_path / "report.md"
+    ).read_text(encoding="utf-8")
 
 
 def test_files_that_cannot_be_read_are_not_counted_on(encoder: Path, tmp_path: Path) -> None:

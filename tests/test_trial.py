@@ -46,7 +46,7 @@ def test_a_trial_measures_the_step_that_pretraining_takes(tmp_path: Path, caplog
         trial.main([*arguments, "--output", str(tmp_path)])
     assert "## Training step of the recipe" in caplog.text and "| eager | " in caplog.text
     assert [path.name for path in tmp_path.iterdir() if path.name != "labels"] == ["trial.json"]
-    record = json.loads((tmp_path / "trial.json").read_text())
+    record = json.loads((tmp_path / "trial.json").read_text(encoding="utf-8"))
     assert (record["chosen"], record["steps_per_epoch"], record["fit_seconds"]) == ("eager", 5, 60.0)
     (eager,) = record["ways"].values()
     median, low, high = eager["seconds"]
@@ -77,7 +77,7 @@ def test_a_compiler_that_fails_costs_nothing_but_its_reason(
     arguments = [*TINY, "speed.compile=true", f"pseudo_labels.cache={tmp_path / 'labels'}"]
     with caplog.at_level("INFO", logger="advcl"):
         trial.main([*arguments, "--rounds", "1", "--output", str(tmp_path)])
-    record = json.loads((tmp_path / "trial.json").read_text())
+    record = json.loads((tmp_path / "trial.json").read_text(encoding="utf-8"))
     assert record["chosen"] == EAGER and record["not_compiled"] == "no C++ compiler" and record["epochs"] > 0
     assert "Not compiled: no C++ compiler" in caplog.text
 
@@ -119,5 +119,5 @@ def test_finetuning_is_shortened_to_its_share(
     """Analytic, for 10 epochs."""
     monkeypatch.setattr(trial, "load_state", lambda folder: ({"facts": {"settings": {"epochs": 10}}}, {}))
     lines = [{"step": i, "epoch": epoch, "seconds": seconds} for i, (epoch, seconds) in enumerate(records)]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert fewer_epochs(tmp_path, share, spent) == expected

@@ -31,7 +31,7 @@ def tiny_plan(folder: Path) -> Path:
     }
     path = folder / "plan.yaml"
     values = {"name": "resnet8_cifar.tiny", "minutes": 1.0, "data": "fake:40", "stages": stages}
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     return path
 
 

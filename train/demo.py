@@ -90,7 +90,7 @@ def table(results: dict[str, Robustness]) -> str:
 
 def export_classifier(folder: Path, model: nn.Module, result: Robustness, recipe: Recipe, test: ImageData) -> Path:
     """Exports the classifier and reloads it through timm: the outputs must be equal."""
-    encoder = json.loads((folder.parent / "advcl" / "export" / "results.json").read_text())
+    encoder = json.loads((folder.parent / "advcl" / "export" / "results.json").read_text(encoding="utf-8"))
     results = {
         **encoder,
         "kind": "classifier",

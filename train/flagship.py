@@ -102,7 +102,7 @@ class Flagship:
         kept.check_kept(keep, self.plan.to_dict(), new=new)
         output.mkdir(parents=True, exist_ok=True)
         with write_errors(output / "lock"):
-            self.lock = (output / "lock").open("a")
+            self.lock = (output / "lock").open("a", encoding="utf-8")
         if not lock(self.lock):
             raise ValueError(f"A process is at work in {output} (perhaps what a killed call started): wait for it, or end it.")
         try:

@@ -172,7 +172,7 @@ class Trainer(Loop):
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
             with replacing(self.output / "recipe.yaml") as draft:
-                draft.write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
+                draft.write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False), encoding="utf-8")
             size = sum(p.numel() for p in self.core.encoder.parameters())
             log.info(
                 f"{self.recipe.model}, {size:,} parameters; {len(self.data):,} images of {self.data.name}, "
@@ -254,7 +254,9 @@ def pretrain(recipe: Recipe, output: Path, stop: StopRequest) -> bool:
     if (output / FILE).is_file() and record.is_file():
         checkpoint = load_checkpoint(output)
         check_same_recipe(checkpoint.recipe, recipe, output)
-        if checkpoint.finished and json.loads(record.read_text()).get("finished"):  # not exported by hand on the way
+        if checkpoint.finished and json.loads(record.read_text(encoding="utf-8")).get(
+            "finished"
+        ):  # not exported by hand on the way
             log.info("%s is finished already.\n%s", output, usage_lines(output / "export"))
             return True
     trainer = Trainer(recipe, output)

@@ -33,7 +33,7 @@ def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: not a folder that advcl-hub exported.")
         try:
-            record = json.loads((folder / name).read_text())
+            record = json.loads((folder / name).read_text(encoding="utf-8"))
             typed = {key: record[key] for key in _TYPED if key in record}
             found.append(without_local_paths(record) | typed)
         except (ValueError, TypeError) as error:
@@ -79,7 +79,7 @@ def add_to_results(
         with replacing(folder / PICTURE) as draft:
             shutil.copyfile(pictured[-1] / PICTURE, draft)
     with replacing(folder / RESULTS) as draft:
-        draft.write_text(json.dumps(results, indent=2) + "\n")
+        draft.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
 
 

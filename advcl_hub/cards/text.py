@@ -32,7 +32,7 @@ def write_card(folder: str | Path, name: str | None = None, load: str | None = N
     path = Path(folder) / CARD
     text = card(folder, name, load)
     with replacing(path) as draft:
-        draft.write_text(text)
+        draft.write_text(text, encoding="utf-8")
     return path
 
 
@@ -89,7 +89,7 @@ def _render(folder: Path, results: Mapping[str, Any], config: Mapping[str, Any],
         "citation": _ADVCL if is_advcl(results, made) else None,
     }
     data = metadata(title, results, config, evaluations, made)
-    text = ModelCard.from_template(data, template_str=_TEMPLATE.read_text(), **fields).content
+    text = ModelCard.from_template(data, template_str=_TEMPLATE.read_text(encoding="utf-8"), **fields).content
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 

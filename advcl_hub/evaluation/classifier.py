@@ -117,7 +117,7 @@ def load_model(name: str | Path) -> LoadedModel:
             release.fetch()
         with hub_errors(text, f"{text} cannot be fetched from the Hub"):
             model = timm.create_model(source, pretrained=True).eval()
-        provenance = json.loads(release.fetch(RESULTS).read_text()) if release.files else None
+        provenance = json.loads(release.fetch(RESULTS).read_text(encoding="utf-8")) if release.files else None
         return LoadedModel(text, model, source, release.model_args, provenance, release.files.get(WEIGHTS, {}).get("sha256"))
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{text} cannot be opened: {first_line(error)}") from error
@@ -133,13 +133,13 @@ def _load_folder(folder: Path) -> LoadedModel:
     provenance = None
     if results.is_file():
         verify_folder(folder)
-        provenance = json.loads(results.read_text())
+        provenance = json.loads(results.read_text(encoding="utf-8"))
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except Exception as error:
         raise ValueError(f"{folder} cannot be opened by timm: {first_line(error)}") from error
     sha256 = provenance["sha256"][WEIGHTS] if provenance else file_sha256(weights)  # just verified
-    arguments = json.loads((folder / CONFIG).read_text()).get("model_args") or {}
+    arguments = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_args") or {}
     return LoadedModel(_short_name(folder), model, f"local-dir:{folder}", arguments, provenance, sha256)
 
 

@@ -44,7 +44,7 @@ class Journal:
         path = folder / f"{processes.rank}.jsonl"
         with write_errors(path):
             self._cut_torn_line(path)
-            self.file = path.open("a")
+            self.file = path.open("a", encoding="utf-8")
             if not lock(self.file):
                 raise ValueError(
                     f"Another process is evaluating into {folder.parent}: wait for it, or choose another --output."
@@ -53,7 +53,7 @@ class Journal:
                 self._append({"header": header})
 
     def _read(self, path: Path, header: Mapping[str, Any]) -> None:
-        for number, line in enumerate(path.read_text().splitlines()):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
             try:
                 entry = json.loads(line)
             except ValueError:

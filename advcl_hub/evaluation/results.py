@@ -63,12 +63,12 @@ class Evaluation:
 
     def save(self, folder: Path) -> None:
         """Writes images.csv and, last, results.json."""
-        with replacing(folder / "images.csv") as draft, draft.open("w", newline="") as file:
+        with replacing(folder / "images.csv") as draft, draft.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(self.images)
             table.writerows(zip(*self.images.values(), strict=True))
         with replacing(folder / RESULTS) as draft:
-            draft.write_text(json.dumps(self.record, indent=2) + "\n")
+            draft.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
 
 
 def finished(folder: Path, facts: Mapping[str, Any]) -> Evaluation | None:
@@ -87,7 +87,7 @@ def finished(folder: Path, facts: Mapping[str, Any]) -> Evaluation | None:
         )
     if not (folder / "images.csv").is_file():
         raise ValueError(f"{folder} lacks its images.csv: remove that folder to measure again.")
-    with (folder / "images.csv").open(newline="") as file:
+    with (folder / "images.csv").open(newline="", encoding="utf-8") as file:
         names, *rows = csv.reader(file)
     values = {"True": True, "False": False}
     columns = [[values[v] if v in values else int(v) for v in column] for column in zip(*rows, strict=True)]
@@ -106,7 +106,7 @@ def load_record(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no {RESULTS}: run advcl-hub evaluate with --output {path} first.")
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_text(encoding="utf-8"))
         if record["kind"] != "evaluation":
             raise KeyError("kind")
         if record["format"] > FORMAT:
@@ -175,7 +175,7 @@ def hardware(device: torch.device, processes: int) -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -210,7 +210,7 @@ def _write(folder: Path, evaluation: Evaluation, measurement: Measurement) -> No
             pictures.save_all(folder, evaluation, measurement, drawn)
         finally:
             with replacing(folder / "report.md") as draft:
-                draft.write_text(tables.page(evaluation.record, [path.name for path in drawn]))
+                draft.write_text(tables.page(evaluation.record, [path.name for path in drawn]), encoding="utf-8")
     except Exception as error:  # hours of measuring are not lost for a picture
         warn(f"A picture or the report could not be made ({error!r}); the figures are complete.", stacklevel=3)
     evaluation.save(folder)

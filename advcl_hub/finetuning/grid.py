@@ -57,12 +57,12 @@ def save(folder: Path, cells: Sequence[Cell]) -> None:
     with replacing(cells[-1].folder.parents[1] / CELL) as draft:
         last = cells[-1]
         asked = {"encoder": last.encoder, "protocol": last.protocol, "shots": last.shots, "data": last.data}
-        draft.write_text(json.dumps({**asked, "evaluation": last.folder.name}) + "\n")
+        draft.write_text(json.dumps({**asked, "evaluation": last.folder.name}) + "\n", encoding="utf-8")
     known = {cell.folder.parents[1] for cell in cells}
     cells = [*cells, *(read(path) for path in sorted(folder.glob(f"*/*/*/{CELL}")) if path.parent not in known)]
     with replacing(folder / "report.md") as draft:
-        draft.write_text(f"# Transfer\n\n{markdown(cells)}\n\n![comparison](comparison.png)\n")
-    with replacing(folder / "results.csv") as draft, draft.open("w", newline="") as file:
+        draft.write_text(f"# Transfer\n\n{markdown(cells)}\n\n![comparison](comparison.png)\n", encoding="utf-8")
+    with replacing(folder / "results.csv") as draft, draft.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(_line(cells[0])))
         table.writeheader()
         table.writerows(_line(cell) for cell in cells)
@@ -71,9 +71,9 @@ def save(folder: Path, cells: Sequence[Cell]) -> None:
 
 def read(path: Path) -> Cell:
     """A cell that an earlier call finished, from its cell.json."""
-    asked = json.loads(path.read_text())
+    asked = json.loads(path.read_text(encoding="utf-8"))
     folder = path.parent / "evaluations" / asked.pop("evaluation")
-    tuned = json.loads((path.parent / "classifier" / RESULTS).read_text())
+    tuned = json.loads((path.parent / "classifier" / RESULTS).read_text(encoding="utf-8"))
     return Cell(**asked, tuned=tuned, evaluated=load_record(folder), folder=folder)
 
 

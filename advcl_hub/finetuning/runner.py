@@ -182,7 +182,7 @@ def finetune(
     if done and accelerator.is_main_process:
         (folder / FILE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    record = json.loads((result / RESULTS).read_text()) if done else {}
+    record = json.loads((result / RESULTS).read_text(encoding="utf-8")) if done else {}
     return Finetuned(folder, result, record, done)
 
 
@@ -203,7 +203,7 @@ def finished(output: Path, folder: Path, facts: dict[str, Any]) -> dict[str, Any
     """
     if (output / FILE).is_file() or not (folder / RESULTS).is_file():
         return None
-    record = json.loads((folder / RESULTS).read_text())
+    record = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     recorded = {key: record.get(key) for key in facts}
     if found := differences(without_local_paths(recorded), without_local_paths(facts)):  # exports name no local paths
         raise ValueError(

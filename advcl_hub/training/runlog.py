@@ -34,12 +34,12 @@ class RunLog:
         self.path = folder / LOG
         kept = [r for r in read_log(folder) if r["step"] < step or (r["step"] == step and not _is_judgement(r))]
         with replacing(self.path) as draft:
-            draft.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            draft.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, **values: float) -> None:
         """One record of scalars."""
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
@@ -82,7 +82,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """The records of a run; a line cut off by a kill is left out."""
     records = []
     path = folder / LOG
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

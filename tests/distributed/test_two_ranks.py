@@ -173,15 +173,17 @@ def test_pretraining_in_two_processes(tmp_path: Path) -> None:
         *("--output", str(tmp_path / "run")),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-3000:]
     records = read_log(tmp_path / "run")
     assert any("probe_robust" in r for r in records)
-    results = (tmp_path / "run" / "export" / "results.json").read_text()
+    results = (tmp_path / "run" / "export" / "results.json").read_text(encoding="utf-8")
     assert '"processes": 2' in results
     again = [*command[:-1], str(tmp_path / "stopped")]
     for budget, said in ((["--time-budget", "0s"], "torchrun --nproc_per_node 2 -m train.pretrain"), ([], "Exported")):
-        done = subprocess.run([*again, *budget], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(
+            [*again, *budget], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, encoding="utf-8"
+        )
         assert done.returncode == 0 and said in done.stdout + done.stderr, done.stderr[-3000:]
         assert load_checkpoint(tmp_path / "stopped").step == (1 if budget else 5)
     whole, continued = (load_checkpoint(tmp_path / name).tensors for name in ("run", "stopped"))

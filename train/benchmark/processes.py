@@ -30,7 +30,7 @@ def measure(
         tell(f"{world} processes")
         with tempfile.TemporaryDirectory() as folder:
             spawn(_main, (world, folder, device.type, model, share, rounds), nprocs=world)
-            found = json.loads((Path(folder) / "found.json").read_text())
+            found = json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
         timing = Timing.of(found["seconds"])
         alone = rows[0].timing.median if rows else timing.median
         more: dict[str, Any] = {"efficiency": f"{alone / timing.median:.0%}"}
@@ -84,7 +84,7 @@ def _main(rank: int, world: int, folder: str, kind: str, model: str, share: int,
         "least": 4 * share * new,
     }
     if rank == 0:
-        (Path(folder) / "found.json").write_text(json.dumps(found))
+        (Path(folder) / "found.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 
 

@@ -79,7 +79,7 @@ def save(folder: Path, sections: list[Section], facts: dict[str, Any]) -> None:
     """Writes results.json and benchmark.png, whole or not at all."""
     record = {"kind": "benchmark", **facts, "sections": [asdict(section) for section in sections]}
     with replacing(folder / "results.json") as draft:
-        draft.write_text(json.dumps(record, indent=1))
+        draft.write_text(json.dumps(record, indent=1), encoding="utf-8")
     with replacing(folder / "benchmark.png") as draft:
         _draw(draft, sections, facts)
 

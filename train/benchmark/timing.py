@@ -110,7 +110,7 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory that the process keeps would be used unseen
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark falls to what is resident now
         before = _status("VmRSS")
         run()
         return max(0, _status("VmHWM") - before)
@@ -134,7 +134,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _status(key: str) -> int:
-    found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
     if found is None:
         raise OSError(f"/proc/self/status has no {key}")
     return 1024 * int(found[1])
