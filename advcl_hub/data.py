@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from advcl_hub.decoding import Item, LazyImages, load_images
+from advcl_hub.decoding import Fit, Item, LazyImages, Square, load_images
+from advcl_hub.modes import as_usual
 from advcl_hub.sources import Source, balanced_holdout, read_source
 
 
@@ -31,12 +32,13 @@ class ImageData:
 
     Attributes:
         images: uint8 (N, C, H, W) in 0 to 255, or the same lazily decoded.
-        labels: int64 (N,), -1 in an unlabeled split.
+        labels: int64 (N,), -1 in an unlabeled split; other integers become int64.
         indices: int64 (N,), each image's position in the source's split. Label files and splits made for the
             whole split stay aligned after subsets and skipped images.
         classes: class names by label.
         name: the source, e.g. "digits" or "parquet:cifar10"; no absolute path.
         source_length: number of images in the source's whole split, if known.
+        fitted: whether `fit` of `load_data` has brought the images to the size of a model, which then takes them as they are.
     """
 
     images: Tensor | LazyImages
@@ -45,14 +47,18 @@ class ImageData:
     classes: tuple[str, ...]
     name: str
     source_length: int | None = None
+    fitted: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", _whole_numbers("labels", self.labels))
+        object.__setattr__(self, "indices", _whole_numbers("indices", self.indices))
         images, labels, indices = len(self.images), len(self.labels), len(self.indices)
         if not images == labels == indices:
             raise ValueError(f"{images} images, {labels} labels and {indices} indices, expected equal numbers")
         if isinstance(self.images, Tensor) and (self.images.dtype != torch.uint8 or self.images.ndim != 4):
             given = f"{self.images.dtype} {tuple(self.images.shape)}"
-            raise ValueError(f"images are {given}, expected torch.uint8 (N, C, H, W)")
+            hint = ": (images * 255).round().to(torch.uint8)" if self.images.is_floating_point() else ""
+            raise ValueError(f"images are {given}, expected torch.uint8 (N, C, H, W){hint}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -120,6 +126,7 @@ class ImageData:
         return digest.hexdigest()
 
 
+@as_usual()
 def load_data(
     source: str,
     split: str = "train",
@@ -127,6 +134,7 @@ def load_data(
     root: str | Path | None = None,
     size: int | None = None,
     channels: int = 3,
+    fit: Fit | None = None,
     download: bool = False,
     strict: bool = False,
 ) -> ImageData:
@@ -154,6 +162,7 @@ def load_data(
         size: height and width of the images, in pixels: the shorter edge is scaled to it (bicubic with
             antialiasing, torchvision's Resize on PIL images: integer arithmetic, equal on all machines),
             then the centre is cropped. None keeps the images as they are.
+        fit: a transform of PIL images that gives them all one size, in place of `size`.
         channels: 3 (grey images repeated) or 1 (luma, ITU-R 601-2, as PIL's convert).
         download: let torchvision fetch cifar10, cifar100, stl10 or fashion-mnist into root if absent.
         strict: raise an error for images that cannot be read, instead of one warning that names them. The
@@ -169,12 +178,16 @@ def load_data(
         raise ValueError(f"channels is {channels}, expected 3 (RGB) or 1 (grey)")
     if size is not None and size < 1:
         raise ValueError(f"size is {size}, expected a positive number of pixels")
+    if size is not None and fit is not None:
+        raise ValueError("size and fit were given: both decide the size of the images, leave one out")
     stored = read_source(source, split, root, download)
+    side = size or stored.default_size
+    to_size = fit or (Square(side) if side else None)
     title = f"{stored.name} ({split})"
     _check_labels(stored, title, unlabeled=split == "unlabeled")
-    images, failures = load_images(stored.items, stored.names, channels, size or stored.default_size)
+    images, failures = load_images(stored.items, stored.names, channels, to_size)
     labels, indices = torch.from_numpy(stored.labels), torch.arange(len(stored.labels))
-    data = ImageData(images, labels, indices, stored.classes, stored.name, len(labels))
+    data = ImageData(images, labels, indices, stored.classes, stored.name, len(labels), fit is not None)
     if failures:
         _report(failures, len(data), title, strict)
         data = data.subset(torch.tensor([row for row in range(len(data)) if row not in failures]))
@@ -288,6 +301,16 @@ def _ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _whole_numbers(name: str, values: Tensor) -> Tensor:
+    """Integers (N,) as int64."""
+    if values.ndim == 1 and not values.is_floating_point() and not values.is_complex() and values.dtype != torch.bool:
+        return values.to(torch.int64)
+    hint = ""
+    if name == "labels":
+        hint = ": of one-hot labels take labels.argmax(1)" if values.ndim == 2 else ": labels.long(), if they are class numbers"
+    raise ValueError(f"{name} are {values.dtype} {tuple(values.shape)}, expected torch.int64 (N,){hint}")
+
+
 def _stored_bytes(item: Item) -> int:
     return item.stat().st_size if isinstance(item, Path) else len(item)
 
@@ -298,7 +321,7 @@ def _report(failures: dict[int, str], count: int, title: str, strict: bool) -> N
     message = f"{title}: {len(named)} of {count} images cannot be read: {listed}"
     if strict or len(failures) == count:
         raise ValueError(f"{message}. Replace or remove them")
-    warnings.warn(f"{message}. They are skipped", stacklevel=3)
+    warnings.warn(f"{message}. They are skipped", stacklevel=4)
 
 
 def _check_labels(stored: Source, title: str, unlabeled: bool) -> None:

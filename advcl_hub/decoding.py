@@ -22,6 +22,21 @@ IN_MEMORY_BYTES = 2 * 2**30
 Item = Path | bytes | np.ndarray
 """An image file, an encoded image, or uint8 pixels (H, W) or (H, W, 3)."""
 
+Fit = Callable[[Image.Image], Image.Image]
+"""Brings images of any size to one size. It has to survive pickling, for the processes that decode."""
+
+_POINTER = b"version https://git-lfs"  # what a clone without Git LFS holds in place of a file
+
+
+@dataclass(frozen=True)
+class Square:
+    """Scales the shorter edge to `size` pixels, bicubic with antialiasing, and crops the centre."""
+
+    size: int
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return F.center_crop(F.resize(image, self.size, InterpolationMode.BICUBIC), self.size)
+
 
 class MixedSizesError(ValueError):
     """Images of different sizes where no common size was asked for."""
@@ -35,13 +50,13 @@ class LazyImages(Dataset[Tensor]):
         items: the images as they are stored.
         names: what to call each of them in a message; for files the path below the source's folder.
         shape: (C, H, W) of every image.
-        resize: scale and crop images of another size, instead of raising MixedSizesError.
+        fit: what brings images to that size; None raises MixedSizesError for those of another one.
     """
 
     items: Sequence[Item]
     names: Sequence[str]
     shape: tuple[int, int, int]
-    resize: bool
+    fit: Fit | None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -49,7 +64,7 @@ class LazyImages(Dataset[Tensor]):
     def __getitem__(self, row: int) -> Tensor:
         """Decodes one image. Raises ValueError with its name if that fails."""
         try:
-            image = decode_image(self.items[row], self.shape[0], self.shape[1] if self.resize else None)
+            image = decode_image(self.items[row], self.shape[0], self.fit)
         except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error ...
             raise ValueError(f"{self.names[row]} ({_reason(error)})") from error
         self._check_size(row, image.shape[1], image.shape[2])
@@ -61,7 +76,7 @@ class LazyImages(Dataset[Tensor]):
             height, width = _verify_image(self.items[row])
         except Exception as error:
             raise ValueError(f"{self.names[row]} ({_reason(error)})") from error
-        if not self.resize:
+        if self.fit is None:
             self._check_size(row, height, width)
 
     def select(self, rows: Sequence[int]) -> "LazyImages":
@@ -76,17 +91,15 @@ class LazyImages(Dataset[Tensor]):
             )
 
 
-def decode_image(item: Item, channels: int, size: int | None) -> Tensor:
-    """Decodes one image to uint8 (channels, H, W), scaled and cropped to a square of `size` unless None."""
+def decode_image(item: Item, channels: int, fit: Fit | None) -> Tensor:
+    """Decodes one image to uint8 (channels, H, W), of the size that `fit` gives it."""
     with _open(item) as opened:
         image = opened.convert("RGB" if channels == 3 else "L")
-    if size is not None:
-        image = F.center_crop(F.resize(image, size, InterpolationMode.BICUBIC), size)
-    return F.pil_to_tensor(image)
+    return F.pil_to_tensor(image if fit is None else fit(image))
 
 
 def load_images(
-    items: Sequence[Item], names: Sequence[str], channels: int, size: int | None
+    items: Sequence[Item], names: Sequence[str], channels: int, fit: Fit | None
 ) -> tuple[Tensor | LazyImages, dict[int, str]]:
     """Decodes a small set (or one of pixels), or checks a large one.
 
@@ -95,11 +108,11 @@ def load_images(
         are still among the images.
 
     Raises:
-        MixedSizesError: images of different sizes, and size is None.
+        MixedSizesError: images of different sizes, and fit is None.
         ValueError: not one image can be read.
     """
-    shape = (channels, size, size) if size else _first_shape(items, names, channels)
-    lazy = LazyImages(items, names, shape, resize=size is not None)
+    shape = _first_shape(items, names, channels) if fit is None else _fitted_shape(channels, fit)
+    lazy = LazyImages(items, names, shape, fit)
     if len(items) * math.prod(shape) > IN_MEMORY_BYTES and not isinstance(items[0], np.ndarray):
         return lazy, _failures(lazy.verify, len(items))
     images = torch.zeros(len(items), *shape, dtype=torch.uint8)
@@ -128,11 +141,16 @@ def _failures(function: Callable[[int], None], count: int) -> dict[int, str]:
     return failures
 
 
+def _fitted_shape(channels: int, fit: Fit) -> tuple[int, int, int]:
+    width, height = fit(Image.new("L", (8, 8))).size
+    return channels, height, width
+
+
 def _first_shape(items: Sequence[Item], names: Sequence[str], channels: int) -> tuple[int, int, int]:
     reasons = []
     for item in items:
         try:
-            image = decode_image(item, channels, size=None)
+            image = decode_image(item, channels, None)
         except Exception as error:  # reported with the others later
             reasons.append(_reason(error))
             continue
@@ -143,12 +161,24 @@ def _first_shape(items: Sequence[Item], names: Sequence[str], channels: int) -> 
 def _open(item: Item) -> Image.Image:
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
-    image = Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
+    try:
+        image = Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
+    except UnidentifiedImageError:
+        if _first_bytes(item, len(_POINTER)) == _POINTER:
+            raise ValueError("a Git LFS pointer and not the image: run git lfs pull") from None
+        raise
     # PIL converts 16-bit and float images by clipping to 255: white pictures instead of an error.
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         image.close()
         raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
     return image
+
+
+def _first_bytes(item: Path | bytes, count: int) -> bytes:
+    if isinstance(item, bytes):
+        return item[:count]
+    with item.open("rb") as file:
+        return file.read(count)
 
 
 def _verify_image(item: Item) -> tuple[int, int]:

@@ -1,7 +1,11 @@
 """Files from the Hugging Face Hub, checked, and its errors as one sentence that says what to do."""
 
 import errno
-from collections.abc import Iterator, Mapping
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from huggingface_hub.errors import (
 
 from advcl_hub.files import file_sha256
 
+_POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -45,12 +50,15 @@ def fetch(
 ) -> Path:
     """A file of a Hub repository, from the cache or downloaded, as the Hub client does it (HF_HOME, HF_ENDPOINT, HF_TOKEN).
 
+    The client looks at a cached file's name only. Here its content is checked, and a damaged one is fetched again, once.
+
     Args:
         repository: `ORG/NAME`.
         file: name in the repository.
         revision: branch, tag or commit; by default main.
         cache_dir: instead of the Hub client's own.
-        expected: its `sha256` and, if known, its `size`: a file that differs is removed from the cache and refused.
+        expected: its `sha256` and, if known, its `size`: a file that differs is removed from the cache and refused. By default
+            the content is compared with the hash that the client names it by, where there is one.
 
     Returns:
         Where it lies in the cache.
@@ -58,12 +66,28 @@ def fetch(
     Raises:
         FileNotFoundError: the repository has no such file.
         OSError: no network, no such repository, no access.
-        ValueError: not the file that was expected.
+        ValueError: not the file that was expected, or a damaged one in the cache that cannot be fetched again.
     """
+    path = _download(repository, file, revision, cache_dir)
+    wrong = _difference(path, expected)
+    if wrong and (is_damaged(path) or content_hash(path) is None):  # else the Hub itself has another file
+        path = _fetch_again(path, wrong, repository, file, revision, cache_dir)
+        wrong = _difference(path, expected)
+    if wrong:
+        removed = "It was removed from the cache: try again" if _remove(path, cache_dir) else f"Delete {path}, try again"
+        what = "is not the file that was released" if expected else "came damaged"
+        raise ValueError(
+            f"{file} of {repository} {what} ({wrong}). {removed}, and if this comes back, do not use that repository or mirror."
+        )
+    return path
+
+
+def _download(repository: str, file: str, revision: str | None, cache_dir: str | Path | None, again: bool = False) -> Path:
+    """As `fetch`, unchecked; with `again` also where the cache has the file."""
     what = f"{repository} cannot be fetched from the Hub"
     try:
         with hub_errors(repository, what):
-            path = Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir))
+            return Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir, force_download=again))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{what}: it has no {file}.") from error
     except OSError as error:
@@ -71,17 +95,97 @@ def fetch(
         if try_to_load_from_cache(repository, file, cache_dir=cache_dir, revision=revision) is _CACHED_NO_EXIST:
             raise FileNotFoundError(f"{what}: it has no {file}.") from error
         raise
-    if expected:
-        try:
-            check_file(path, expected)
-        except ValueError as error:
-            path.resolve().unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            raise ValueError(
-                f"{file} of {repository} is not the file that was released ({error}). It was removed from the cache: try "
-                "again, and if this comes back, do not use that repository or mirror."
-            ) from None
-    return path
+
+
+def _fetch_again(
+    path: Path, wrong: str, repository: str, file: str, revision: str | None, cache_dir: str | Path | None
+) -> Path:
+    """Replaces a damaged file of the cache, and warns; raises ValueError, with what to do, where that is impossible."""
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{path} is damaged ({wrong}): unset HF_HUB_OFFLINE once, and it is fetched again.")
+    # The client replaces what its link points to, but not a file in the place of the link (a system without links).
+    if content_hash(path) is None and not _remove(path, cache_dir):
+        raise ValueError(f"{path} is damaged ({wrong}) and cannot be removed: delete it, and it is fetched again.")
+    try:
+        fetched = _download(repository, file, revision, cache_dir, again=True)
+    except OSError as error:
+        raise ValueError(
+            f"{path} is damaged ({wrong}) and could not be fetched again ({str(error).rstrip('.')}): delete it and try again "
+            "where the Hub can be reached and the cache can be written."
+        ) from error
+    warnings.warn(f"{path} was damaged ({wrong}); it was removed and fetched again.", stacklevel=4)
+    return fetched
+
+
+def is_cached(repository: str, file: str, revision: str | None, cache_dir: str | Path | None = None) -> bool:
+    """Whether the Hub client's cache has a file, so that it opens without the Hub."""
+    return isinstance(try_to_load_from_cache(repository, file, cache_dir=cache_dir, revision=revision), str)
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a file in the Hub client's cache is not what its name says: sha256 of large files, git's sha1 of others.
+
+    False, too, where the cache has no such names (systems without links).
+    """
+    name = content_hash(path)
+    if name is None:
+        return False
+    if len(name) == 64:
+        return file_sha256(path) != name
+    content = path.read_bytes()
+    # Some mirrors name a file by its plain sha1.
+    git, plain = (hashlib.sha1(head + content, usedforsecurity=False) for head in (b"blob %d\0" % len(content), b""))
+    return name not in (git.hexdigest(), plain.hexdigest())
+
+
+def content_hash(path: Path) -> str | None:
+    """The hash that the client names the content of a cached file by: the last part of what the file links to.
+
+    That may be a link, too, into a store for all repositories, where names mean something else: only one link is followed.
+    """
+    name = Path(os.readlink(path)).name if path.is_symlink() else ""
+    return name if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name) else None
+
+
+def _remove(path: Path, cache_dir: str | Path | None) -> bool:
+    """Removes a file that the client gave us from its cache, and its content; nothing outside the cache. Whether it is gone."""
+    cache = Path(cache_dir or constants.HF_HUB_CACHE)
+    if not path.absolute().is_relative_to(cache.absolute()):
+        return False
+    content = path.resolve()  # blobs/HASH of the repository, or blobs/HA/HASH of all repositories
+    inside = content.is_relative_to(cache.resolve()) and "blobs" in (content.parent.name, content.parent.parent.name)
+    blob = Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else path
+    try:
+        for found in {content, blob, path} if inside else {path}:
+            found.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+def _difference(path: Path, expected: Mapping[str, Any] | None) -> str:
+    """What is wrong with a file of the cache, empty if nothing is."""
+    if not expected:
+        return "its content is not that of its hash in the cache" if is_damaged(path) else ""
+    try:
+        check_file(path, expected)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def refuse_pointer(path: Path, name: str | None = None) -> None:
+    """Raises ValueError if a file is a Git LFS pointer in the place of the file itself (a clone without Git LFS).
+
+    Args:
+        path: of the file; one that does not exist is none.
+        name: to call it in the error, by default its path.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{name or path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository.")
 
 
 def check_file(path: Path, expected: Mapping[str, Any]) -> None:
@@ -104,7 +208,7 @@ def hub_errors(repository: str, what: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise ValueError(f"{repository!r} is no name of a Hub repository (ORG/NAME): {first_line(error)}") from error
+        raise ValueError(f"{repository!r} is no name of a Hub repository (ORG/NAME): {reason_of(error)}") from error
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:  # the client wraps some errors in others, which say less
@@ -170,6 +274,49 @@ def _is_network(error: BaseException) -> bool:
     return isinstance(error, ConnectionError | TimeoutError) or module in ("httpx", "httpx2", "httpcore", "httpcore2")
 
 
-def first_line(error: BaseException) -> str:
-    """Of an error's message."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
+def reason_of(error: BaseException, limit: int = 300) -> str:
+    """What an error says, as one sentence of at most `limit` characters, whoever raised it.
+
+    Of a refused state dict the first keys and shapes are named, and how many more there are. Of other messages the first
+    paragraph is taken. Line breaks and control characters become blanks: keys and names come from files of other people.
+    """
+    text = str(error).strip()
+    if not text or isinstance(error, KeyError):  # whose message is the key alone
+        text = repr(error)
+    lines = text.split("\n\n")[0].splitlines()
+    if len(lines) > 1 and lines[0].startswith("Error(s) in loading state_dict"):
+        text = f"{_plain(lines[0])} {'; '.join(_refused_keys(lines[1:]))}"
+    else:
+        text = _plain(" ".join(lines))
+    return text if len(text) <= limit else f"{text[: limit - 4].rstrip()} ..."
+
+
+def _refused_keys(lines: Sequence[str]) -> Iterator[str]:
+    """Of torch's lists of keys, one a line, and its lines of shapes, the first two each and the number of the others."""
+    shapes = [line for line in lines if line.strip().startswith("size mismatch")]
+    for line in lines:
+        kind, found, keys = _plain(line).partition(": ")
+        if line not in shapes and found:
+            yield f"{kind}: {_first_two(keys.rstrip('.').split(', '))}"
+        elif line not in shapes and (rest := _plain(line)):
+            yield rest.rstrip(".")
+    if shapes:
+        sizes = [
+            re.sub(
+                r"copying a param with shape torch.Size\((\S.*?)\) from checkpoint, the shape in current model is "
+                r"torch.Size\((.*?)\)\.?$",
+                r"\1 instead of \2",
+                _plain(line),
+            )
+            for line in shapes
+        ]
+        yield _first_two(sizes)
+
+
+def _first_two(items: Sequence[str]) -> str:
+    shown = ", ".join(item if len(item) <= 90 else f"{item[:86]} ..." for item in items[:2])
+    return shown + (f" and {len(items) - 2} more" if len(items) > 2 else "")
+
+
+def _plain(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

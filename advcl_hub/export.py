@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from advcl_hub.download import reason_of, refuse_pointer
 from advcl_hub.files import file_sha256, make_readable, without_local_paths, write_errors
+from advcl_hub.tensors import separate
 
 WEIGHTS = "model.safetensors"
 GOLDEN = "golden.safetensors"
@@ -54,14 +56,17 @@ def export_folder(
         The folder.
 
     Raises:
-        ValueError: unknown dtype, weights that are not finite in it, or a folder that holds anything but an earlier export.
+        ValueError: no timm model, an unknown dtype, weights that are not finite in it, or a folder that holds anything but an
+            earlier export.
         OSError: the folder cannot be written (a full disk); nothing is left behind.
     """
     folder = Path(folder)
+    if not hasattr(model, "pretrained_cfg"):
+        raise ValueError(f"{type(model).__name__} is no timm model (no pretrained_cfg): of a wrapper, export the model in it.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     with replacing_folder(folder) as draft:
-        state = {k: _stored(v, DTYPES[dtype]) for k, v in model.state_dict().items()}
+        state = {k: _stored(v, DTYPES[dtype]) for k, v in separate(model.state_dict()).items()}
         save_file(state, draft / WEIGHTS, metadata={"format": "pt"})
         save_config_for_hf(
             model,
@@ -110,7 +115,8 @@ def export_again(source: str | Path, folder: str | Path, *, dtype: str) -> Path:
 
 
 def load_folder(folder: str | Path) -> nn.Module:
-    """`timm.create_model("local-dir:FOLDER", pretrained=True)` in evaluation mode."""
+    """`timm.create_model("local-dir:FOLDER", pretrained=True)` in evaluation mode; ValueError for a Git LFS pointer."""
+    refuse_pointer(Path(folder) / WEIGHTS)
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
@@ -129,18 +135,20 @@ def verify_folder(folder: str | Path) -> float:
     for name in (RESULTS, *CHECKED):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: not a complete export.")
+        refuse_pointer(folder / name)
     for name, expected in _recorded_sha256(folder).items():
         if file_sha256(folder / name) != expected:
             raise ValueError(f"{folder / name} is not the file that was exported (its sha256 differs): copy it again.")
-    golden = load_file(folder / GOLDEN)
     try:
+        golden = load_file(folder / GOLDEN)
         model = load_folder(folder)
-    except RuntimeError as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"{folder} cannot be opened by timm: {reason}") from error
-    with torch.no_grad():
-        output = model(golden["input"])
-    difference = ((output - golden["output"]).abs().max() / golden["output"].abs().max()).item()
+        with torch.no_grad():
+            output = model(golden["input"])
+        difference = ((output - golden["output"]).abs().max() / golden["output"].abs().max()).item()
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # timm, torch and safetensors share no base class
+        raise ValueError(f"{folder} cannot be opened by timm: {reason_of(error)}") from error
     if not difference < 1e-3:  # float32 on another device or library stays far below
         raise ValueError(f"{folder} computes something else than when it was exported (relative difference {difference:.1e}).")
     return difference
@@ -165,8 +173,8 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-    if stored.is_floating_point() and not stored.isfinite().all():
+    stored = tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype)
+    if not stored.isfinite().all():
         raise ValueError(f"Some weights are not finite as {str(dtype).removeprefix('torch.')}: export them as float32.")
     return stored
 
@@ -215,7 +223,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         yield draft
         for path in draft.iterdir():
             make_readable(path)
-        draft.chmod(0o755)
+        make_readable(draft, 0o777)
         _replace_folder(draft, folder)
 
 

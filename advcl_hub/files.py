@@ -1,6 +1,7 @@
 """Files that appear complete or not at all, their names and hashes, and what of a record may be published."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -10,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from safetensors import SafetensorError
 
@@ -73,11 +74,61 @@ def _last(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
-def make_readable(path: Path) -> None:
-    """Gives a file the permissions of new files; safetensors makes its files readable by their owner alone."""
+# What a file system answers that cannot do what it is asked; any other error of fsync means that data may be lost.
+_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
+_missed: set[str] = set()  # comforts that this process has warned about
+
+
+def missed(what: str, message: str, stacklevel: int = 3) -> None:
+    """Warns that a comfort is missing, once a process.
+
+    Args:
+        what: names the comfort; later calls with the same name say nothing.
+        message, stacklevel: of the warning.
+    """
+    if what not in _missed:
+        _missed.add(what)
+        warnings.warn(message, stacklevel=stacklevel)
+
+
+@contextlib.contextmanager
+def comfort(what: str, *, errors: type[Exception] = OSError) -> Iterator[None]:
+    """Lets the work go on, after one warning a process, where a `with` block fails that does what nobody needs.
+
+    Args:
+        what: names the comfort, as in "WHAT failed (PermissionError: ...)".
+        errors: what may be raised.
+    """
+    try:
+        yield
+    except errors as error:
+        reason = error.__cause__ if isinstance(error.__cause__, OSError) else error  # what `write_errors` explains
+        missed(what, f"{what} failed ({type(reason).__name__}: {reason}); the work goes on without.", 4)
+
+
+def make_readable(path: Path, mode: int = 0o666) -> None:
+    """Gives a file the permissions of new files, where its file system has any.
+
+    safetensors makes its files, and tempfile its folders, readable by their owner alone.
+
+    Args:
+        path: a file or folder.
+        mode: permissions before the umask; a folder's are 0o777.
+    """
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    with comfort("Setting permissions of files"):
+        path.chmod(mode & ~mask)
+
+
+def sync(file: IO[Any]) -> None:
+    """Puts an open file on disk, as far as its file system can. Raises OSError if data could not be written."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+        missed("sync", f"Files cannot be synced to disk ({error.strerror}): a power failure may lose the last ones.")
 
 
 def check_writable(folder: Path) -> None:
@@ -117,7 +168,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with write_errors(path):
             yield draft
             with draft.open("rb") as file:
-                os.fsync(file.fileno())
+                sync(file)
             make_readable(draft)
             draft.replace(path)
     finally:
@@ -127,7 +178,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def lock(file: TextIO) -> bool:
     """Returns whether this process now holds the lock of an open file, False if another one does.
 
-    The lock ends with the last process that has the file open. Where the file system has no locks there is a warning.
+    The lock ends with the last process that has the file open. Where the file system has no locks there is one warning.
     """
     if fcntl is None:
         return True
@@ -136,5 +187,5 @@ def lock(file: TextIO) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        warnings.warn(f"{file.name} cannot be locked ({error.strerror}): do not start the same work twice.", stacklevel=2)
+        missed("lock", f"{file.name} cannot be locked ({error.strerror}): do not start the same work twice.")
     return True

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -187,7 +188,11 @@ def pull(name: str, folder: str | Path, *, cache_dir: str | Path | None = None) 
     folder = Path(folder).expanduser()
     check_replaceable(folder)
     check_writable(folder)
-    files = _files(name, (*CHECKED, *EXTRAS), cache_dir)
+    return _pull(name, folder, (*CHECKED, *EXTRAS), cache_dir)
+
+
+def _pull(name: str, folder: Path, wanted: Sequence[str], cache_dir: str | Path | None) -> Path:
+    files = _files(name, wanted, cache_dir)
     with replacing_folder(folder) as draft:
         for file, path in files.items():
             shutil.copyfile(path, draft / file)
@@ -213,7 +218,7 @@ def verify(name: str | Path, *, cache_dir: str | Path | None = None) -> float:
     if Path(text).expanduser().is_dir() or isinstance(name, Path):
         return verify_folder(Path(text).expanduser())
     with tempfile.TemporaryDirectory() as temporary:
-        return verify_folder(pull(text, Path(temporary) / "export", cache_dir=cache_dir))
+        return verify_folder(_pull(text, Path(temporary) / "export", CHECKED, cache_dir))
 
 
 @contextmanager
@@ -241,12 +246,14 @@ def described(name: str, *, cache_dir: str | Path | None = None) -> Iterator[tup
 
 
 def _files(name: str, wanted: Sequence[str], cache_dir: str | Path | None) -> dict[str, Path]:
-    """Where results.json and other files of an export lie, checked; the `EXTRAS` only if it has them."""
+    """Where results.json and other files of an export lie, checked; the `EXTRAS` only if it has them and they can be had."""
     release = releases().get(name)
     if release is None:
         if "/" not in name.partition("@")[0]:
             raise ValueError(f"{name} is no folder here, no released weights, and no repository on the Hub (ORG/NAME).")
         release = open_source(f"hf-hub:{name.removeprefix('hf-hub:')}", cache_dir=cache_dir)
+    if why := release.facts.get("unchecked"):
+        raise OSError(f"{why}. Without {RESULTS} there is nothing to describe or to verify.")
     if not release.files:
         raise ValueError(f'{name} has no {RESULTS}: not pushed by advcl-hub. timm may open it: "hf-hub:{release.hub_id}".')
     files = {}
@@ -256,6 +263,10 @@ def _files(name: str, wanted: Sequence[str], cache_dir: str | Path | None) -> di
         except FileNotFoundError:
             if file not in EXTRAS:
                 raise
+        except OSError as error:
+            if file not in EXTRAS:
+                raise
+            warnings.warn(f"{file} is left out: {error}", stacklevel=3)
     return files
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from advcl_hub.download import reason_of, refuse_pointer
 from advcl_hub.export import WEIGHTS
 from advcl_hub.files import file_sha256, make_readable, replacing, write_errors
 
@@ -71,10 +72,11 @@ def _contains(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    refuse_pointer(path)
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again.") from error
+        raise ValueError(f"{path} is damaged ({reason_of(error)}): copy it again.") from error
 
 
 def join(parts: Sequence[Path], path: Path, sha256: str) -> Path:

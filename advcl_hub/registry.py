@@ -22,7 +22,7 @@ from timm.models import DefaultCfg, PretrainedCfg, _registry
 from torch import nn
 
 import advcl_hub.models  # noqa: F401  # whose architectures released weights belong to
-from advcl_hub.download import check_file, commit_of, fetch, split_revision
+from advcl_hub.download import check_file, commit_of, fetch, is_cached, refuse_pointer, split_revision
 from advcl_hub.export import CONFIG, RESULTS, WEIGHTS, verify_folder
 from advcl_hub.parts import join
 
@@ -51,7 +51,8 @@ class Release:
         folder: where they lie on this machine (in the package, a checkout, or a user's own), None for those on the Hub.
         parts: files that the weights are made of, where they lie in a checkout; see `advcl_hub.parts`.
         facts: for people: `summary`, `head` (see `head_of`), `data`, `threat_model`, `results`, `provenance`, `licence`,
-            `parameters`; for weights that a user registered, `own` and `head` only.
+            `parameters`; for weights that a user registered, `own`, `head` and, where their results.json could not be read,
+            `unchecked`: why.
         robustbench: name under which RobustBench finds the classifier: `MODEL_DATASET_THREAT`.
     """
 
@@ -110,6 +111,7 @@ class Release:
         if not path.is_file():
             what = "is gone: register its new place" if not self.folder.is_dir() else f"has no {file}"
             raise FileNotFoundError(f"{self.folder} {what}.")
+        refuse_pointer(path)
         try:
             if expected:
                 check_file(path, expected)
@@ -191,7 +193,8 @@ def register(name: str, source: str | Path, *, cache_dir: str | Path | None = No
     if not re.fullmatch(re.escape(architecture) + r"\.[\w.-]+", name, re.ASCII):
         raise ValueError(f"{source} holds a {architecture}: register it as {architecture}.TAG, of letters, digits, - and _.")
     if not release.files:
-        warnings.warn(f"{source} tells no sha256: the weights of {name} are not checked.", stacklevel=2)
+        why = release.facts.get("unchecked") or f"{source} tells no sha256"
+        warnings.warn(f"{why}: the weights of {name} are not checked.", stacklevel=2)
     earlier = _releases.get(name)
     if not (earlier and earlier.facts.get("own")) and timm.models.is_model_pretrained(name):
         raise ValueError(f"{name} is taken by released weights: choose another tag.")
@@ -200,9 +203,14 @@ def register(name: str, source: str | Path, *, cache_dir: str | Path | None = No
 
 
 def open_source(source: str | Path, name: str | None = None, *, cache_dir: str | Path | None = None) -> Release:
-    """The weights in a folder or a Hub repository, pinned to what they are now, without registering them; see `register`."""
+    """The weights in a folder or a Hub repository, pinned to what they are now, without registering them; see `register`.
+
+    What timm opens from the Hub client's cache opens here, too. If only results.json is neither there nor to be had, the
+    release has no `files` to check, and its fact `unchecked` says why.
+    """
     folder: Path | None = None
     hub_id = revision = None
+    unchecked = ""
     results_file: Path | None
     if str(source).startswith("hf-hub:"):
         hub_id, revision = split_revision(str(source))
@@ -214,11 +222,16 @@ def open_source(source: str | Path, name: str | None = None, *, cache_dir: str |
             results_file = fetch(hub_id, RESULTS, revision=revision, cache_dir=cache_dir)
         except FileNotFoundError:  # timm's own push writes none
             results_file = None
+        except OSError as error:
+            if not is_cached(hub_id, WEIGHTS, revision, cache_dir):
+                raise
+            results_file, unchecked = None, f"{source} is unchecked ({RESULTS}: {str(error).rstrip('.')})"
     else:
         folder = Path(str(source).removeprefix("local-dir:")).expanduser().absolute()
         config_file, results_file = folder / CONFIG, folder / RESULTS
         if not config_file.is_file() or not (folder / WEIGHTS).is_file():
             raise FileNotFoundError(f"{source} is no folder with {CONFIG} and {WEIGHTS}; for the Hub, write hf-hub:ORG/NAME.")
+        refuse_pointer(folder / WEIGHTS)
         if results_file.is_file():
             verify_folder(folder)
         else:
@@ -227,10 +240,10 @@ def open_source(source: str | Path, name: str | None = None, *, cache_dir: str |
         config = json.loads(config_file.read_text(encoding="utf-8"))
         results = json.loads(results_file.read_text(encoding="utf-8")) if results_file else {}
         files = {file: {"sha256": sha256} for file, sha256 in results.get("sha256", {}).items()}
-        facts = {"own": True, "head": head_of(results, config)}
+        facts = {"own": True, "head": head_of(results, config)} | ({"unchecked": unchecked} if unchecked else {})
         return Release(name or config["architecture"], config, files, hub_id, revision, folder, facts)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{source} has a damaged {CONFIG} or {RESULTS}: {error!r}.") from None
+        raise ValueError(f"{source} has a damaged {CONFIG} or {RESULTS} (in {config_file.parent}): {error!r}.") from None
 
 
 def row(release: Release) -> dict[str, str]:

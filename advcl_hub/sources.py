@@ -6,9 +6,9 @@ machine: files are sorted by name, rows keep their order, and every random choic
 
 import difflib
 import gzip
-import json
 import os
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ import torchvision
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from advcl_hub.decoding import Item
+from advcl_hub.parquet import has_parquet, read_parquet
 
 FORMS = ("digits", "cifar10", "cifar100", "stl10", "fashion-mnist", "folder:PATH", "parquet:PATH", "fake:N")
 FOLDER_SPLITS = ("train", "val", "test")
@@ -113,8 +114,8 @@ def _check_folder(folder: Path) -> None:
         raise PermissionError(f"folder {folder} cannot be read, check its permissions") from None
 
 
-def _numbered(count: int, what: str = "image") -> list[str]:
-    return [f"{what} {position}" for position in range(count)]
+def _numbered(count: int) -> list[str]:
+    return [f"image {position}" for position in range(count)]
 
 
 # ---- sources that are made or come with a package ------------------------------------------------
@@ -161,7 +162,8 @@ def _read_torchvision(name: str, split: str, root: Path | None, download: bool) 
     constructor checks every file against the published md5 first (always, this function cannot turn it
     off), and nobody can make another file with a given md5.
     """
-    _check_split(split, ("train", "test", "unlabeled") if name == "stl10" else ("train", "test"), name)
+    splits = ("train", "test", "unlabeled") if name == "stl10" else ("train", "test")
+    _check_split(split, splits, name)
     if root is None:
         raise ValueError(f"{name} needs root, the folder that holds it (or will, with download=True)")
     if not download:
@@ -170,7 +172,7 @@ def _read_torchvision(name: str, split: str, root: Path | None, download: bool) 
     dataset_class = getattr(torchvision.datasets, kind)
     if not (root / dataset_class.base_folder).is_dir():
         for folder in (root, root / name):
-            if any(_parquet_files(folder)):
+            if has_parquet(folder, splits):
                 return _read_known_parquet(name, folder, split)
     which: dict[str, Any] = {"split": split} if name == "stl10" else {"train": split == "train"}
     try:
@@ -267,34 +269,59 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def _read_folder(folder: Path, split: str) -> Source:
-    """PATH/{train,val,test}/CLASS/**/IMAGE; flat class folders in the order of torchvision's ImageFolder."""
+    """PATH/{train,val,test}/CLASS/**/IMAGE; classes in timm's order, the images of each by name."""
     _check_folder(folder)
     splits = [name for name in FOLDER_SPLITS if (folder / name).is_dir()]
     _check_split(split, splits, f"folder {folder}")
-    classes = _class_folders(folder / split)
+    places = _class_folders(folder / split)
     for other in splits:
-        if difference := set(classes) ^ set(_class_folders(folder / other)):
+        if difference := places.keys() ^ _class_folders(folder / other).keys():
             raise ValueError(
                 f"{folder}: {split}/ and {other}/ must have the same class folders, "
                 f"only one of them has: {', '.join(sorted(difference))}"
             )
+    # All splits are numbered as the first one, in which names may be spelt otherwise (`canonical`).
+    numbered = {name: _text(place.name) for name, place in _class_folders(folder / splits[0]).items()}
     files, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(_image_files(folder / split / name), key=Path.as_posix)
+    for label, name in enumerate(numbered):
+        found = sorted(_image_files(places[name]), key=Path.as_posix)
         files += found
         labels += [label] * len(found)
-    names = [file.relative_to(folder).as_posix() for file in files]
-    return Source(files, names, np.array(labels, np.int64), classes, f"folder:{folder.resolve().name}")
+    names = [_text(file.relative_to(folder).as_posix()) for file in files]
+    return Source(files, names, np.array(labels, np.int64), tuple(numbered.values()), f"folder:{folder.resolve().name}")
 
 
-def _class_folders(folder: Path) -> tuple[str, ...]:
+def _class_folders(folder: Path) -> dict[str, Path]:
+    """The class folders in a folder by `canonical` name, in timm's order."""
     _check_folder(folder)
     # Hidden folders are tools' leftovers (.ipynb_checkpoints), not classes.
-    names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
-    classes = sorted(name for name in names if not name.startswith("."))
-    if not classes:
+    places = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
+    if not places:
         raise ValueError(f"{folder} has no class folders, expected {folder}/CLASS/IMAGE")
-    return tuple(classes)
+    places.sort(key=lambda place: natural(_text(place.name)))
+    classes = {canonical(_text(place.name)): place for place in places}
+    if len(classes) < len(places):
+        twice = next(place.name for place in places if place not in classes.values())
+        raise ValueError(
+            f"{folder} has two folders {_text(twice)}, a name that Unicode spells in two ways ({_text(twice)!a} is one): move "
+            "their images into one of them."
+        )
+    return classes
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """The key by which timm sorts class folders: without regard to case, and 2 before 10. Equal ones are sorted as they are."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
+
+
+def canonical(name: str) -> str:
+    """The composed form (NFC) of a name. Unicode has two ways to spell letters with accents, and macOS stores the other one."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _text(name: str) -> str:
+    """A file name as text, whatever the locale says: UTF-8, with bytes that are none as \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _image_files(folder: Path) -> Iterator[Path]:
@@ -314,61 +341,8 @@ def _image_files(folder: Path) -> Iterator[Path]:
 # ---- Parquet -------------------------------------------------------------------------------------
 
 
-def _parquet_files(folder: Path, split: str = "*") -> list[Path]:
-    return sorted(folder.glob(f"{split}-*.parquet")) or sorted((folder / "data").glob(f"{split}-*.parquet"))
-
-
 def _read_parquet(folder: Path, split: str, name: str) -> Source:
-    """The layout of Hugging Face image sets: [data/]{split}-*.parquet with img|image {bytes, path} and label.
-
-    The encoded images are held in memory: unpack a set larger than that into a folder.
-    """
+    """A split in Parquet files, see `advcl_hub.parquet`."""
     _check_folder(folder)
-    splits = sorted({file.name.partition("-")[0] for file in _parquet_files(folder)})
-    _check_split(split, splits, f"{folder} (searched for [data/]SPLIT-*.parquet)")
-    files = _parquet_files(folder, split)
-    _check_shards(files)
-    shards = [_read_shard(file) for file in files]
-    labels = np.concatenate([labels for _, labels, _ in shards])
-    # Without names in the metadata the labels themselves are the names.
-    classes = shards[0][2] or tuple(str(label) for label in range(labels.max(initial=-1) + 1))
-    items = [item for items, _, _ in shards for item in items]
-    names = []
-    for file, (rows, _, _) in zip(files, shards, strict=True):
-        names += _numbered(len(rows), f"{file.name} row")
-    return Source(items, names, labels, classes, name)
-
-
-def _check_shards(files: Sequence[Path]) -> None:
-    """A name like train-00000-of-00004.parquet tells how many files a complete split has."""
-    announced = re.search(r"-of-(\d+)\.parquet$", files[0].name)
-    if announced and int(announced[1]) != len(files):
-        total = int(announced[1])
-        raise FileNotFoundError(f"{files[0].parent} has {len(files)} of the {total} files like {files[0].name}")
-
-
-def _read_shard(file: Path) -> tuple[list[bytes], np.ndarray, tuple[str, ...]]:
-    """Returns the encoded images (b"" where there is none), the labels, and the class names or ()."""
-    try:
-        import pyarrow as pa  # here: no other source needs it
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError("Parquet files need pyarrow: pip install pyarrow") from error
-    try:
-        schema = pq.read_schema(file)
-        types = {field.name: field.type for field in schema}
-        images = [n for n in ("img", "image") if n in types and pa.types.is_struct(types[n])]
-        labels = [n for n in ("label", "fine_label") if n in types and pa.types.is_integer(types[n])]
-        if not images or not labels or types[images[0]].get_field_index("bytes") < 0:
-            found = ", ".join(f"{name}: {kind}" for name, kind in types.items())
-            raise ValueError(f"{file} has {found}; expected img or image: struct<bytes, path>, and label: int")
-        table = pq.read_table(file, columns=[images[0], labels[0]])
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file} cannot be read as Parquet: {error}; fetch it again") from error
-    if missing := table[labels[0]].null_count:
-        raise ValueError(f"{file} has {missing} rows without a label")
-    encoded = pc.struct_field(table[images[0]], "bytes").to_pylist()
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    classes = metadata.get("info", {}).get("features", {}).get(labels[0], {}).get("names") or ()
-    return [item or b"" for item in encoded], table[labels[0]].to_numpy().astype(np.int64), tuple(classes)
+    found = read_parquet(folder, split)
+    return Source(found.images, found.names, found.labels, found.classes, name)

@@ -13,13 +13,13 @@ import argparse
 import json
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from advcl_hub.cards import add_to_results, card, pretraining, read_export, summary
+from advcl_hub.cli.common import script
 from advcl_hub.evaluation.protocol import pixels
 from advcl_hub.export import CONFIG, GOLDEN, PICTURE, RESULTS, WEIGHTS, load_folder, verify_folder
 from advcl_hub.files import file_sha256, replacing
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--hub", metavar="ORG/NAME@COMMIT", help="where it was pushed")
     parser.add_argument("--robustbench", metavar="MODEL_DATASET_THREAT", help="name for RobustBench, of a classifier")
     args = parser.parse_args()
-    try:
+    with script():
         if args.folder and (args.folder / kept.FOLDERS).is_file():
             if args.name or args.hub or args.robustbench or not args.licence:
                 raise ValueError("What a plan kept has its name and is not on the Hub yet: give a --licence only.")
@@ -237,8 +237,6 @@ def main() -> None:
         for found in load_releases(RELEASED):
             if found.folder and (found.folder / PICTURE).is_file():
                 shutil.copyfile(found.folder / PICTURE, CARDS / found.name / PICTURE)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Checkpoints: what goes in comes out, also for AdamW; a failed write leaves the earlier one."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from advcl_hub.training import state as module
-from advcl_hub.training.state import FILE, pack_state, unpack_state
+from advcl_hub.training.state import FILE, load_state, pack_state, save_state, unpack_state
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train.recipe import load_recipe
 
@@ -52,6 +53,34 @@ def test_a_restored_state_goes_on_bit_by_bit(tmp_path: Path, kind: str) -> None:
     step(other, other_optimizer)
     state = other.state_dict()
     assert [k for k, v in network.state_dict().items() if not torch.equal(v, state[k])] == []
+
+
+def tied(seed: int, kind: str = "adamw") -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    """Two layers of one matrix, after a step."""
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    assert isinstance(network[0], nn.Linear) and isinstance(network[2], nn.Linear)
+    network[2].weight = network[0].weight
+    optimizer = KINDS[kind](network.parameters())
+    step(network, optimizer)
+    return network, optimizer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tied_weights_go_on_bit_by_bit_and_tied(tmp_path: Path, kind: str) -> None:
+    (network, optimizer), (other, other_optimizer) = tied(0, kind), tied(1, kind)
+    averaged = copy.deepcopy(network)
+    save_state(tmp_path, {}, pack_state(network, optimizer, averaged) | {"best.weight": network[0].weight})
+    _, tensors = load_state(tmp_path)
+    assert torch.equal(tensors["best.weight"], tensors["model.2.weight"])
+    other_averaged = tied(2, kind)[0]
+    unpack_state(tensors, other, other_optimizer, other_averaged)
+    step(network, optimizer)
+    step(other, other_optimizer)
+    state = other.state_dict()
+    assert [key for key, value in network.state_dict().items() if not torch.equal(value, state[key])] == []
+    assert other[0].weight is other[2].weight and other_averaged[0].weight is other_averaged[2].weight
+    assert torch.equal(other_averaged[0].weight, averaged[0].weight)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

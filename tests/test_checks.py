@@ -224,6 +224,18 @@ def test_the_columns_of_autoattack_are_compared(pgd: float | None, columns: dict
     assert [check.name for check in found] == OF_AUTOATTACK[0 if pgd else 1 :]
 
 
+def test_a_part_of_autoattack_does_not_pass_for_the_whole() -> None:
+    why = {"square": "Square cannot attack 24x24 images in L2 (no)"}
+    found = {c.name: c for c in checks.autoattack_checks({"apgd-ce": 0.5, "fab-t": 0.4}, None, 5, "standard", why)}
+    assert list(found) == ["all of AutoAttack"] and not found["all of AutoAttack"].passed
+    assert found["all of AutoAttack"].detail == (
+        "only 5 classes: apgd-ce, fab-t with 4 targets; Square cannot attack 24x24 images in L2 (no): the figure is that of "
+        "apgd-ce, fab-t alone"
+    )
+    none = checks.autoattack_checks({}, 0.5, 10, "standard", {"square": "Square cannot"})
+    assert [(check.name, check.passed) for check in none] == [("all of AutoAttack", False)]
+
+
 @pytest.mark.usefixtures("short_autoattack")
 def test_without_pgd_autoattack_is_not_compared_with_it() -> None:
     assert names(measured(ClearNet(), steps=0, autoattack="standard")) == OF_THE_MODEL + OF_THE_BUDGET + OF_AUTOATTACK[1:]

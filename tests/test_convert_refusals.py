@@ -122,7 +122,10 @@ def test_a_table_of_contents_that_leads_nowhere(tmp_path: Path) -> None:
     ("content", "expected"),
     [
         (b"<!DOCTYPE html><title>Google Drive - Virus scan warning", "it starts with b'<!DOCTYPE'"),
-        (b"version https://git-lfs.github.com/spec/v1", "damaged or incomplete"),
+        (
+            b"version https://git-lfs.github.com/spec/v1",
+            "model.pt is a Git LFS pointer, not the file itself: run `git lfs pull`",
+        ),
     ],
 )
 def test_files_of_something_else(tmp_path: Path, content: bytes, expected: str) -> None:

@@ -64,7 +64,7 @@ def test_large_or_uneven_images_are_brought_to_the_models_size(tmp_path: Path, s
     model = Enlarged()
     model.num_classes, model.layers[3] = 2, nn.Linear(72, 2)
     found = evaluate(model, f"folder:{tmp_path}", Protocol(check_images=0)).record["model"]
-    expected = ([3, 8, 8], "enlarged") if sizes == [(8, 8)] else ([3, 18, 18], "cropped")  # 16 / 0.875, as timm scales
+    expected = ([3, 8, 8], "enlarged") if sizes == [(8, 8)] else ([3, 16, 16], None)
     assert (found["attacked_at"], found["fitted_inside"]) == expected and set(model.seen) == {(3, 16, 16)}
 
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_measured_is_refused_before_work_starts(tmp_path: Path) -
     assert isinstance(data.images, Tensor)
     for model, protocol, message in (
         (TinyNet(2), Protocol(loss="dlr"), "DLR loss needs at least 3 classes"),
-        (TinyNet().half(), Protocol(), "The model fails on images"),
+        (TinyNet().half(), Protocol(), r"weights are float16, and are computed with in float32: pass model\.float\(\)"),
         (nn.Flatten(), Protocol(norm="L2"), None),
         (nn.Conv2d(3, 10, 3), Protocol(), r"expected float logits \(10, classes\)"),
     ):
@@ -171,7 +171,7 @@ def test_what_cannot_be_measured_is_refused_before_work_starts(tmp_path: Path) -
     with pytest.raises(ValueError, match="No images"):
         evaluate(TinyNet(), data.subset(torch.arange(0)))
     large = replace(data, images=torch.zeros(10, 3, 40, 40, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"are 40x40, the model takes 16x16: load_data\(size=18\)"):
+    with pytest.raises(ValueError, match="are 40x40, the model takes 16x16: give the data by name"):
         evaluate(Enlarged(), large)
 
 

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import advcl_hub  # noqa: F401
@@ -15,6 +16,7 @@ from advcl_hub import export
 from advcl_hub.export import GOLDEN, WEIGHTS, export_folder, load_folder, verify_folder
 from advcl_hub.files import file_sha256
 from advcl_hub.models.branch_norm import add_branches
+from advcl_hub.tensors import separate
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
 
@@ -175,3 +177,75 @@ def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not finite as float16"):
         export_folder(encoder, tmp_path / "e", results={}, dtype="float16")
     assert not (tmp_path / "e").exists()
+
+
+# ---- what safetensors does not take as it is -------------------------------------------------------------------------
+
+
+def test_tied_weights_are_all_in_the_file_and_stay_tied(tmp_path: Path) -> None:
+    tied = model("coat_lite_tiny")
+    state = tied.state_dict()
+    assert len({value.data_ptr() for value in state.values()}) < len(state)
+    folder = export_folder(tied, tmp_path / "e", results={})
+    stored = load_file(folder / WEIGHTS)
+    assert stored.keys() == state.keys() and all(torch.equal(stored[key], value) for key, value in state.items())
+    again = load_folder(folder).state_dict()
+    assert len({value.data_ptr() for value in again.values()}) == len({value.data_ptr() for value in state.values()})
+    assert verify_folder(folder) == 0
+
+
+def test_any_layout_in_memory_is_stored_by_its_values(tmp_path: Path) -> None:
+    whole = torch.arange(24.0)
+    tensors = {
+        "whole": whole,
+        "view": whole[3:5],
+        "overlap": whole[4:8],
+        "turned": whole.reshape(4, 6).T,
+        "expanded": torch.ones(1).expand(4),
+        "channels last": torch.rand(1, 2, 3, 4).to(memory_format=torch.channels_last),
+        "none": torch.zeros(0, 3),
+        "none either": torch.zeros(0, 3),
+        "scalar": torch.tensor(3),
+        "flags": torch.tensor([True, False]),
+        "complex": torch.ones(2, dtype=torch.complex64).conj(),
+        "parameter": nn.Parameter(torch.ones(2)),
+    }
+    save_file(separate(tensors), tmp_path / "t.safetensors")
+    stored = load_file(tmp_path / "t.safetensors")
+    assert stored.keys() == tensors.keys()
+    assert all(stored[key].dtype == value.dtype and torch.equal(stored[key], value) for key, value in tensors.items())
+
+
+def test_tensors_that_stand_alone_are_not_copied() -> None:
+    first, second = torch.ones(2), torch.ones(2)
+    stored = separate({"a": first, "b": second, "c": first})
+    assert [stored[key].data_ptr() == tensor.data_ptr() for key, tensor in (("a", first), ("b", second), ("c", first))] == [
+        True,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"), [(torch.eye(2).to_sparse(), "sparse_coo"), (torch.ones(2, dtype=torch.complex128), "complex128")]
+)
+def test_types_that_safetensors_does_not_know_are_named(tmp_path: Path, tensor: torch.Tensor, kind: str) -> None:
+    encoder = model()
+    encoder.register_buffer("odd", tensor)
+    with pytest.raises(ValueError, match=f"odd is of the type {kind}, which safetensors does not store"):
+        export_folder(encoder, tmp_path / "e", results={})
+    assert not list(tmp_path.iterdir())
+
+
+def test_buffers_that_are_not_finite_are_refused_also_complex_ones(tmp_path: Path) -> None:
+    encoder = model()
+    encoder.register_buffer("odd", torch.tensor([complex("nan")]))
+    with pytest.raises(ValueError, match="not finite"):
+        export_folder(encoder, tmp_path / "e", results={})
+
+
+def test_buffers_that_are_not_persistent_are_made_anew(tmp_path: Path) -> None:
+    encoder = model()
+    encoder.register_buffer("made", torch.zeros(3), persistent=False)
+    folder = export_folder(encoder, tmp_path / "e", results={})
+    assert "made" not in load_file(folder / WEIGHTS) and verify_folder(folder) < 1e-3

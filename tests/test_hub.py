@@ -167,7 +167,7 @@ def test_names_that_cannot_be_pushed_to(hub: Hub, client: Client, folder: Path) 
         (Fault("POST .*/commit/.*", status=503), "has trouble (HTTP 503)"),
         (Fault("POST .*/tag/.*", status=500), "cannot be tagged v1"),
         (Fault("GET /storage/.*", change=flipped), "could not be verified"),
-        (Fault("GET .*/README.md", change=flipped), "README.md came back changed"),
+        (Fault("GET .*/README.md", change=flipped), "README.md of acme/resnet8_cifar.test came damaged"),
     ],
     ids=["upload cut", "commit refused", "tag refused", "other weights come back", "another card comes back"],
 )

@@ -17,7 +17,7 @@ from timm.models import _registry as timm_registry
 
 import advcl_hub
 from advcl_hub import registry
-from advcl_hub.evaluation.classifier import load_model
+from advcl_hub.evaluation.opening import load_model
 from advcl_hub.export import GOLDEN, WEIGHTS, load_folder
 from advcl_hub.files import file_sha256
 from tests.hub_client import Client, open_client

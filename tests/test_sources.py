@@ -2,15 +2,12 @@
 
 import gzip
 import hashlib
-import json
 import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
@@ -18,7 +15,7 @@ from torch import Tensor
 
 from advcl_hub.data import load_data, train_val_split
 from advcl_hub.decoding import LazyImages
-from advcl_hub.sources import DEBIAN_FASHION_MNIST, read_source
+from advcl_hub.sources import DEBIAN_FASHION_MNIST
 from tests.image_files import RANDOM, all_images, encode, pixels, write
 
 # ---- folders -------------------------------------------------------------------------------------
@@ -77,96 +74,6 @@ def test_unreadable_root(pets: Path, ordinary_user: None) -> None:
         load_data(f"folder:{pets}")
     if os.geteuid() != 65534:
         pets.chmod(0o700)
-
-
-# ---- Parquet -------------------------------------------------------------------------------------
-
-
-def write_parquet(
-    path: Path,
-    images: list[bytes | None],
-    labels: list[int],
-    names: list[str] | None = None,
-    column: str = "img",
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    structs = pa.array(
-        [{"bytes": image, "path": None} for image in images],
-        pa.struct({"bytes": pa.binary(), "path": pa.string()}),
-    )
-    table = pa.table({column: structs, "label": pa.array(labels, pa.int64())})
-    if names:
-        features = {"label": {"names": names, "_type": "ClassLabel"}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    pq.write_table(table, path)
-
-
-@pytest.mark.parametrize(("folder", "column"), [("", "img"), ("data", "image")])
-def test_parquet(tmp_path: Path, storage: str, folder: str, column: str) -> None:
-    arrays = [pixels() for _ in range(5)]
-    encoded: list[bytes | None] = [encode(array) for array in arrays]
-    shards = tmp_path / "flags" / folder
-    write_parquet(shards / "train-00001-of-00002.parquet", encoded[3:], [1, 0], ["no", "yes"], column)
-    with pytest.raises(FileNotFoundError, match="has 1 of the 2 files"):
-        load_data("parquet:flags", root=tmp_path)
-    write_parquet(shards / "train-00000-of-00002.parquet", encoded[:3], [0, 1, 1], ["no", "yes"], column)
-    data = load_data("parquet:flags", root=tmp_path)
-    assert (data.name, data.classes, data.labels.tolist()) == (
-        "parquet:flags",
-        ("no", "yes"),
-        [0, 1, 1, 1, 0],
-    )
-    assert torch.equal(all_images(data), torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
-    with pytest.raises(ValueError, match=r"no split 'test', it has: train"):
-        load_data("parquet:flags", "test", root=tmp_path)
-
-
-def test_parquet_without_names_and_with_missing_bytes(tmp_path: Path, storage: str) -> None:
-    write_parquet(tmp_path / "train-0.parquet", [encode(pixels()), None, encode(pixels())], [1, 1, 0])
-    with pytest.warns(UserWarning, match=r"1 of 3 images cannot be read: train-0\.parquet row 1"):
-        data = load_data(f"parquet:{tmp_path}")
-    assert data.classes == ("0", "1")
-    assert data.indices.tolist() == [0, 2]
-
-
-def test_parquet_errors(tmp_path: Path) -> None:
-    path = tmp_path / "train-0.parquet"
-    image = encode(pixels())
-    write_parquet(path, [image, image], [0, 2], ["no", "yes"])
-    with pytest.raises(ValueError, match=r"labels from 0 to 2, its 2 classes go from 0 to 1"):
-        load_data(f"parquet:{tmp_path}")
-    write_parquet(path, [image, image], [0, -1], ["no", "yes"])
-    with pytest.raises(ValueError, match=r"labels from -1 to 0"):
-        load_data(f"parquet:{tmp_path}")
-    write_parquet(path, [image, image], [0, 0], ["no", "yes"])
-    with pytest.raises(ValueError, match=r"no readable image of the class yes"):
-        load_data(f"parquet:{tmp_path}")
-    write_parquet(path, [image], [0], column="picture")
-    with pytest.raises(ValueError, match=r"has picture: struct.*label: int64; expected img or image"):
-        load_data(f"parquet:{tmp_path}")
-    write_parquet(path, [], [])
-    with pytest.raises(ValueError, match="has no images"):
-        load_data(f"parquet:{tmp_path}")
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="cannot be read as Parquet"):
-        load_data(f"parquet:{tmp_path}")
-    write_parquet(path, [image, image], [0, 1])
-    with pytest.raises(ValueError, match=r"has 2 classes but cifar10 has 10"):
-        load_data("cifar10", root=tmp_path)
-
-
-def test_real_cifar10(cifar10_folder: Path) -> None:
-    test = load_data("cifar10", "test", root=cifar10_folder.parent)
-    assert (test.name, test.shape, test.classes[3]) == ("parquet:cifar10", (3, 32, 32), "cat")
-    assert test.labels.bincount().tolist() == [1000] * 10
-    assert test.labels[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
-    # A copy recompressed as JPEG keeps the published channel means of CIFAR-10 within 1/255.
-    assert isinstance(test.images, Tensor)
-    means = test.images.double().mean((0, 2, 3)) / 255
-    assert torch.allclose(means, torch.tensor([0.494, 0.485, 0.450], dtype=torch.float64), atol=1 / 255)
-    train = read_source("parquet:cifar10", "train", cifar10_folder.parent, download=False)
-    assert np.bincount(train.labels).tolist() == [5000] * 10
-    assert train.labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
 
 
 # ---- torchvision's sets --------------------------------------------------------------------------

@@ -78,7 +78,11 @@ def test_a_compiler_that_fails_costs_nothing_but_its_reason(
     with caplog.at_level("INFO", logger="advcl"):
         trial.main([*arguments, "--rounds", "1", "--output", str(tmp_path)])
     record = json.loads((tmp_path / "trial.json").read_text(encoding="utf-8"))
-    assert record["chosen"] == EAGER and record["not_compiled"] == "no C++ compiler" and record["epochs"] > 0
+    assert (
+        record["chosen"] == EAGER
+        and record["not_compiled"] == "no C++ compiler and a long explanation"
+        and record["epochs"] > 0
+    )
     assert "Not compiled: no C++ compiler" in caplog.text
 
 

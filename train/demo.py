@@ -7,7 +7,6 @@ with PGD-20, and compares. Everything it prints can be made again from the recip
 import argparse
 import json
 import logging
-import sys
 from pathlib import Path
 
 import timm
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from advcl_hub.attacks import pgd
+from advcl_hub.cli.common import script
 from advcl_hub.data import ImageData, load_data
 from advcl_hub.evaluation import PixelSpace, Protocol, Robustness, robustness
 from advcl_hub.evaluation.measure import loss_of
@@ -117,14 +117,10 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("timm").setLevel(logging.WARNING)
-    try:
+    with script("Interrupted. Nothing is lost: run the same command again to continue."):
         results = run_demo(args.output, args.overrides, StopRequest())
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Nothing is lost: run the same command again to continue.")
-    if results is None:
-        print("Stopped with a checkpoint. Run the same command again to continue.")
+        if results is None:
+            print("Stopped with a checkpoint. Run the same command again to continue.")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
 from advcl_hub.data import ImageData
+from advcl_hub.download import reason_of
+from advcl_hub.evaluation.opening import load_model
 
 MAX_PIXELS = 3 * 64 * 64  # values an image: beyond that raw pixels are neither meaningful nor affordable
 
@@ -62,12 +64,13 @@ def _load_network(name: str) -> torch.nn.Module:
         if not (folder / "model.safetensors").is_file():  # timm would fall back to pickled weights
             raise ValueError(f"{folder} has no model.safetensors; write it with timm.models.save_for_hf.")
     try:
-        # With num_classes=0 timm would load non-strictly and leave missing weights random.
-        model = timm.create_model(name, pretrained=True)
+        if Path(name).is_dir() and not timm.is_model(name):
+            raise ValueError("a folder needs local-dir: before it")
+        # With its head: with num_classes=0 timm would load non-strictly and leave missing weights random.
+        model = load_model(name).model
     except Exception as error:  # timm, the Hub client and safetensors share no base class
-        reason = " ".join(str(error).split())  # some messages have many lines
         raise ValueError(
-            f"Cannot open the encoder {name!r} ({reason}). Expected a timm model that has weights "
+            f"Cannot open the encoder {name!r} ({reason_of(error, 600).rstrip('.')}). Expected a timm model that has weights "
             "('resnet18.a1_in1k', 'hf-hub:org/name', 'local-dir:FOLDER') or 'pixels'."
         ) from error
     model.reset_classifier(0)  # type: ignore[operator]  # every timm model has it

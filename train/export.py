@@ -5,12 +5,12 @@ python -m train.export runs/resnet18 --linear-head --output exports/resnet18_lin
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from advcl_hub.cli.common import script
 from advcl_hub.export import export_folder, verify_folder
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.inputs import load_training_data
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     args = parser.parse_args()
     output = args.output or args.run / ("classifier" if args.linear_head else "export")
-    try:
+    with script():
         checkpoint = load_checkpoint(args.run)
         export_checkpoint(
             checkpoint,
@@ -118,9 +118,7 @@ def main() -> None:
         if not checkpoint.finished:
             print(f"Note: the run is not finished (step {checkpoint.step}).")
         verify_folder(output)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(classifier_lines(output, checkpoint) if args.linear_head else usage_lines(output))
+        print(classifier_lines(output, checkpoint) if args.linear_head else usage_lines(output))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from advcl_hub.cli.common import script
 from advcl_hub.data import load_data
 from advcl_hub.export import RESULTS
 from advcl_hub.files import check_writable, lock, replacing, write_errors
@@ -363,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("timm").setLevel(logging.WARNING)
     stop = StopRequest(args.time_budget)
     output = args.output or Path("runs", Path(args.plan).stem + ("-rehearsal" if args.rehearse else ""))
-    try:
+    with script("Interrupted. The same command goes on from the last checkpoint."):
         inputs = Inputs() if args.rehearse else Inputs(args.root, args.labels)
         for option, path in (("--root", inputs.root), ("--labels", inputs.labels)):
             require(path is None or path.exists(), f"{option} is {path}, which does not exist.")
@@ -377,11 +378,8 @@ def main(argv: list[str] | None = None) -> None:
         with stop:
             flagship.keep()  # before anything is done: the folder may be a new one
             flagship.run(stop)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command goes on from the last checkpoint.")
-    sys.exit(flagship.close(shlex.join(["python", "-m", "train.flagship", *argv])))
+        code = flagship.close(shlex.join(["python", "-m", "train.flagship", *argv]))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ import argparse
 import json
 import re
 import shutil
-import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from advcl_hub.cli.common import script
 from advcl_hub.export import RESULTS, WEIGHTS, verify_folder
 from advcl_hub.files import check_writable, replacing
 from advcl_hub.parts import LIMIT, join, split
@@ -150,12 +150,10 @@ def main() -> None:
     parser.add_argument("kept", type=Path, help="folder of the kept files")
     parser.add_argument("folder", type=Path, help="new folder for what is in them")
     args = parser.parse_args()
-    try:
+    with script():
         require(not args.folder.exists(), f"{args.folder} exists already: give a new folder.")
         for name, folder in unpack(args.kept, args.folder).items():
             print(f"{name}: {folder}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

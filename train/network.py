@@ -11,6 +11,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
 import advcl_hub  # noqa: F401  (registers our architectures with timm)
+from advcl_hub.download import reason_of
 from advcl_hub.training.layout import safe_channels_last
 from train.recipe import Recipe, require
 from train.step import AdvCL
@@ -39,8 +40,8 @@ def build_encoder(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
     except (AssertionError, RuntimeError, ValueError) as error:
         size = "x".join(map(str, shape))
         raise ValueError(
-            f"{name} with {dict(recipe.model_kwargs)} does not take {size} images: {error}. Set model_kwargs (img_size, "
-            "patch_size, in_chans) or data.size."
+            f"{name} with {dict(recipe.model_kwargs)} does not take {size} images: {reason_of(error).rstrip('.')}. Set "
+            "model_kwargs (img_size, patch_size, in_chans) or data.size."
         ) from error
     require(
         features.ndim == 2,
@@ -91,7 +92,7 @@ def compile_encoder(recipe: Recipe, network: AdvCL, shape: tuple[int, int, int])
         try:
             trial.features(torch.zeros(2, *shape, device=device), trial.branch.names[0])
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = reason_of(error)
             raise ValueError(f"{recipe.model} cannot be compiled as one graph: {reason}; set speed.compile=false.") from error
         finally:
             torch._dynamo.reset()  # having seen two sizes of batches, it would compile for any

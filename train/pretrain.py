@@ -21,18 +21,20 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm import tqdm
 
+from advcl_hub.cli.common import script
 from advcl_hub.data import batches
 from advcl_hub.evaluation import Robustness, robustness
-from advcl_hub.evaluation.pictures import save_views
+from advcl_hub.evaluation.results import backends
 from advcl_hub.export import verify_folder
-from advcl_hub.files import check_writable, replacing
+from advcl_hub.files import check_writable, comfort, replacing
 from advcl_hub.models.branch_norm import branch_state_dict
 from advcl_hub.training.loop import Loop, open_accelerator
-from advcl_hub.training.runlog import Panel, save_curves
+from advcl_hub.training.runlog import Panel
 from advcl_hub.training.seeds import seed_step
 from advcl_hub.training.state import FILE, pack_state, unpack_state
 from advcl_hub.training.stop import StopRequest, duration
@@ -58,7 +60,8 @@ class Trainer(Loop):
         output: the run's folder; a checkpoint in it is continued.
 
     Raises:
-        ValueError: the recipe does not fit the data, the hardware or the checkpoint in the folder.
+        ValueError: the recipe does not fit the data, the hardware or the checkpoint in the folder, or another process trains
+            there.
         FileNotFoundError: data or label files are missing.
     """
 
@@ -75,6 +78,11 @@ class Trainer(Loop):
     def __init__(self, recipe: Recipe, output: Path) -> None:
         accelerator = open_accelerator(mixed_precision=recipe.speed.mixed_precision, broadcast_buffers=False)
         check_writable(output)
+        with self.locked(output, accelerator):
+            self.build(recipe, output, accelerator)
+
+    def build(self, recipe: Recipe, output: Path, accelerator: Accelerator) -> None:
+        """Data and everything that is trained, as the checkpoint in the folder left it if there is one."""
         checkpoint = load_checkpoint(output) if (output / FILE).is_file() else None
         if checkpoint:
             check_same_recipe(checkpoint.recipe, recipe, output)
@@ -101,14 +109,16 @@ class Trainer(Loop):
         self.ema = ModelEmaV3(self.core, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.optimizer = build_optimizer(recipe, self.core)
         self.schedule = build_schedule(recipe, self.optimizer, self.steps_per_epoch)
-        self.state = Checkpoint(0, 0.0, recipe, provenance(data, labels, accelerator), {})
+        facts = provenance(data, labels, accelerator)
+        facts["hardware"]["backends"] = backends(self.device)
+        self.state = Checkpoint(0, 0.0, recipe, facts, {})
         if checkpoint:
             where = continue_provenance(checkpoint.provenance, self.state.provenance, output)
             unpack_state(checkpoint.tensors, self.core, self.optimizer, self.ema.module if self.ema else None)
             self.state = replace(checkpoint, recipe=recipe, provenance=where, tensors={})
         if recipe.speed.compile:
             compile_encoder(recipe, self.core, data.shape)
-        self.model, self.stepper = accelerator.prepare(self.core, self.optimizer)
+        self.model, self.stepper = self.prepare(self.core)
 
     def train_step(self, images: Tensor, labels: Tensor | None) -> None:
         """One optimizer step; `AdvCL.forward` is the method."""
@@ -162,7 +172,7 @@ class Trainer(Loop):
             )
             if self.log:
                 self.log.write(self.state.step, epoch=epoch, probe_standard=result.standard, probe_robust=result.robust)
-            save_curves(self.output, self.panels)
+            self.draw()
         self.accelerator.wait_for_everyone()
         self.meter.restart()
         return result
@@ -194,7 +204,10 @@ class Trainer(Loop):
         shown = {"image": images / 255, **views._asdict()}
         shown["high_frequency"] = views.high_frequency + 0.5
         if self.main:
-            save_views(self.output / "views.png", shown | adversarial)
+            with comfort("Drawing views.png", errors=Exception):
+                from advcl_hub.evaluation.pictures import save_views  # needs matplotlib, which need not be there
+
+                save_views(self.output / "views.png", shown | adversarial)
 
     def finish(self) -> None:
         """The last judgement, then, by the main process, the export and its check."""
@@ -229,15 +242,11 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("timm").setLevel(logging.WARNING)
     output = args.output or Path("runs") / Path(args.recipe).stem
-    try:
+    with script("Interrupted. The last checkpoint, if there is one, is whole: the same command continues from it."):
         recipe = load_recipe(args.recipe, args.overrides)
         finished = pretrain(recipe, output, StopRequest(args.time_budget))
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # else its threads may outlive the interpreter, which aborts then
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. The last checkpoint, if there is one, is whole: the same command continues from it.")
     if not finished and int(os.environ.get("RANK", 0)) == 0:
         world = int(os.environ.get("WORLD_SIZE", 1))
         # On CPUs `accelerate launch --num_processes` starts one process; torchrun starts them everywhere.

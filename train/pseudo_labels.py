@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,6 +31,7 @@ from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from advcl_hub.cli.common import script
 from advcl_hub.data import ImageData, batches, load_data
 from advcl_hub.files import check_writable, file_sha256, replacing
 from advcl_hub.progress import progress_bar
@@ -315,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Makes a label file, or finds it in --output, and reports on its clusters."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = _parser().parse_args(arguments)
-    try:
+    with script():
         splits = {
             split: load_data(args.data, split, root=args.root, size=args.size, download=args.download) for split in args.splits
         }
@@ -336,9 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(format_stats(cluster_stats(pseudo.labels, pseudo.ks, data.labels)))
         picture = (args.output / pseudo.provenance["file"]).with_suffix(".png")
         draw_report(pseudo.labels, pseudo.ks, data, picture, pseudo.provenance["encoder"])
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"Picture: {picture}")
+        print(f"Picture: {picture}")
 
 
 if __name__ == "__main__":

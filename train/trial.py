@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
 
+from advcl_hub.cli.common import script
+from advcl_hub.download import reason_of
 from advcl_hub.evaluation.results import hardware, versions
 from advcl_hub.files import check_writable, replacing, without_local_paths
 from advcl_hub.training.runlog import read_log
@@ -97,7 +99,7 @@ def measure(recipe: Recipe, folder: Path, rounds: int, tell: Callable[[str], Non
             first[COMPILED] = clock(_stepper(compiled), compiled.device)
             trainers[COMPILED] = compiled
         except Exception as error:  # whatever a compiler raises, the eager step still runs
-            failure = (str(error).strip() or repr(error)).splitlines()[0]
+            failure = reason_of(error)
         else:
             graphs = tuple(_graphs())
     steps = {name: _stepper(trainer) for name, trainer in trainers.items()}
@@ -224,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with script():
         require(args.rounds >= 1, f"--rounds must be at least 1, got {args.rounds}.")
         check_writable(args.output)
         record = run(load_recipe(args.recipe, args.overrides), args.output, args.fit, args.rounds)
@@ -232,10 +234,6 @@ def main(argv: list[str] | None = None) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
         with replacing(args.output / TRIAL) as draft:
             draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: a step does not fit into memory ({str(error).splitlines()[0]}): lower batch_size.")
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
 
 
 def run(recipe: Recipe, folder: Path, seconds: float, rounds: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import click
 
 from advcl_hub.cli import hub, measure, tune
+from advcl_hub.cli.common import any_text
 
 
 class _InOrder(click.Group):
@@ -21,6 +22,7 @@ def main() -> None:
     Completion of commands, options and names (bash; zsh and fish likewise):
       eval "$(_ADVCL_HUB_COMPLETE=bash_source advcl-hub)"
     """
+    any_text()
 
 
 for _command in (

@@ -1,18 +1,32 @@
 """What the commands share: how they read lengths, times and lists, and what becomes of errors."""
 
 import argparse
+import contextlib
 import functools
+import io
 import logging
+import os
+import select
 import sys
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
 import click
+import torch
 
+from advcl_hub.download import reason_of
+from advcl_hub.evaluation.inputs import CLASS_ORDERS
 from advcl_hub.training.stop import duration
 
+TRACEBACK = "ADVCL_HUB_TRACEBACK"  # a variable: 1 shows where an error came from
+class_order = click.option(
+    "--class-order",
+    type=click.Choice(list(CLASS_ORDERS)),
+    help="How a model that does not name its classes numbers folders: natural as timm, plain as torchvision's ImageFolder.",
+)
 DATA = "cifar10, cifar100, stl10, fashion-mnist, digits, folder:PATH or parquet:PATH."
 
 
@@ -42,18 +56,95 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(filter(None, text.split(",")))
 
 
+def sentence(error: Exception) -> str:
+    """What a user is told of an error: our own words as they are, of others their type and the variable that shows more."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return f"The memory does not suffice: lower the batch size. ({type(error).__name__}: {reason_of(error)})"
+    kind = type(error)
+    ours = kind.__module__.partition(".")[0] in ("builtins", "advcl_hub", "train", "model_cards")
+    if ours and isinstance(error, ValueError | OSError | ImportError | FloatingPointError) and str(error):
+        # Names and keys of other people's files may hold what moves a terminal's cursor.
+        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
+    text = reason_of(error)
+    named = text if text.startswith(kind.__name__) else f"{kind.__name__}: {text}"
+    return f"{named.rstrip('.')}. (Set {TRACEBACK}=1 to see where.)"
+
+
+@contextlib.contextmanager
+def told(fail: Callable[[str], BaseException]) -> Iterator[None]:
+    """Turns whatever a command raises into one sentence on stderr and a non-zero exit code, in every process of a run.
+
+    Click's own exceptions and Ctrl-C pass. A closed pipe (`advcl-hub list | head -1`) is no error of ours and is silent.
+
+    Args:
+        fail: makes the exception that ends the process out of the sentence.
+    """
+    try:
+        yield
+    except (click.ClickException, click.Abort, click.exceptions.Exit):
+        raise
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(1)
+        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+            traceback.print_exc()
+        raise fail(sentence(error)) from error
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose other end is closed; what is left in its buffer is then thrown away."""
+    try:
+        sys.stdout.flush()
+        if not hasattr(select, "poll"):  # Windows
+            return False
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not poll.poll(0):  # only errors are asked for
+            return False
+    except BrokenPipeError:
+        pass
+    except (OSError, ValueError):  # no file, or a closed one
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails to write it when it ends
+    return True
+
+
+@contextlib.contextmanager
+def script(interrupted: str | None = None) -> Iterator[None]:
+    """The body of a command that is no part of `advcl-hub`, such as those of train/: `told`, by `error: ...` and exit code 1.
+
+    Args:
+        interrupted: what Ctrl-C says; by default it passes.
+    """
+    any_text()
+    try:
+        with told(lambda text: SystemExit(f"error: {text}")):
+            yield
+    except click.ClickException as error:
+        sys.exit(f"error: {error.format_message()}")
+    except KeyboardInterrupt:
+        if interrupted is None:
+            raise
+        sys.exit(interrupted)
+
+
+def any_text() -> None:
+    """Lets stdout and stderr print any text: what their encoding (LC_ALL=C) lacks is escaped instead of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def user_errors(function: Callable[..., None]) -> Callable[..., None]:
-    """User errors become one line and exit code 1, Ctrl-C a line that says how to go on."""
+    """Errors become one sentence and exit code 1 (see `told`), Ctrl-C a line that says how to go on."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **options: Any) -> None:
         logging.getLogger("timm").setLevel(logging.WARNING)
         try:
-            with warnings.catch_warnings():
+            with told(click.ClickException), warnings.catch_warnings():
                 warnings.showwarning = lambda message, *rest: click.echo(f"warning: {message}", err=True)
                 function(*args, **options)
-        except (ValueError, OSError, ImportError, FloatingPointError) as error:
-            raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
             click.echo("\nStopped. What takes long goes on from there with the same command.", err=True)
             sys.exit(130)

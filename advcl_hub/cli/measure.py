@@ -11,7 +11,7 @@ import click
 
 import advcl_hub
 from advcl_hub.attacks import LOSSES, NORMS
-from advcl_hub.cli.common import DATA, length, user_errors
+from advcl_hub.cli.common import DATA, class_order, length, user_errors
 from advcl_hub.evaluation import Protocol, load_record, report
 from advcl_hub.evaluation.processes import Processes, leave
 from advcl_hub.evaluation.protocol import AUTOATTACKS
@@ -28,6 +28,7 @@ from advcl_hub.files import slug
 @click.option("--split", default="test", show_default=True, help="Split of the data set.")
 @click.option("--n", "--images", "n", type=int, help="So many images, class-balanced, everywhere the same.  [default: all]")
 @click.option("--first", is_flag=True, help="With --n: the first ones instead, as RobustBench does.")
+@class_order
 @click.option("--norm", type=click.Choice(NORMS, case_sensitive=False), default=Protocol.norm, show_default=True)
 @click.option("--eps", type=length, help="Radius in pixels of [0, 1], such as 8/255.  [default: 8/255, L2: 0.5]")
 @click.option("--steps", type=int, default=Protocol.steps, show_default=True, help="PGD steps; 0 leaves PGD out.")
@@ -63,6 +64,8 @@ def evaluate(model: str, data: str, bf16: bool, as_json: bool, output: Path | No
       advcl-hub evaluate runs/resnet18/classifier --data cifar10 --root DATA
       advcl-hub evaluate resnet18.a1_in1k --data folder:imagenette --n 1000 --autoattack standard
     """
+    if options["class_order"] is None:
+        del options["class_order"]  # so that the names of folders stay what they were before it existed
     settings = {field.name: options.pop(field.name) for field in fields(Protocol) if field.name in options}
     protocol = Protocol(precision="bfloat16" if bf16 else "float32", **settings)
     output = output or Path("evaluations", slug(model), folder_name(data, protocol, options))
@@ -70,8 +73,13 @@ def evaluate(model: str, data: str, bf16: bool, as_json: bool, output: Path | No
     result = advcl_hub.evaluate(model, data, protocol, output=output, command=command, **options)
     main_process = Processes.current().rank == 0
     leave()
-    if main_process:
-        click.echo(json.dumps(result.record, indent=2) if as_json else f"\n{report([result.record])}\n\nResults: {output}")
+    if not main_process:
+        return
+    saved = (output / RESULTS).is_file()
+    table = f"\n{report([result.record])}" + (f"\n\nResults: {output}" if saved else "")
+    click.echo(json.dumps(result.record, indent=2) if as_json else table)
+    if not saved:  # evaluate has warned, and said why
+        raise click.ClickException(f"{output} has no {RESULTS}: make it writable and repeat the command to save these figures.")
 
 
 @click.command("report", short_help="Puts evaluations side by side.")

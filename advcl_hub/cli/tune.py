@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import advcl_hub
-from advcl_hub.cli.common import DATA, length, numbers, seconds, user_errors, words
+from advcl_hub.cli.common import DATA, class_order, length, numbers, seconds, user_errors, words
 from advcl_hub.evaluation import Protocol
 from advcl_hub.evaluation.processes import Processes, leave
 from advcl_hub.finetuning.presets import AUGMENTATIONS, PRECISIONS, PRESETS, PROTOCOLS, Settings, table
@@ -65,6 +65,7 @@ def _overrides(function: Callable[..., None]) -> Callable[..., None]:
 @click.option("--size", type=int, help="Side of the images, instead of the encoder's own.")
 @click.option("--shots", type=int, help="So many images of every class.  [default: all]")
 @click.option("--keep-head", is_flag=True, help="Start from the classifier that the model has.")
+@class_order
 @_overrides
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/finetuned/MODEL/...]")
 @click.option("--cpu", is_flag=True, help="Compute on the CPU even where there is a GPU.")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from advcl_hub.download import reason_of, refuse_pointer
 from advcl_hub.files import file_sha256
 
 HEAD_ENTRY = "classifier"  # where AdvCL's finetuning saves its linear head, beside `model`
@@ -133,6 +134,7 @@ def _one_copy(
 
 def _load(file: Path) -> Any:
     """What the file holds, by PyTorch's unpickler that knows tensors and plain containers only, or by safetensors."""
+    refuse_pointer(file, file.name)
     with file.open("rb") as opened:
         start = opened.read(9)
     try:
@@ -156,7 +158,7 @@ def _load(file: Path) -> Any:
                 f"  loaded = torch.load({file.name!r}, map_location='cpu', weights_only=False)\n"
                 "  torch.save(loaded['state_dict'], 'weights.pt')    # or its entry 'model', 'net' ..."
             ) from None  # torch's own message says how to run the code
-        reason = "" if isinstance(error, UnpicklingError) else f": {' '.join(str(error).split())[:200]}".rstrip(": ")
+        reason = "" if isinstance(error, UnpicklingError) else f": {reason_of(error, 200)}"
         raise ValueError(
             f"{file.name} is damaged or incomplete, or neither a checkpoint of torch.save nor safetensors (it starts with "
             f"{start!r}{reason}). Download it again."

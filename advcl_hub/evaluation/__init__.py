@@ -1,6 +1,7 @@
 """Accuracy on clean, adversarial and corrupted images, with everything needed to repeat it and signs that speak against it."""
 
-from advcl_hub.evaluation.classifier import PixelSpace, load_model
+from advcl_hub.evaluation.classifier import PixelSpace
+from advcl_hub.evaluation.opening import load_model
 from advcl_hub.evaluation.protocol import Protocol, pixels
 from advcl_hub.evaluation.quick import Robustness, robustness
 from advcl_hub.evaluation.results import Evaluation, load_record

@@ -10,6 +10,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from advcl_hub.download import reason_of
 from advcl_hub.evaluation.checks import difference
 from advcl_hub.evaluation.protocol import Protocol
 
@@ -52,7 +53,7 @@ def accelerated(classifier: nn.Module, images: Tensor, protocol: Protocol) -> nn
             return copied
         reason = f"its logits would change by {deviation:.1e}, as they do if it is random"
     except Exception as error:
-        reason = " ".join(str(error).partition("\n\n")[0].split()) or repr(error)
+        reason = reason_of(error)
     if protocol.compile:
         raise ValueError(f"The model cannot be compiled, so leave out --compile (compile=True): {reason}")
     return classifier

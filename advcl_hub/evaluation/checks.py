@@ -1,7 +1,7 @@
 """Signs of false robustness, looked for in every evaluation (Athalye et al., arXiv 1802.00420; Carlini et al., 1902.06705)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -248,11 +248,25 @@ def budget_checks(
     ]
 
 
-def autoattack_checks(columns: dict[str, float], pgd: float | None, classes: int, version: str) -> list[Check]:
-    """What AutoAttack's own figures say: by attack the accuracy in [0, 1] after it; `pgd` is that under PGD, if measured."""
+def autoattack_checks(
+    columns: dict[str, float],
+    pgd: float | None,
+    classes: int,
+    version: str,
+    left_out: Mapping[str, str] | None = None,
+) -> list[Check]:
+    """What AutoAttack's own figures say.
+
+    Args:
+        columns: by attack the accuracy in [0, 1] after it.
+        pgd: that under PGD, if measured.
+        classes: of the model.
+        version: of AutoAttack.
+        left_out: attacks that fail on images of this size, and why.
+    """
     names, checks = list(columns), []
-    last = columns[names[-1]]
-    if pgd is not None:
+    if names and pgd is not None:
+        last = columns[names[-1]]
         checks = [
             Check(
                 "PGD is close to AutoAttack",
@@ -260,16 +274,10 @@ def autoattack_checks(columns: dict[str, float], pgd: float | None, classes: int
                 f"{pgd:.1%} under PGD, {last:.1%} under AutoAttack",
             )
         ]
-    if version == "standard":
-        targets, whole = min(9, classes - 1), classes >= 10
-        checks.append(
-            Check(
-                "all of AutoAttack",
-                whole,
-                "nine targets" if whole else f"only {classes} classes: {', '.join(names)} with {targets} targets",
-            )
-        )
-    if "square" in columns:
+    whole = all_of_autoattack(names, classes, version, left_out or {})
+    if version == "standard" or not whole.passed:
+        checks.append(whole)
+    if "square" in names[1:]:
         before = columns[names[names.index("square") - 1]]
         checks.append(
             Check(
@@ -279,6 +287,25 @@ def autoattack_checks(columns: dict[str, float], pgd: float | None, classes: int
             )
         )
     return checks
+
+
+def all_of_autoattack(ran: Sequence[str], classes: int, version: str, left_out: Mapping[str, str]) -> Check:
+    """Whether a figure is that of the whole AutoAttack, which others report, or of the attacks that could be run.
+
+    Args:
+        ran: attacks that were run.
+        classes: of the model.
+        version: of AutoAttack.
+        left_out: those that fail on images of this size, and why.
+    """
+    attacks, doubts = ", ".join(ran) or "no attack", []
+    if version == "standard" and classes < 10:
+        doubts.append(f"only {classes} classes: {attacks} with {min(9, classes - 1)} targets")
+    elif classes < 3:
+        doubts.append(f"only {classes} classes: {attacks}")
+    if left_out:
+        doubts.append(f"{', '.join(left_out.values())}: the figure is that of {attacks} alone")
+    return Check("all of AutoAttack", not doubts, "; ".join(doubts) or "nine targets")
 
 
 def as_records(checks: Sequence[Check]) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """What an evaluation reads: images and labels as the model wants them, corrupted copies, a batch that fits the memory."""
 
 import hashlib
-import math
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,105 +14,149 @@ from torch import Tensor, nn
 from advcl_hub.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corruption_names, read_corrupted
 from advcl_hub.data import ImageData, batches, load_data
 from advcl_hub.decoding import MixedSizesError
-from advcl_hub.evaluation.classifier import pretrained_cfg
+from advcl_hub.evaluation.preprocessing import Fit, data_config, pretrained_cfg
 from advcl_hub.evaluation.protocol import Protocol
+from advcl_hub.sources import canonical, natural
 
 GENERATED = "generated"  # the corruptions of advcl_hub.corruptions, in place of a folder's
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """(C, H, W) of the pretrained cfg, None for a module that has none."""
-    cfg = pretrained_cfg(model)
-    return tuple(cfg["input_size"]) if cfg.get("input_size") else None
-
-
-def scaled_size(model: nn.Module, size: int) -> int:
-    """The height and width to which timm scales images of which the model sees the centre of this size."""
-    return max(size, math.floor(size / (pretrained_cfg(model).get("crop_pct") or 1)))
+    """(C, H, W) of a timm model, None for a module that is not timm's."""
+    return data_config(model).get("input_size")
 
 
 def load_images(source: str, split: str, root: str | Path | None, model: nn.Module) -> ImageData:
-    """A data set at its own size; where it is larger than the model's input, or of different sizes, as timm evaluates.
+    """A data set as it is where `PixelSpace` can fit its images without loss; else fitted here, as timm evaluates.
 
-    Then the shorter edge is scaled to the input size / `crop_pct` and the centre square taken, of which `PixelSpace` takes the
-    centre.
+    Images that are all of one size, and not larger than what timm would scale them to, stay as they are. Others are brought to
+    the model's size by timm's own transform, in the integers of PIL.
 
     Raises:
         ValueError, OSError: see `load_data`.
     """
-    shape = input_size(model)
-    if shape is None:
+    config = data_config(model)
+    if "input_size" not in config:
         return load_data(source, split, root=root)
-    channels, size = shape[0], max(shape[1:])
+    channels, fit = config["input_size"][0], Fit(config)
     try:
         data = load_data(source, split, root=root, channels=channels)
     except MixedSizesError:
         data = None
-    if data is None or max(data.shape[1:]) > size:
-        data = load_data(source, split, root=root, channels=channels, size=scaled_size(model, size))
+    if data is None or not fit.enlarges(*data.shape[1:]):
+        data = load_data(source, split, root=root, channels=channels, fit=fit)
     return data
 
 
 def check_fits(model: nn.Module, data: ImageData) -> None:
-    """Raises ValueError unless the model has a class for every class of the data, and the data's channels."""
+    """Raises ValueError unless the model has a class for every class of the data, and takes the data's channels and size."""
     classes = getattr(model, "num_classes", None)
     if classes == 0:
         raise ValueError(
             "The model is an encoder without a classifier. Fit a head first; for a run of ours: "
             "python -m train.export RUN --linear-head --output FOLDER."
         )
-    if classes not in (None, len(data.classes)) and not set(data.classes) <= set(class_names(model)):
+    if classes not in (None, len(data.classes)) and not named_by(model, data):
         raise ValueError(
             f"The model tells {classes} classes apart, {data.name} has {len(data.classes)}, and their names differ."
         )
-    shape = input_size(model)
-    if shape is not None:
-        if shape[0] != data.shape[0]:
-            raise ValueError(f"The model takes {shape[0]} channels, the images of {data.name} have {data.shape[0]}.")
-        scaled = scaled_size(model, max(shape[1:]))
-        if max(data.shape[1:]) > scaled:
-            size = "x".join(map(str, data.shape[1:]))
+    config = data_config(model)
+    if "input_size" in config:
+        channels, *size = config["input_size"]
+        if channels != data.shape[0]:
+            hint = f"load_data(channels={channels})"
+            raise ValueError(f"The model takes {channels} channels, the images of {data.name} have {data.shape[0]}: {hint}.")
+        if not (data.shape[1:] == tuple(size) if data.fitted else Fit(config).enlarges(*data.shape[1:])):
             raise ValueError(
-                f"The images of {data.name} are {size}, the model takes {shape[1]}x{shape[2]}: load_data(size={scaled})."
+                f"The images of {data.name} are {_size(data.shape)}, the model takes {_size(size)}: give the data by name, and "
+                "they are scaled as timm does."
             )
     if (data.labels < 0).any():
         raise ValueError(f"{data.name} has images without a label.")
 
 
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape[-2:]))
+
+
 def class_names(model: nn.Module) -> tuple[str, ...]:
     """The model's classes by name: those of its config, or the synsets (n01440764 ...) of an ImageNet; () if unknown."""
     if named := pretrained_cfg(model).get("label_names"):
-        return tuple(named)
+        if isinstance(named, Mapping):  # timm's form where some classes have no name
+            by_label = {int(label): str(name) for label, name in named.items()}
+            return tuple(by_label.get(label, f"class {label}") for label in range(max(by_label) + 1))
+        return tuple(map(str, named))
     subset = infer_imagenet_subset(model)  # a guess from the number of classes
     return tuple(ImageNetInfo(subset).label_names()) if subset else ()
 
 
+def named_by(model: nn.Module, data: ImageData) -> bool:
+    """Whether the model names all classes of the data."""
+    return set(map(canonical, data.classes)) <= set(map(canonical, class_names(model)))
+
+
 def fitted(model: nn.Module, data: ImageData) -> str | None:
-    """What the attacked function has to do to images of another size than the model's input: `enlarged` or `cropped`."""
-    shape = input_size(model)
-    if shape is None or data.shape[1:] == shape[1:]:
-        return None
-    return "enlarged" if data.shape[1] < shape[1] or data.shape[2] < shape[2] else "cropped"
+    """What the attacked function does to images of this size: `enlarged`, `cropped`, or nothing."""
+    config = data_config(model)
+    return Fit(config).change(*data.shape[1:]) if "input_size" in config and not data.fitted else None
 
 
-def in_model_order(model: nn.Module, data: ImageData) -> ImageData:
+# How folders are numbered, by name the key that sorts them: as timm's reader does, and as torchvision's ImageFolder.
+CLASS_ORDERS: dict[str, Callable[[str], Any]] = {"natural": natural, "plain": str}
+
+
+def in_model_order(model: nn.Module, data: ImageData, class_order: str | None = None) -> ImageData:
     """The data with labels and class names as the model has them, if its names are known; they may be more than the data's.
 
+    Args:
+        model: a classifier.
+        data: labelled images.
+        class_order: how a model numbers classes that it does not name, one of `CLASS_ORDERS`; None: in the order of the data.
+
     Warns:
-        UserWarning: the model names other classes than the data.
+        UserWarning: the model names other classes than the data; or it names none, and tools number these folders differently.
+
+    Raises:
+        ValueError: an unknown order.
     """
+    if class_order is not None and class_order not in CLASS_ORDERS:
+        raise ValueError(f"class_order is {class_order!r}, expected {' or '.join(CLASS_ORDERS)}.")
     names = class_names(model)
-    if not names or names == data.classes:
-        return data
-    if not set(data.classes) <= set(names):
+    if named_by(model, data):
+        return _renumbered(data, names)
+    if names:
         warnings.warn(
             f"The model's classes are {', '.join(names[:3])} ..., those of {data.name} {', '.join(data.classes[:3])} ...: "
             "their order is taken to be the same.",
             stacklevel=3,
         )
+    if class_order is not None:
+        return _renumbered(data, sorted(data.classes, key=CLASS_ORDERS[class_order]))
+    if data.name.startswith("folder:"):
+        _warn_of_order(data)
+    return data
+
+
+def _warn_of_order(data: ImageData) -> None:
+    natural_order, plain_order = (sorted(data.classes, key=key) for key in CLASS_ORDERS.values())
+    for first, (ours, theirs) in enumerate(zip(natural_order, plain_order, strict=True)):
+        if ours != theirs:
+            warnings.warn(
+                f"The model does not name its classes, and tools number the folders of {data.name} differently: class {first} "
+                f"is {ours} for timm (natural order, taken here) and {theirs} for torchvision's ImageFolder (plain order). Say "
+                "how the model was trained: --class-order (class_order) natural or plain.",
+                stacklevel=4,
+            )
+            return
+
+
+def _renumbered(data: ImageData, names: Sequence[str]) -> ImageData:
+    """The data with these class names, which may be more than its own, and with the labels that follow."""
+    if tuple(names) == data.classes:
         return data
-    order = torch.tensor([names.index(name) for name in data.classes], device=data.labels.device)
-    return replace(data, labels=order[data.labels], classes=names)
+    places = {canonical(name): place for place, name in enumerate(names)}
+    order = torch.tensor([places[canonical(name)] for name in data.classes], device=data.labels.device)
+    return replace(data, labels=order[data.labels], classes=tuple(names))
 
 
 # The four corruptions that the published sets keep for tuning: the usual mean is over the other fifteen.

@@ -1,14 +1,15 @@
 """What an evaluation has measured so far, batch by batch, so that it can be killed at any moment and go on exactly."""
 
+import contextlib
 import json
-import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from advcl_hub.evaluation.processes import Processes
-from advcl_hub.files import check_writable, lock, write_errors
+from advcl_hub.files import check_writable, lock, sync, write_errors
 
 Payload = dict[str, list[Any]]
 
@@ -33,6 +34,7 @@ class Journal:
         self.folder, self.processes = folder, processes
         self.units, self.seconds, self.earlier_seconds = dict[str, Payload](), 0.0, 0.0
         self.file: TextIO | None = None
+        self.full = False  # whether the file takes no more
         if folder is None:
             return
         check_writable(folder)
@@ -43,13 +45,15 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{processes.rank}.jsonl"
         with write_errors(path):
-            self._cut_torn_line(path)
             self.file = path.open("a", encoding="utf-8")
             if not lock(self.file):
                 raise ValueError(
                     f"Another process is evaluating into {folder.parent}: wait for it, or choose another --output."
                 )
-            if not self.file.tell():
+            whole = path.read_bytes().rpartition(b"\n")
+            if whole[2]:  # a line that a kill cut short
+                self.file.truncate(len(whole[0]) + len(whole[1]))
+            if not whole[1]:
                 self._append({"header": header})
 
     def _read(self, path: Path, header: Mapping[str, Any]) -> None:
@@ -68,24 +72,30 @@ class Journal:
                 self.units[entry["unit"]] = entry["payload"]
                 self.earlier_seconds += entry["seconds"]
 
-    @staticmethod
-    def _cut_torn_line(path: Path) -> None:
-        if path.exists():
-            whole = path.read_bytes().rpartition(b"\n")
-            os.truncate(path, len(whole[0]) + len(whole[1]))
-
     def _append(self, entry: Mapping[str, Any]) -> None:
-        if self.file is not None:
-            with write_errors(Path(self.file.name)):
-                self.file.write(json.dumps(entry) + "\n")
-                self.file.flush()
-                os.fsync(self.file.fileno())
+        assert self.file is not None
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+        sync(self.file)
 
     def write(self, unit: str, payload: Payload, seconds: float) -> None:
-        """Keeps the result of one unit, on disk at once."""
+        """Keeps the result of one unit, on disk at once.
+
+        When the disk does not take it there is one warning, and this and what follows is kept in memory alone.
+        """
         self.units[unit] = payload
         self.seconds += seconds
-        self._append({"unit": unit, "seconds": round(seconds, 3), "payload": payload})
+        if self.file is None or self.full:
+            return
+        try:
+            self._append({"unit": unit, "seconds": round(seconds, 3), "payload": payload})
+        except OSError as error:
+            self.full = True  # after half a line nothing may follow
+            warnings.warn(
+                f"{self.file.name} could not be written ({error.strerror}): the evaluation goes on, but what it measures from "
+                "now on is lost if it is stopped.",
+                stacklevel=2,
+            )
 
     def exchange(self, units: list[str]) -> None:
         """After every process has done its share of `units`: all of them know all results."""
@@ -99,7 +109,8 @@ class Journal:
     def close(self) -> None:
         """Closes this process's file; what it holds stays."""
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # of which `write` has warned
+                self.file.close()
             self.file = None
 
     def remove(self) -> None:

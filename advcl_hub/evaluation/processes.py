@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from advcl_hub.download import reason_of
 from advcl_hub.extras import need
 
 
@@ -28,8 +29,11 @@ def join(device: str | torch.device | None) -> torch.device:
 
     if str(device) not in ("None", "cpu", "cuda"):
         raise ValueError(f"The device {device} cannot be shared by several processes: leave it out, or say cpu.")
+    from advcl_hub.training.ambient import hidden_variables
+
     # One batch of Square may take hours while the others wait; what waits for ever is killed by hand.
-    return PartialState(cpu=str(device) == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=30)).device
+    with hidden_variables():  # ACCELERATE_TORCH_DEVICE would give all of them one device
+        return PartialState(cpu=str(device) == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=30)).device
 
 
 def leave() -> None:
@@ -48,7 +52,7 @@ def choose(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"The device {device} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"The device {device} cannot be used: {reason_of(error)}") from None
     return chosen
 
 

@@ -7,12 +7,13 @@ from torch import nn
 
 from advcl_hub.data import ImageData
 from advcl_hub.evaluation.acceleration import TRIAL, accelerated
-from advcl_hub.evaluation.classifier import PixelSpace, borrowed
+from advcl_hub.evaluation.classifier import PixelSpace, borrowed, check_computes
 from advcl_hub.evaluation.inputs import first_images
 from advcl_hub.evaluation.journal import Journal
 from advcl_hub.evaluation.measure import Measurement
 from advcl_hub.evaluation.processes import ALONE
 from advcl_hub.evaluation.protocol import Protocol
+from advcl_hub.modes import as_usual
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Robustness:
     seed: int
 
 
+@as_usual()
 def robustness(
     model: nn.Module,
     data: ImageData,
@@ -63,6 +65,7 @@ def robustness(
         raise ValueError("No images to evaluate on.")
     protocol = Protocol(eps=eps, step_size=step_size, steps=steps, batch_size=batch_size, seed=seed)
     original, device = PixelSpace(model, fit=fit), torch.device(device)
+    check_computes(original.model)
     with borrowed(original, device):
         classifier = accelerated(original, first_images(data, min(TRIAL, batch_size), device) / 255, protocol)
         measurement = Measurement(classifier, data, protocol, Journal(None, {}, ALONE), device, progress=False)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,23 @@ from advcl_hub.data import ImageData
 from advcl_hub.evaluation import autoattack, checks, inputs, tables
 from advcl_hub.evaluation.acceleration import TRIAL, accelerated
 from advcl_hub.evaluation.checks import Check
-from advcl_hub.evaluation.classifier import LoadedModel, PixelSpace, borrowed, load_model, pretrained_cfg, weights_sha256
+from advcl_hub.evaluation.classifier import PixelSpace, borrowed, check_computes, unwrapped, weights_sha256
 from advcl_hub.evaluation.journal import Journal, Payload
 from advcl_hub.evaluation.measure import Measurement
+from advcl_hub.evaluation.opening import LoadedModel, load_model
+from advcl_hub.evaluation.preprocessing import data_config, pretrained_cfg
 from advcl_hub.evaluation.processes import Processes, join
 from advcl_hub.evaluation.protocol import Protocol
 from advcl_hub.evaluation.results import FORMAT, Evaluation, finished, hardware, per_class, proportion, versions
 from advcl_hub.extras import need
 from advcl_hub.files import check_writable, replacing
+from advcl_hub.modes import as_usual
 
 FEWEST = 20  # images that checks should see
 UNFINISHED = "unfinished"  # folder of the journal, within the output
 
 
+@as_usual()
 def evaluate(
     model: str | Path | nn.Module,
     data: str | ImageData,
@@ -41,6 +46,7 @@ def evaluate(
     root: str | Path | None = None,
     n: int | None = None,
     first: bool = False,
+    class_order: str | None = None,
     corruptions: str | Path | None = None,
     output: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -50,18 +56,22 @@ def evaluate(
     """Measures accuracy on clean, adversarial and corrupted images, and looks for signs of false robustness.
 
     The model's own preprocessing (size, mean, standard deviation of its pretrained cfg) is inside the attacked function: eps
-    counts in pixels of [0, 1] at the size of the images. Smaller images than the model's are attacked as they are and enlarged
-    inside; data sets of larger ones, or of different sizes, are scaled as timm evaluates, and cropped inside.
+    counts in pixels of [0, 1] at the size of the images. Images smaller than the model's, all of one size, are attacked as they
+    are and enlarged inside. Data sets of larger ones, or of different sizes, are brought to the model's size before. Both as
+    timm does it (`timm.data.create_transform`).
 
     Under torchrun or accelerate launch, call it in every process: they share the images, and each returns the whole result.
 
     Args:
-        model: a timm model, or a name or folder that `load_model` opens. It comes back as and where it was.
+        model: a timm model, also wrapped (DataParallel, averaged or compiled), or a name or folder that `load_model` opens. It
+            comes back as and where it was.
         data: labelled images, or a source that `load_data` knows. Classes are matched by name where the model names its own.
         protocol: attack, seed, batch size; by default PGD-20 at 8/255 in l_inf.
         split, root: for `load_data`, where data is a name.
         n: so many images, class-balanced and the same everywhere (`ImageData.balanced_positions`); None takes all.
         first: take the first n images instead, as RobustBench does.
+        class_order: how a model that does not name its classes numbers folders: `natural` as timm (2 before 10, without regard
+            to case), or `plain` as torchvision's ImageFolder. None takes timm's, with a warning where that matters.
         corruptions: a folder in the layout of CIFAR-10-C, or `generated` for our own small set.
         output: folder for results.json, images.csv, pictures and a report. While the evaluation is unfinished it keeps what was
             measured, so that the same call goes on after a kill. None writes nothing.
@@ -83,32 +93,34 @@ def evaluate(
         need("pyautoattack", "AutoAttack")
     folder = None if output is None else Path(output)
     if folder is not None:
-        need("matplotlib", "A folder with pictures")
         check_writable(folder)
+        if find_spec("matplotlib") is None:
+            warn('Pictures need matplotlib: pip install "advcl-hub[eval]". The work goes on without.', stacklevel=3)
     device = join(device)
-    loaded = LoadedModel(_name(model), model) if isinstance(model, nn.Module) else load_model(model)
-    network = loaded.model
-    with _heard() as said:  # what is said about the data belongs to the result
+    with _heard() as said:  # what is said about the model and the data belongs to the result
+        loaded = LoadedModel(_name(unwrapped(model)), model) if isinstance(model, nn.Module) else load_model(model)
+        network = unwrapped(loaded.model)
+        check_computes(network)
         images = data if isinstance(data, ImageData) else inputs.load_images(data, split, root, network)
         inputs.check_fits(network, images)
+        original = PixelSpace(network, fit=not images.fitted, precision=protocol.precision)
         chosen = _select(images, n, first)
-        named = inputs.in_model_order(network, chosen)
+        named = inputs.in_model_order(network, chosen, class_order)
     corrupted = None if corruptions is None else inputs.Corrupted(corruptions, chosen)
     facts = {
-        "model": _model_facts(loaded, images),
-        "data": _data_facts(images, chosen, split if isinstance(data, str) else None, first),
+        "model": _model_facts(replace(loaded, model=network), images),
+        "data": _data_facts(images, chosen, split if isinstance(data, str) else None, first, class_order),
         "protocol": protocol.to_dict(),
         "corrupted": corrupted and corrupted.facts,
         "versions": versions(),
     }
     if folder is not None and (standing := finished(folder, facts)) is not None:
         warn(
-            f"{folder} holds this evaluation already, from {standing.record['date']}: nothing was measured again.", stacklevel=2
+            f"{folder} holds this evaluation already, from {standing.record['date']}: nothing was measured again.", stacklevel=3
         )
         return standing
 
     processes = Processes.current()
-    original = PixelSpace(network, fit=True, precision=protocol.precision)
     with borrowed(original, device), ExitStack() as stack:
         classifier = accelerated(original, inputs.first_images(named, min(TRIAL, protocol.batch_size), device) / 255, protocol)
         fits = inputs.try_classifier(classifier, named, protocol, device)
@@ -134,10 +146,9 @@ def evaluate(
         }
         evaluation = Evaluation(json.loads(json.dumps(record)), found.columns)
         if folder is not None:
-            if processes.rank == 0:
-                _write(folder, evaluation, measurement)
-            processes.wait()  # the journal goes when the results stand
-            journal.remove()
+            saved = processes.rank != 0 or _write(folder, evaluation, measurement)
+            if all(processes.gather(saved)):  # the journal goes when the results stand
+                journal.remove()
     return evaluation
 
 
@@ -176,7 +187,9 @@ def _select(images: ImageData, n: int | None, first: bool) -> ImageData:
     return images.subset(torch.arange(n)) if first else images.subset(images.balanced_positions(n))
 
 
-def _data_facts(images: ImageData, chosen: ImageData, split: str | None, first: bool) -> dict[str, Any]:
+def _data_facts(
+    images: ImageData, chosen: ImageData, split: str | None, first: bool, class_order: str | None
+) -> dict[str, Any]:
     of = images.source_length or len(images)
     selection = "the first" if first else "class-balanced"
     if len(chosen) == len(images):
@@ -188,6 +201,7 @@ def _data_facts(images: ImageData, chosen: ImageData, split: str | None, first: 
         "of": of,
         "selection": selection,
         "sha256": chosen.fingerprint(),
+        **({"class_order": class_order} if class_order else {}),
     }
 
 
@@ -200,25 +214,41 @@ def _agree(journal: Journal, fits: int) -> int:
     return journal.units[unit]["value"][0]
 
 
-def _write(folder: Path, evaluation: Evaluation, measurement: Measurement) -> None:
-    """Pictures, the report, images.csv, and last, when everything else stands, results.json."""
-    from advcl_hub.evaluation import pictures  # matplotlib takes a second to import
+def _write(folder: Path, evaluation: Evaluation, measurement: Measurement) -> bool:
+    """Writes pictures, the report, images.csv, and last, when everything else stands, results.json.
 
+    Returns:
+        Whether results.json stands; there is a warning if it does not, or if something else is missing.
+    """
     drawn: list[Path] = []
+    failed: Exception | None = None
     try:
         try:
+            from advcl_hub.evaluation import pictures  # matplotlib takes a second to import, and need not be there
+
             pictures.save_all(folder, evaluation, measurement, drawn)
         finally:
             with replacing(folder / "report.md") as draft:
                 draft.write_text(tables.page(evaluation.record, [path.name for path in drawn]), encoding="utf-8")
     except Exception as error:  # hours of measuring are not lost for a picture
-        warn(f"A picture or the report could not be made ({error!r}); the figures are complete.", stacklevel=3)
-    evaluation.save(folder)
+        failed = error
+    try:
+        evaluation.save(folder)
+    except OSError as error:
+        warn(
+            f"The results could not be saved ({error.__cause__ or error}): {folder} has no results.json, but the figures are "
+            "returned; the same call tries again, and measures only what was not kept there.",
+            stacklevel=4,
+        )
+        return False
+    if failed:
+        warn(f"A picture or the report could not be made ({failed!r}); the figures are complete.", stacklevel=4)
+    return True
 
 
 def _model_facts(loaded: LoadedModel, images: ImageData) -> dict[str, Any]:
     model = loaded.model
-    cfg = pretrained_cfg(model)
+    config = data_config(model)
     return {
         "name": loaded.name,
         "architecture": _name(model),
@@ -226,8 +256,8 @@ def _model_facts(loaded: LoadedModel, images: ImageData) -> dict[str, Any]:
         "weights_sha256": weights_sha256(model),
         "file_sha256": loaded.file_sha256,
         "input_size": inputs.input_size(model),
-        "mean": cfg.get("mean", (0.0,)),
-        "std": cfg.get("std", (1.0,)),
+        "mean": config.get("mean", (0.0,)),
+        "std": config.get("std", (1.0,)),
         "attacked_at": images.shape,
         "fitted_inside": inputs.fitted(model, images),
         "provenance": loaded.provenance,
@@ -265,6 +295,7 @@ class _Found:
 def _measure(measurement: Measurement, corrupted: inputs.Corrupted | None) -> _Found:
     """All measurements of the protocol, in their order."""
     protocol, data, labels = measurement.protocol, measurement.data, measurement.data.labels.tolist()
+    unable = autoattack.left_out(protocol, data.shape, measurement.classes) if protocol.autoattack else {}
     found, n = _Found(protocol), len(data)
     clean = measurement.clean()
     right = [p for p, correct in enumerate(clean["correct"]) if correct]
@@ -280,11 +311,12 @@ def _measure(measurement: Measurement, corrupted: inputs.Corrupted | None) -> _F
     columns: dict[str, Any] = {}
     if protocol.autoattack:
         left, predictions = clean["correct"], clean["prediction"]
-        for name, payload in autoattack.run(measurement, right).items():
+        for name, payload in autoattack.run(measurement, right, unable).items():
             left, predictions = _after(payload, left, predictions)
             survives[name], columns[name] = left, proportion(sum(left), n)
             attacked.append(payload)
-        survives["autoattack"], found.columns["autoattack_prediction"] = left, predictions
+        if columns:  # of a single class there is nothing to attack
+            survives["autoattack"], found.columns["autoattack_prediction"] = left, predictions
 
     worst = [all(flags) for flags in zip(*survives.values(), strict=True)]
     found.columns |= survives | {"worst_case": worst}
@@ -293,9 +325,14 @@ def _measure(measurement: Measurement, corrupted: inputs.Corrupted | None) -> _F
     found.figures["accuracy"] = {key: proportion(sum(flags), n) for key, flags in named.items()}
     if columns:
         found.figures["autoattack_columns"] = columns
+    if unable:
+        found.figures["autoattack_left_out"] = unable
     found.figures["per_class"] = per_class(named, labels, data.classes)
     if protocol.check_images:
         _check(measurement, found, survives, attacked)
+    elif protocol.autoattack:  # what the figure is of must be said, also without checks
+        whole = checks.all_of_autoattack(list(columns), measurement.classes, protocol.autoattack, unable)
+        found.checks = [] if whole.passed else [whole]
     if corrupted is not None:
         found.figures["corruptions"] = _corruptions(measurement, corrupted)
     return found
@@ -331,10 +368,11 @@ def _check(measurement: Measurement, found: _Found, survives: dict[str, list[boo
             curves, measurement.labels[sample].cpu(), len(right) / len(sample), protocol, classes
         )
         found.checks.append(checks.noise_check(measurement, survivors, len(sample)))
-    if columns := found.figures.get("autoattack_columns"):
-        after = {name: column["value"] for name, column in columns.items()}
+    if protocol.autoattack:
+        after = {name: column["value"] for name, column in found.figures.get("autoattack_columns", {}).items()}
         robust = sum(survives["pgd"]) / len(data) if "pgd" in survives else None
-        found.checks += checks.autoattack_checks(after, robust, measurement.classes, protocol.autoattack or "")
+        unable = found.figures.get("autoattack_left_out", {})
+        found.checks += checks.autoattack_checks(after, robust, measurement.classes, protocol.autoattack, unable)
 
 
 def _corruptions(measurement: Measurement, corrupted: inputs.Corrupted) -> dict[str, Any]:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from advcl_hub.data import ImageData
-from advcl_hub.evaluation.classifier import load_model, pretrained_cfg, weights_sha256
+from advcl_hub.download import reason_of
+from advcl_hub.evaluation.classifier import weights_sha256
 from advcl_hub.evaluation.inputs import class_names, input_size
+from advcl_hub.evaluation.opening import load_model
+from advcl_hub.evaluation.preprocessing import pretrained_cfg
 from advcl_hub.finetuning.presets import Settings
 
 RANDOM = "random:"  # before a name: the same architecture with new weights, the baseline without pretraining
@@ -55,7 +58,7 @@ def open_encoder(name: str | Path, *, size: int | None = None, seed: int = 0) ->
     overlay: dict[str, Any] = {}
     shape = input_size(model)
     if size is not None and shape is not None and shape[1:] != (size, size):
-        overlay["input_size"] = (shape[0], size, size)
+        overlay |= {"input_size": (shape[0], size, size), "crop_pct": 1.0}  # images of that size are taken whole
         if "img_size" in arguments:
             arguments = {**arguments, "img_size": size}
     if overlay or not pretrained:
@@ -70,8 +73,7 @@ def open_encoder(name: str | Path, *, size: int | None = None, seed: int = 0) ->
                 **arguments,
             )
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{text} cannot be opened for images of {size}x{size}: {reason}") from error
+            raise ValueError(f"{text} cannot be opened for images of {size}x{size}: {reason_of(error)}") from error
     facts = {
         "name": said if pretrained else RANDOM + said,
         "architecture": pretrained_cfg(model).get("architecture"),
@@ -97,7 +99,7 @@ def set_head(model: nn.Module, data: ImageData, settings: Settings, *, keep: boo
     name = pretrained_cfg(model).get("architecture") or type(model).__name__
     if keep:
         count, names = getattr(model, "num_classes", 0), class_names(model)
-        if count != len(data.classes) or (names and names != data.classes):
+        if count != len(data.classes) or (names and names != data.classes):  # `in_model_order` has matched them
             told = f"{count} classes" + (f" ({', '.join(names[:5])} ...)" if names else "")
             raise ValueError(
                 f"The head of {name} tells {told} apart, {data.name} has {len(data.classes)} ({', '.join(data.classes[:5])} "

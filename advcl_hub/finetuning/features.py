@@ -49,14 +49,15 @@ def extract_features(
 
 
 @torch.no_grad()
-def check_separable(model: nn.Module, images: Tensor) -> None:
+def check_separable(model: nn.Module, images: Tensor, *, fit: bool) -> None:
     """Raises ValueError unless a classifier is its head on its features, as cached features assume.
 
     Args:
         model: in evaluation mode, its head not zero.
         images: float (N, C, H, W) in [0, 1].
+        fit: see `PixelSpace`.
     """
-    logits, features = (PixelSpace(m, fit=True).to(images.device).eval()(images) for m in (model, Headless(model)))
+    logits, features = (PixelSpace(m, fit=fit).to(images.device).eval()(images) for m in (model, Headless(model)))
     alone = linear_head(model)(features)
     if alone.shape != logits.shape or not torch.allclose(alone, logits, rtol=1e-4, atol=1e-5 * float(logits.abs().max())):
         raise ValueError(

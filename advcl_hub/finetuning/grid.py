@@ -10,7 +10,7 @@ from typing import Any
 from advcl_hub.evaluation.protocol import pixels
 from advcl_hub.evaluation.results import load_record
 from advcl_hub.export import RESULTS
-from advcl_hub.files import replacing
+from advcl_hub.files import comfort, replacing
 
 CELL = "cell.json"  # in a cell's folder: what it was asked for, and its last evaluation
 
@@ -66,7 +66,8 @@ def save(folder: Path, cells: Sequence[Cell]) -> None:
         table = csv.DictWriter(file, list(_line(cells[0])))
         table.writeheader()
         table.writerows(_line(cell) for cell in cells)
-    picture(folder / "comparison.png", cells)
+    with comfort("Drawing comparison.png", errors=Exception):
+        picture(folder / "comparison.png", cells)
 
 
 def read(path: Path) -> Cell:

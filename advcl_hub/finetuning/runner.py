@@ -15,6 +15,7 @@ from advcl_hub.extras import need
 from advcl_hub.files import check_writable, slug, without_local_paths
 from advcl_hub.finetuning.encoder import Encoder, open_encoder, set_head
 from advcl_hub.finetuning.presets import Settings, choose_settings, fit_batch, without_effect
+from advcl_hub.modes import as_usual
 from advcl_hub.training.state import FILE, differences
 from advcl_hub.training.stop import StopRequest
 
@@ -48,6 +49,7 @@ class Finetuned:
         return load_folder(self.folder)
 
 
+@as_usual()
 def finetune(
     model: str | Path,
     data: str | ImageData,
@@ -59,6 +61,7 @@ def finetune(
     size: int | None = None,
     shots: int | None = None,
     keep_head: bool = False,
+    class_order: str | None = None,
     output: str | Path | None = None,
     cpu: bool = False,
     time_budget: float | None = None,
@@ -86,6 +89,7 @@ def finetune(
         size: side of the images, in pixels, instead of the encoder's own.
         shots: so many images of every class, drawn with the seed; None takes all.
         keep_head: start from the classifier that the model has, not from a new one.
+        class_order: with `keep_head`, how that classifier numbers folders if it does not name its classes, as in `evaluate`.
         output: folder of the run; by default runs/finetuned/MODEL/DATA-PROTOCOL...
         cpu: compute on the CPU even where there is a GPU.
         time_budget: stop with a checkpoint after so many seconds.
@@ -100,11 +104,10 @@ def finetune(
         ValueError: an unknown name or a value out of range, a model without a head to replace, images that do not fit it,
             one class only, labels out of range, a folder that holds another run.
         OSError: a file that cannot be read or written, or no way to the Hub.
-        ImportError: accelerate, matplotlib or tensorboard is not installed.
+        ImportError: accelerate is not installed.
         FloatingPointError: the loss is not finite any more; the last checkpoint is.
     """
-    for package in ("accelerate", "matplotlib", "tensorboard"):
-        need(package, "Finetuning", "finetune")
+    need("accelerate", "Finetuning", "finetune")
     from advcl_hub.finetuning.trainer import CLASSIFIER, Finetuner, plain
     from advcl_hub.training.loop import open_accelerator
 
@@ -112,10 +115,12 @@ def finetune(
     data_name = data.name if isinstance(data, ImageData) else data
     settings = choose_settings(protocol, preset, data=data_name, size=size, overrides=overrides)
     if idle := without_effect(protocol, overrides):
-        warnings.warn(f"Without effect in {protocol}, and left out: {', '.join(idle)}.", stacklevel=2)
+        warnings.warn(f"Without effect in {protocol}, and left out: {', '.join(idle)}.", stacklevel=3)
         overrides = {name: value for name, value in overrides.items() if name not in idle}
     folder = (
-        Path(output) if output else default_output(model, data_name, protocol, preset, split, size, shots, keep_head, overrides)
+        Path(output)
+        if output
+        else default_output(model, data_name, protocol, preset, split, size, shots, keep_head, class_order, overrides)
     )
     check_writable(folder)
     check_replaceable(folder / CLASSIFIER)
@@ -123,6 +128,10 @@ def finetune(
     with accelerator.main_process_first():  # one process downloads, the others find the files
         encoder = open_encoder(model, size=size, seed=seed)
         whole = data if isinstance(data, ImageData) else inputs.load_images(data, split, root, encoder.model)
+    if keep_head and len(whole.classes) == getattr(encoder.model, "num_classes", 0):  # else `set_head` refuses
+        whole = inputs.in_model_order(encoder.model, whole, class_order)
+    if class_order and not keep_head:
+        raise ValueError("class_order says how a classifier numbers classes: give it with keep_head, or leave it out.")
     check_labels(whole)
     chosen = whole if shots is None else few_shot(whole, shots, seed)
     train, held_out = train_val_split(chosen, settings.val_fraction, seed) if settings.val_fraction else (chosen, None)
@@ -161,7 +170,7 @@ def finetune(
             warnings.warn(
                 f"{len(train)} images in batches of {settings.batch_size} are {steps} steps in {settings.epochs} epochs, "
                 f"few for a learning rate of {settings.lr:g}: consider more epochs, smaller batches, or a higher rate.",
-                stacklevel=2,
+                stacklevel=3,
             )
     trainer = Finetuner(
         encoder.model,
@@ -233,6 +242,7 @@ def default_output(
     size: int | None,
     shots: int | None,
     keep_head: bool,
+    class_order: str | None,
     overrides: dict[str, Any],
 ) -> Path:
     """runs/finetuned/MODEL/DATA-PROTOCOL..., with everything that was said but the root of the data."""
@@ -240,6 +250,7 @@ def default_output(
     said += [f"size{size}"] if size else []
     said += [f"{shots}shot"] if shots else []
     said += ["keep-head"] if keep_head else []
+    said += [f"order-{class_order}"] if class_order else []
     said += [f"{key}{_short(value)}" for key, value in overrides.items()]
     return Path("runs", "finetuned", slug(str(model)), slug("-".join(said)))
 

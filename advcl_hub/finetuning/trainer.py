@@ -17,10 +17,10 @@ from tqdm import tqdm
 from advcl_hub.augmentation import WeakParams, draw_weak, weak_view
 from advcl_hub.data import ImageData, batches
 from advcl_hub.evaluation.classifier import PixelSpace
-from advcl_hub.evaluation.pictures import save_views
 from advcl_hub.evaluation.processes import Processes
 from advcl_hub.evaluation.quick import robustness
 from advcl_hub.export import export_folder, verify_folder
+from advcl_hub.files import comfort
 from advcl_hub.finetuning.encoder import Headless, linear_head, zero_head
 from advcl_hub.finetuning.features import check_separable, extract_features
 from advcl_hub.finetuning.objective import Losses, Objective
@@ -73,7 +73,8 @@ class Finetuner(Loop):
         checkpoint_minutes: time between checkpoints.
 
     Raises:
-        ValueError: a batch that does not divide, a checkpoint of something else, or features that cannot be computed once.
+        ValueError: a batch that does not divide, a checkpoint of something else, features that cannot be computed once, or a
+            folder where another process trains.
     """
 
     losses = Losses._fields
@@ -119,7 +120,13 @@ class Finetuner(Loop):
         self.settings, self.facts, self.place, self.command = settings, dict(facts), dict(place), command
         self.arguments = dict(arguments)
         self.data, self.held_out = data.to(self.device), held_out
-        self.labels = self.data.labels
+        self.labels, self.parts = self.data.labels, settings.accumulate
+        with self.locked(output, accelerator):
+            self.build(model, new_head=new_head)
+
+    def build(self, model: nn.Module, *, new_head: bool) -> None:
+        """Everything that is trained, as the checkpoint in the folder left it if there is one."""
+        settings = self.settings
         layout = torch.channels_last if safe_channels_last(model, self.device) else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=layout)
         if settings.frozen:
@@ -129,7 +136,7 @@ class Finetuner(Loop):
         if settings.zero_head and new_head:
             zero_head(self.model)
         self.plain = copy.deepcopy(self.model)  # without branches: what is judged and exported
-        pixels = PixelSpace(self.model, fit=True, precision=settings.precision).to(self.device)
+        pixels = PixelSpace(self.model, fit=not self.data.fitted, precision=settings.precision).to(self.device)
         self.objective = Objective(linear_head(self.model) if settings.caches else pixels, settings)
         self.ema = ModelEmaV3(self.model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -137,19 +144,19 @@ class Finetuner(Loop):
             self.trained, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
         self.state, self.best = Progress(places=[self.place]), dict[str, Tensor]()
-        if (output / FILE).is_file():
+        if (self.output / FILE).is_file():
             self.restore()
-        self.wrapped, self.stepper = accelerator.prepare(self.objective, self.optimizer)
+        self.wrapped, self.stepper = self.prepare(self.objective)
 
     def compute_features(self) -> Tensor:
         """Features (N, D) of all training images."""
         images, _ = next(batches(self.data, min(2, len(self.data)), device=self.device))
-        check_separable(self.model, images / 255)
+        check_separable(self.model, images / 255, fit=not self.data.fitted)
         return extract_features(
             Headless(self.model),
             self.data,
             self.device,
-            fit=True,
+            fit=not self.data.fitted,
             precision=self.settings.precision,
             processes=Processes.current(),
             workers=_WORKERS,
@@ -233,7 +240,10 @@ class Finetuner(Loop):
             shown["adversarial"] = self.objective.attack(augmented, self.labels[rows], noise)
             shown["difference"] = 0.5 + (shown["adversarial"] - augmented) / (2 * self.settings.eps)
         self.output.mkdir(parents=True, exist_ok=True)
-        save_views(self.output / "batch.png", shown)
+        with comfort("Drawing batch.png", errors=Exception):
+            from advcl_hub.evaluation.pictures import save_views  # needs matplotlib, which need not be there
+
+            save_views(self.output / "batch.png", shown)
 
     def write_checkpoint(self) -> None:
         """Writes the checkpoint, after making sure that the weights are finite."""
@@ -286,7 +296,7 @@ class Finetuner(Loop):
                 steps=_VAL_STEPS if s.attacks else 0,
                 seed=s.seed,
                 device=self.device,
-                fit=True,
+                fit=not images.fitted,
             )
             found = {"standard": measured.standard, **({"robust": measured.robust} if s.attacks else {})}
             epoch, score = self.state.step // self.steps_per_epoch, "robust" if s.attacks else "standard"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from advcl_hub.evaluation import inputs
-from advcl_hub.evaluation.classifier import load_model
+from advcl_hub.evaluation.opening import load_model
 from advcl_hub.evaluation.processes import Processes
 from advcl_hub.evaluation.protocol import Protocol
 from advcl_hub.evaluation.results import Evaluation, folder_name

@@ -4,17 +4,21 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 
+from advcl_hub.files import comfort
 from advcl_hub.progress import progress_bar
+from advcl_hub.training.ambient import detach, refuse_engines, switched_on, undisturbed
+from advcl_hub.training.lock import RunLock
 from advcl_hub.training.runlog import Meter, Panel, RunLog, save_curves
 from advcl_hub.training.seeds import epoch_order
 from advcl_hub.training.state import FILE
@@ -35,30 +39,45 @@ class Progress(Protocol):
 def open_accelerator(cpu: bool = False, mixed_precision: str = "no", **ddp: Any) -> Accelerator:
     """Accelerate for this process and those that a launcher started beside it.
 
+    Neither accelerate's environment variables nor an earlier Accelerator of this process decide anything but the device, and
+    both stay as they are.
+
     Args:
         cpu: compute on the CPU even where there is a GPU.
         mixed_precision: `no` or `bf16`.
         ddp: options of `DistributedDataParallelKwargs`.
 
     Raises:
-        ValueError: accelerate sees another number of processes than were launched.
+        ValueError: accelerate sees another number of processes than were launched, or the environment asks for an engine such
+            as DeepSpeed.
     """
-    accelerator = Accelerator(
-        cpu=cpu or not torch.accelerator.is_available(),  # else several CPU processes would each train alone
-        mixed_precision=mixed_precision,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, **ddp),
-            InitProcessGroupKwargs(timeout=_PATIENCE),
-        ],
-    )
+    refuse_engines()
+    # Without a GPU "cpu" has to be said: else several CPU processes would each train alone.
+    cpu = cpu or switched_on("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    with undisturbed():
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=mixed_precision,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, **ddp),
+                InitProcessGroupKwargs(timeout=_PATIENCE),
+            ],
+        )
+        detach(accelerator)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise ValueError(f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}.")
+    if cpu != (accelerator.device.type == "cpu"):  # an earlier Accelerator of this process computed elsewhere
+        if accelerator.num_processes > 1:
+            raise ValueError(f"These processes were joined to compute on {accelerator.device}: start new ones.")
+        accelerator.state.device = torch.device("cpu") if cpu else PartialState().default_device
     return accelerator
 
 
 class Loop(ABC):
     """A run in one folder. A subclass says what a step is, what a checkpoint holds, and what comes at the end.
+
+    A subclass locks the folder before it reads the checkpoint in it; see `locked`.
 
     Args:
         output: the run's folder.
@@ -79,6 +98,8 @@ class Loop(ABC):
 
     state: Progress
     optimizer: torch.optim.Optimizer
+    parts = 1  # of a process's batch, each with a pass of its own
+    lock: RunLock | None = None  # of the main process
 
     def __init__(
         self,
@@ -106,6 +127,54 @@ class Loop(ABC):
         self.log: RunLog | None = None
         self.bar = progress_bar(disable=True)
 
+    @contextmanager
+    def locked(self, output: Path, accelerator: Accelerator) -> Iterator[None]:
+        """Keeps other trainings out of the folder from this `with` block, which prepares the run, to the end of `run`.
+
+        A folder that is not there yet is made and locked by `run`: what is prepared and never run leaves no trace.
+
+        Raises:
+            ValueError: another process trains there.
+        """
+        self.lock_folder(output, accelerator, running=False)
+        try:
+            yield
+        except BaseException:
+            self.unlock()
+            raise
+
+    def lock_folder(self, output: Path, accelerator: Accelerator, *, running: bool) -> None:
+        """Locks the folder in the main process, if it is there or is to be made because the run begins.
+
+        Raises:
+            ValueError: another process trains there, or did so since this run was prepared; in all processes.
+        """
+        refused = None
+        if accelerator.is_main_process and not self.lock and (running or output.is_dir()):
+            try:
+                self.lock = RunLock(output)
+                if running and not self.state.step and (output / FILE).exists():
+                    raise ValueError(f"Another process began to train in {output} at the same time: repeat the command.")
+            except (ValueError, OSError) as error:
+                self.unlock()
+                refused = error
+        (refused,) = broadcast_object_list([refused])
+        if refused:
+            raise refused
+
+    def unlock(self) -> None:
+        """Lets other trainings into the folder."""
+        if self.lock:
+            self.lock.release()
+            self.lock = None
+
+    def prepare(self, model: nn.Module) -> tuple[nn.Module, Any]:
+        """The model and the optimizer as accelerate runs them, in the run's precision and with all processes."""
+        with undisturbed(self.accelerator):
+            wrapped, stepper = self.accelerator.prepare(model, self.optimizer)
+        stepper.accelerator_state, stepper.gradient_state = self.accelerator.state, self.accelerator.gradient_state
+        return wrapped, stepper
+
     @abstractmethod
     def remaining_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """This process's share (inputs, labels) of every batch from the current step on."""
@@ -132,7 +201,12 @@ class Loop(ABC):
         """What comes after the last step; called in every process."""
 
     def run(self, stop: StopRequest) -> bool:
-        """Trains to the end, or until a stop is requested. Returns whether the run is finished."""
+        """Trains to the end, or until a stop is requested. Returns whether the run is finished.
+
+        Raises:
+            ValueError: another process trains in the folder, or did so since this run was prepared.
+        """
+        self.lock_folder(self.output, self.accelerator, running=True)
         try:
             self.begin()
             self.train(stop)
@@ -140,13 +214,15 @@ class Loop(ABC):
             self.bar.close()
             if self.log:
                 self.log.close()
+            self.unlock()
         self.accelerator.wait_for_everyone()
         return self.state.finished
 
     def train(self, stop: StopRequest) -> None:
         """The steps that are left, and what comes after the last one."""
         for inputs, labels in self.remaining_batches():
-            self.train_step(inputs, labels)
+            with self.explained():
+                self.train_step(inputs, labels)
             stopping, saving = self.agree(stop.requested, self.saved_at + self.checkpoint_seconds < time.monotonic())
             if self.state.step % self.steps_per_epoch % max(1, min(50, self.steps_per_epoch // 4)) == 0:
                 self.record()
@@ -159,6 +235,21 @@ class Loop(ABC):
         if self.state.finished:
             self.bar.close()
             self.finish()
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Says what to change where a batch norm cannot normalise a batch of one value."""
+        try:
+            yield
+        except ValueError as error:
+            if "Expected more than 1 value per channel" not in str(error):
+                raise
+            least = 2 * self.world * self.parts
+            raise ValueError(
+                "A batch norm of the network got a single value per channel, and cannot train on one. It takes two images for "
+                f"each process and each part of a batch (here {self.world} and {self.parts}): start with a batch_size of "
+                f"at least {least}, in another folder."
+            ) from error
 
     def begin(self) -> None:
         """Opens the folder: the log, and a first checkpoint."""
@@ -235,6 +326,11 @@ class Loop(ABC):
         if self.main:
             self.write_checkpoint()
             if self.state.step:  # before, there is nothing to draw
-                save_curves(self.output, self.panels)
+                self.draw()
         self.saved_at = time.monotonic()
         self.meter.restart()
+
+    def draw(self) -> None:
+        """Draws the curves, which training can do without."""
+        with comfort("Drawing curves.png", errors=Exception):
+            save_curves(self.output, self.panels)

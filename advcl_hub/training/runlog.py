@@ -3,26 +3,22 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from advcl_hub.files import replacing
+from advcl_hub.files import comfort, replacing, write_errors
 
 LOG = "log.jsonl"
 _JUDGED = ("probe_", "val_")  # names of what is measured on held-out images begin so
 
 
 class RunLog:
-    """Appends records to log.jsonl and TensorBoard.
+    """Appends records to log.jsonl and, if it is installed and its files can be written, TensorBoard.
 
     Args:
         folder: the run's folder.
@@ -35,17 +31,31 @@ class RunLog:
         kept = [r for r in read_log(folder) if r["step"] < step or (r["step"] == step and not _is_judgement(r))]
         with replacing(self.path) as draft:
             draft.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.board: Any = None
+        with _board():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, **values: float) -> None:
-        """One record of scalars."""
-        with self.path.open("a", encoding="utf-8") as file:
+        """One record of scalars. Raises OSError if log.jsonl cannot be written."""
+        with write_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        board, self.board = self.board, None  # one that failed stays closed
+        with _board():
+            for name, value in values.items() if board else ():
+                board.add_scalar(name, value, step)
+            self.board = board
 
     def close(self) -> None:
-        self.board.close()
+        """Writes what is left for TensorBoard."""
+        if self.board:
+            with _board():
+                self.board.close()
+
+
+def _board() -> AbstractContextManager[None]:
+    return comfort("TensorBoard's log", errors=Exception)
 
 
 class Meter:
@@ -101,9 +111,17 @@ class Panel(NamedTuple):
 
 
 def save_curves(folder: Path, panels: Sequence[Panel]) -> Path:
-    """Draws values of the log over epochs to curves.png. Raises OSError if it cannot be written."""
+    """Draws values of the log over epochs to curves.png.
+
+    Raises:
+        OSError: it cannot be written.
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure  # without pyplot, which chooses a backend for the whole process
+
     records = read_log(folder)
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         for name in panel.names:
             points = [(r["epoch"], r[name] * (100 if panel.percent else 1)) for r in records if name in r]
@@ -120,5 +138,4 @@ def save_curves(folder: Path, panels: Sequence[Panel]) -> Path:
     path = folder / "curves.png"
     with replacing(path) as draft:
         figure.savefig(draft, dpi=110)
-    plt.close(figure)
     return path

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from advcl_hub.files import replacing
+from advcl_hub.tensors import separate
 
 FILE = "checkpoint.safetensors"
 
@@ -26,7 +27,7 @@ def pack_state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Modul
         tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{slot}": v for slot, v in slots.items() if isinstance(v, Tensor)}
-    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    return separate(tensors)
 
 
 def unpack_state(
@@ -51,7 +52,7 @@ def group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def save_state(folder: Path, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Replaces the folder's training state. Raises OSError if that fails (a full disk); the earlier one stays."""
     with replacing(folder / FILE) as draft:
-        save_file(dict(tensors), draft, metadata={"advcl": json.dumps(info)})
+        save_file(separate(tensors), draft, metadata={"advcl": json.dumps(info)})
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Self
@@ -12,6 +13,8 @@ _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 class StopRequest:
     """A context in which SIGTERM and SIGINT ask for a stop instead of killing; a second SIGINT interrupts as usual.
+
+    In a thread that is not the main one they do what they did: Python lets only the main thread choose.
 
     Args:
         budget: seconds from now after which a stop is due; None for no limit.
@@ -32,12 +35,13 @@ class StopRequest:
         return float("inf") if self.deadline is None else self.deadline - time.monotonic()
 
     def __enter__(self) -> Self:
-        self.previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        self.previous = {s: signal.signal(s, self._on_signal) for s in signals}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that is not Python's
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signalled and number == signal.SIGINT:

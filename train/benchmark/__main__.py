@@ -22,6 +22,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 import advcl_hub  # noqa: F401  (registers our architectures with timm)
+from advcl_hub.cli.common import script
 from advcl_hub.data import ImageData, load_data
 from advcl_hub.evaluation import load_model
 from advcl_hub.evaluation.inputs import check_fits
@@ -56,12 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
+    with script(f"Interrupted. The parts that were finished are in {args.output}."):
         run(args, argv)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"Interrupted. The parts that were finished are in {args.output}.")
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> list[Section]:
@@ -103,7 +100,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> list[Section]:
                 save(args.output, sections, facts)
                 print(section.table() + "\n", flush=True)
         except (torch.OutOfMemoryError, ProcessRaisedException) as error:
-            print(f"{name}: failed, {str(error).strip().splitlines()[-1]} Try a smaller --batch-size.\n", flush=True)
+            last = " ".join(str(error).strip().splitlines()[-1:])
+            print(f"{name}: failed, {last} Try a smaller --batch-size.\n", flush=True)
         gc.collect()
         if gpu:
             torch.cuda.empty_cache()  # what this part leaves would count as used in the next
