@@ -148,8 +148,9 @@ def load_data(
     - `fashion-mnist`: IDX files, plain or .gz, in root, in root/FashionMNIST/raw or of Debian's package
       dataset-fashion-mnist.
     - `folder:PATH`: PATH/SPLIT/CLASS/IMAGE with splits train, val and test, and the same classes in each.
-    - `parquet:PATH`: the Hugging Face layout, PATH/[data/]SPLIT-*.parquet with columns img or image (struct
-      of bytes and path) and label; class names are those in the Hugging Face metadata of the files.
+    - `parquet:PATH`: the Hugging Face layouts, such as PATH/data/SPLIT-00000-of-00002.parquet (all are in
+      `advcl_hub.parquet`), with columns img or image (struct of bytes and path) and label; class names are
+      those in the Hugging Face metadata of the files.
     - `fake`, `fake:N`: 1,000 or N noisy 32x32 patterns of 10 classes, for trials without data.
 
     The order is that of the source, files sorted by name. Sets of encoded images that take more than

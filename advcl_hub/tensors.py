@@ -3,9 +3,24 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _UNKNOWN = (torch.complex128, torch.qint8, torch.quint8, torch.qint32)  # to safetensors
+
+
+def tied(module: nn.Module) -> list[str]:
+    """The second and further names of parameters that a module has under several names."""
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    once = {name for name, _ in module.named_parameters()}
+    return [name for name in names if name not in once]
+
+
+def check_averageable(module: nn.Module) -> None:
+    """Raises ValueError for a module with tied weights: timm's moving average would take each of them twice a step."""
+    if names := tied(module):
+        raise ValueError(
+            f"{type(module).__name__} has tied weights ({names[0]} is one), which cannot be averaged: set ema_decay to 0."
+        )
 
 
 def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

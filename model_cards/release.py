@@ -71,7 +71,8 @@ def entry(folder: Path, where: Mapping[str, Any], *, robustbench: str | None = N
 
 def _figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     accuracy, data, protocol = evaluation["accuracy"], evaluation["data"], evaluation["protocol"]
-    figures = {key: accuracy[key]["value"] for key in ("standard", "pgd", "autoattack") if key in accuracy}
+    shown = ("standard", "pgd", *(() if evaluation.get("autoattack_left_out") else ("autoattack",)))  # all of it, or none
+    figures = {key: accuracy[key]["value"] for key in shown if key in accuracy}
     about = {"model": evaluation["model"]["name"], "data": data["name"], "images": data["images"]}
     return (
         about | {"norm": protocol["norm"], "eps": pixels(protocol["eps"], protocol["norm"]), "seed": protocol["seed"]} | figures

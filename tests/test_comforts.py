@@ -146,7 +146,7 @@ def test_a_board_that_fails_on_the_way_is_closed_once(tmp_path: Path) -> None:
 def test_a_checkpoint_that_cannot_be_written_is_an_error(
     classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "save_state", failing(errno.ENOSPC))
+    monkeypatch.setattr("advcl_hub.finetuning.trainer.save_state", failing(errno.ENOSPC))
     with pytest.raises(OSError, match="No space left"):
         tune(classifier, tmp_path / "run")
 

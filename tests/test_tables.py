@@ -242,6 +242,14 @@ def test_quoted_figures_are_those_of_the_table() -> None:
     assert quoted("cifar") == quoted("digits") == []
 
 
+@pytest.mark.parametrize("style", FORMATS)
+def test_an_incomplete_autoattack_is_not_called_the_standard_one(style: str) -> None:
+    whole = attacked()
+    assert "AutoAttack standard, batch" in report([whole], style)
+    part = whole | {"autoattack_left_out": {"square": "Square cannot attack 24x24 images"}}
+    assert "AutoAttack standard without Square, batch" in report([part], style)
+
+
 def test_what_cannot_be_reported_is_refused() -> None:
     with pytest.raises(ValueError, match="The format is 'html', expected one of text, markdown, latex"):
         report([record()], "html")

@@ -33,6 +33,7 @@ from advcl_hub.evaluation.results import backends
 from advcl_hub.export import verify_folder
 from advcl_hub.files import check_writable, comfort, replacing
 from advcl_hub.models.branch_norm import branch_state_dict
+from advcl_hub.tensors import check_averageable
 from advcl_hub.training.loop import Loop, open_accelerator
 from advcl_hub.training.runlog import Panel
 from advcl_hub.training.seeds import seed_step
@@ -106,6 +107,8 @@ class Trainer(Loop):
         self.data = data.to(self.device)
         self.labels = labels.labels.to(self.device) if labels else None
 
+        if recipe.ema_decay:
+            check_averageable(self.core)
         self.ema = ModelEmaV3(self.core, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.optimizer = build_optimizer(recipe, self.core)
         self.schedule = build_schedule(recipe, self.optimizer, self.steps_per_epoch)

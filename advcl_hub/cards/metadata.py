@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from advcl_hub.cards.results import is_robust
-from advcl_hub.evaluation.protocol import pixels
+from advcl_hub.evaluation.protocol import autoattack_text, pixels
 
 _DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "fashion-mnist": "zalando-datasets/fashion_mnist"}
 
@@ -51,8 +51,9 @@ def _dataset(name: str) -> str:
 def _eval_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
     data, protocol = evaluation["data"], evaluation["protocol"]
     steps = f"PGD-{protocol['steps']}"
+    attacked = f"AutoAttack {autoattack_text(evaluation)}" if protocol["autoattack"] else ""
     names = {"standard": "standard accuracy", "pgd": f"accuracy under {steps}", "autoattack": "accuracy under AutoAttack"}
-    attacks = {"standard": "none", "pgd": steps, "autoattack": f"AutoAttack {protocol['autoattack']}"}
+    attacks = {"standard": "none", "pgd": steps, "autoattack": attacked}
     shared = {"model": evaluation["model"]["name"], "images": data["images"], "seed": protocol["seed"]}
     budget = {"norm": protocol["norm"], "eps": pixels(protocol["eps"], protocol["norm"])}
     found = []

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from advcl_hub.attacks import distance, excess
 from advcl_hub.evaluation.journal import Payload
 from advcl_hub.evaluation.measure import Measurement
-from advcl_hub.evaluation.protocol import Protocol
+from advcl_hub.evaluation.protocol import ATTACK_NAMES, Protocol
 
 if TYPE_CHECKING:
     from pyautoattack import AutoAttack
 
-NAMES = {"apgd-ce": "APGD-CE", "apgd-dlr": "APGD-DLR", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
 # Passes through the network an image when nothing breaks it, a pass with gradient counted three times; for the ETA.
 _COST = {"apgd-ce": 304, "apgd-dlr": 304, "apgd-t": 2750, "fab-t": 3700, "square": 5001}
 _EOT = 20  # gradients a step in the version for random models
@@ -76,7 +75,7 @@ def left_out(protocol: Protocol, shape: tuple[int, int, int], classes: int) -> d
             except Exception as error:  # whatever it is, it would come again
                 size = "x".join(map(str, shape[1:]))
                 why = (str(error).strip() or repr(error)).splitlines()[0]
-                reasons[name] = f"{NAMES[name]} cannot attack {size} images in {protocol.norm} ({why})"
+                reasons[name] = f"{ATTACK_NAMES[name]} cannot attack {size} images in {protocol.norm} ({why})"
     return reasons
 
 

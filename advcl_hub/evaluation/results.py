@@ -45,7 +45,7 @@ class Evaluation:
 
     @property
     def autoattack(self) -> float | None:
-        """Accuracy after all attacks of AutoAttack, in [0, 1] (AA)."""
+        """Accuracy after all attacks of AutoAttack that can run on such images, in [0, 1] (AA); `warnings` name the others."""
         return self._value("autoattack")
 
     @property

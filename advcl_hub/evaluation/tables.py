@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from advcl_hub.evaluation.literature import SOURCE, quoted
-from advcl_hub.evaluation.protocol import pixels
+from advcl_hub.evaluation.protocol import ATTACK_NAMES, autoattack_text, pixels
 
 FORMATS = ("text", "markdown", "latex")
-_ATTACKS = {"apgd-ce": "APGD-CE", "apgd-dlr": "APGD-DLR", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
 
 
 def report(records: Sequence[Mapping[str, Any]], style: str = "text", *, literature: bool = False) -> str:
@@ -26,11 +25,11 @@ def report(records: Sequence[Mapping[str, Any]], style: str = "text", *, literat
     if not records:
         raise ValueError("There is nothing to report.")
     protocols = list(dict.fromkeys(protocol_text(r) for r in records))
-    attacks = [a for a in _ATTACKS if any(a in r.get("autoattack_columns", {}) for r in records)]
+    attacks = [a for a in ATTACK_NAMES if any(a in r.get("autoattack_columns", {}) for r in records)]
     shown = [key for key in ("pgd", "autoattack") if any(key in r["accuracy"] for r in records)]
     counts = {r["protocol"]["steps"] for r in records}
     robust = f"PGD-{counts.pop()}" if len(counts) == 1 else "PGD"
-    header = ["model", "SA", *([robust] if "pgd" in shown else []), *(_ATTACKS[a] for a in attacks)]
+    header = ["model", "SA", *([robust] if "pgd" in shown else []), *(ATTACK_NAMES[a] for a in attacks)]
     header += ["AA"] if "autoattack" in shown else []
     rows, marks = [], len(protocols) > 1
     for record in records:
@@ -90,7 +89,7 @@ def protocol_text(record: Mapping[str, Any]) -> str:
         starts = f"{p['restarts']} random start" + ("s" if p["restarts"] > 1 else "")
         attacks.append(f"PGD-{p['steps']} on {p['loss']}, step {pixels(p['step_size'], p['norm'])}, {starts}")
     if p["autoattack"]:
-        attacks.append(f"AutoAttack {p['autoattack']}, batch {record['batch_size']}")
+        attacks.append(f"AutoAttack {autoattack_text(record)}, batch {record['batch_size']}")
     budget = f"{p['norm']}, eps {pixels(p['eps'], p['norm'])} in pixels of [0, 1]; " if attacks else "not attacked"
     size = "x".join(map(str, model["attacked_at"][1:]))
     fitted = f" ({model['fitted_inside']} inside)" if model["fitted_inside"] else ""

@@ -72,6 +72,8 @@ def open_encoder(name: str | Path, *, size: int | None = None, seed: int = 0) ->
                 pretrained_cfg_overlay=kept | overlay,
                 **arguments,
             )
+            with torch.no_grad():  # some architectures notice only now
+                model.eval()(torch.zeros(1, *(input_size(model) or ())))
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
             raise ValueError(f"{text} cannot be opened for images of {size}x{size}: {reason_of(error)}") from error
     facts = {
@@ -127,10 +129,14 @@ def linear_head(model: nn.Module) -> nn.Linear:
 
 
 def zero_head(model: nn.Module) -> None:
-    """Sets the classifier of a timm model, one layer or several, to zero."""
+    """Sets the output layers of a timm model's classifier, one or several, to zero.
+
+    A norm before an output layer (LeViT, RepViT) stays as it is: with both at zero neither would get a gradient.
+    """
     head = model.get_classifier()  # type: ignore[operator]
-    for layer in head if isinstance(head, tuple) else (head,):
-        for parameter in layer.parameters():
+    for part in head if isinstance(head, tuple) else (head,):
+        outputs = [module for module in part.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        for parameter in (outputs[-1] if outputs else part).parameters():
             nn.init.zeros_(parameter)
 
 

@@ -26,6 +26,7 @@ from advcl_hub.finetuning.features import check_separable, extract_features
 from advcl_hub.finetuning.objective import Losses, Objective
 from advcl_hub.finetuning.presets import EXPORTED, Settings
 from advcl_hub.models.branch_norm import branch_state_dict
+from advcl_hub.tensors import check_averageable
 from advcl_hub.training.layout import safe_channels_last
 from advcl_hub.training.loop import Loop
 from advcl_hub.training.runlog import Panel
@@ -138,6 +139,8 @@ class Finetuner(Loop):
         self.plain = copy.deepcopy(self.model)  # without branches: what is judged and exported
         pixels = PixelSpace(self.model, fit=not self.data.fitted, precision=settings.precision).to(self.device)
         self.objective = Objective(linear_head(self.model) if settings.caches else pixels, settings)
+        if settings.ema_decay:
+            check_averageable(self.model)
         self.ema = ModelEmaV3(self.model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(
