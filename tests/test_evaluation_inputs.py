@@ -175,6 +175,12 @@ def test_what_cannot_be_measured_is_refused_before_work_starts(tmp_path: Path) -
         evaluate(Enlarged(), large)
 
 
+def test_a_model_that_needs_several_images_at_once_is_refused() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.BatchNorm1d(10, track_running_stats=False))
+    with pytest.raises(ValueError, match=r"cannot take one image alone: .*2 normalise over the batch.*running statistics"):
+        evaluate(model, labelled_by(TinyNet(), 10), Protocol(steps=1, check_images=0))
+
+
 def test_published_sets_are_averaged_over_their_fifteen_corruptions(tmp_path: Path) -> None:
     model = TinyNet()
     data = replace(labelled_by(model, 10), indices=torch.arange(10))

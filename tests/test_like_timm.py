@@ -17,11 +17,11 @@ from advcl_hub.evaluation.inputs import load_images
 from advcl_hub.evaluation.preprocessing import data_config
 from tests.odd_sets import SETS
 
-# The cfgs of timm have these sizes, interpolations, crops and normalisations, in all mixtures.
+# Among them every interpolation, crop mode and kind of size that timm has, and ten values of crop_pct and size.
 ARCHITECTURES = (
     *("resnet8_cifar", "resnet18_cifar", "preact_resnet18_cifar", "test_resnet", "test_vit", "test_byobnet", "test_mambaout"),
     *("resnet18", "resnet50", "resnetv2_50", "vit_tiny_patch16_224", "vit_base_patch16_siglip_224", "deit_tiny_patch16_224"),
-    *("convnext_atto", "xcit_nano_12_p16_224", "mobilevit_xxs", "fastvit_t8", "crossvit_tiny_240", "coat_lite_tiny"),
+    *("convnext_atto", "xcit_nano_12_p16_224", "mobilevit_xxs", "fastvit_t8", "deepseek_vit_412m", "coat_lite_tiny"),
     *(
         "tinynet_e",
         "efficientnet_b0",

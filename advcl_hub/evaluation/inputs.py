@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from advcl_hub.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corruption_names, read_corrupted
 from advcl_hub.data import ImageData, batches, load_data
@@ -43,6 +44,8 @@ def load_images(source: str, split: str, root: str | Path | None, model: nn.Modu
         data = load_data(source, split, root=root, channels=channels)
     except MixedSizesError:
         data = None
+    if source == "digits" and data is not None and max(data.shape[1:]) > max(fit.size):
+        return load_data(source, split, channels=channels, size=max(fit.size))  # it has no size of its own
     if data is None or not fit.enlarges(*data.shape[1:]):
         data = load_data(source, split, root=root, channels=channels, fit=fit)
     return data
@@ -230,6 +233,8 @@ def try_classifier(classifier: nn.Module, data: ImageData, protocol: Protocol, d
                 gradient = torch.autograd.grad(logits.sum(), x, allow_unused=True)[0] if logits.requires_grad else None
                 if attacked and gradient is None:
                     raise ValueError("The model's outputs carry no gradient with respect to the images: it cannot be attacked.")
+            with torch.no_grad():  # of a batch, one image alone may be left to attack
+                _try_one(classifier, x[:1])
             return size
         except torch.OutOfMemoryError:
             if size == 1:
@@ -239,6 +244,19 @@ def try_classifier(classifier: nn.Module, data: ImageData, protocol: Protocol, d
                 torch.cuda.empty_cache()
         except RuntimeError as error:
             raise ValueError(f"The model fails on images {tuple(images.shape)} of {data.name}: {error}") from error
+
+
+def _try_one(classifier: nn.Module, image: Tensor) -> None:
+    """Raises ValueError for batch norms that compute statistics, if they cannot do so of one image (1, C, H, W)."""
+    norms = [name for name, m in classifier.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
+    try:
+        if norms:
+            classifier(image)
+    except ValueError as error:
+        raise ValueError(
+            f"The model cannot take one image alone: {', '.join(norms[:3])} normalise over the batch. To be evaluated it needs "
+            f"batch norms with running statistics ({error})."
+        ) from error
 
 
 def _check_logits(logits: Any, size: int, data: ImageData, protocol: Protocol) -> None:

@@ -16,6 +16,7 @@ from advcl_hub.evaluation.opening import load_model
 from advcl_hub.evaluation.preprocessing import pretrained_cfg
 from advcl_hub.finetuning.presets import Settings
 
+_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 RANDOM = "random:"  # before a name: the same architecture with new weights, the baseline without pretraining
 
 
@@ -63,7 +64,7 @@ def open_encoder(name: str | Path, *, size: int | None = None, seed: int = 0) ->
             arguments = {**arguments, "img_size": size}
     if overlay or not pretrained:
         cfg = pretrained_cfg(model)
-        kept = {key: cfg[key] for key in ("input_size", "mean", "std", "crop_pct", "interpolation") if key in cfg}
+        kept = {key: cfg[key] for key in _PREPROCESSING if key in cfg}
         torch.manual_seed(seed)
         try:
             model = timm.create_model(
