@@ -9,6 +9,7 @@ import gzip
 import os
 import re
 import unicodedata
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -287,8 +288,21 @@ def _read_folder(folder: Path, split: str) -> Source:
         found = sorted(_image_files(places[name]), key=Path.as_posix)
         files += found
         labels += [label] * len(found)
+    _warn_of_inner_folders(folder, files, labels)
     names = [_text(file.relative_to(folder).as_posix()) for file in files]
     return Source(files, names, np.array(labels, np.int64), tuple(numbered.values()), f"folder:{folder.resolve().name}")
+
+
+def _warn_of_inner_folders(folder: Path, files: Sequence[Path], labels: Sequence[int]) -> None:
+    """timm takes the innermost folder of an image for its class. Where that makes as many classes, nothing else would tell."""
+    inner = sorted({_text(file.parent.name) for file in files}, key=natural)
+    theirs = [inner.index(_text(file.parent.name)) for file in files] if len(inner) == len(set(labels)) else labels
+    if list(theirs) != list(labels):
+        warnings.warn(
+            f"{folder} has class folders within class folders. The outer ones are the classes here, as in torchvision's "
+            f"ImageFolder; timm takes the inner ones, and numbers them {', '.join(inner[:3])} ...",
+            stacklevel=2,
+        )
 
 
 def _class_folders(folder: Path) -> dict[str, Path]:

@@ -121,6 +121,22 @@ def test_file_names_that_are_no_text_are_read_too(tmp_path: Path, monkeypatch: p
         load_data(f"folder:{folder}", "test")
 
 
+def test_inner_folders_that_timm_would_number_otherwise_are_told(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    image = encode(torch.zeros(8, 8, 3, dtype=torch.uint8).numpy())
+    for name in (
+        "cat/images/0.png",
+        "dog/images/0.png",
+        "dog/1.png",
+    ):  # as in Tiny ImageNet: timm sees other numbers of classes
+        write(tmp_path / "tiny" / "test" / name, image)
+    assert load_data(f"folder:{tmp_path / 'tiny'}", "test").labels.tolist() == [0, 1]
+    assert not recwarn.list
+    for name in ("animals/zebra/0.png", "plants/aster/0.png"):
+        write(tmp_path / "nested" / "test" / name, image)
+    with pytest.warns(UserWarning, match="timm takes the inner ones, and numbers them aster, zebra"):
+        assert load_data(f"folder:{tmp_path / 'nested'}", "test").classes == ("animals", "plants")
+
+
 def test_a_kept_head_keeps_its_classes(tmp_path: Path) -> None:
     """Of two finetunings that keep a head without names, each takes the labels in the order that it was told."""
     names = ("1", "2", "10")

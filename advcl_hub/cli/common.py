@@ -129,9 +129,12 @@ def script(interrupted: str | None = None) -> Iterator[None]:
 
 
 def any_text() -> None:
-    """Lets stdout and stderr print any text: what their encoding (LC_ALL=C) lacks is escaped instead of raising."""
+    """Lets stdout and stderr print any text: what their encoding lacks is escaped instead of raising.
+
+    An encoding such as that of LC_ALL=C lacks most letters, and UTF-8 lacks the names of files that are not UTF-8.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
