@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from advcl_hub.files import LFS_POINTER
+
 IN_MEMORY_BYTES = 2 * 2**30
 """Sets of encoded images that take more than this once decoded stay encoded (`LazyImages`)."""
 
@@ -24,8 +26,6 @@ Item = Path | bytes | np.ndarray
 
 Fit = Callable[[Image.Image], Image.Image]
 """Brings images of any size to one size. It has to survive pickling, for the processes that decode."""
-
-_POINTER = b"version https://git-lfs"  # what a clone without Git LFS holds in place of a file
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ def _failures(function: Callable[[int], None], count: int) -> dict[int, str]:
 
 
 def _fitted_shape(channels: int, fit: Fit) -> tuple[int, int, int]:
-    width, height = fit(Image.new("L", (8, 8))).size
+    # Of the channels that will come: timm's border mode fills with a colour of as many.
+    width, height = fit(Image.new("RGB" if channels == 3 else "L", (8, 8))).size
     return channels, height, width
 
 
@@ -164,7 +165,7 @@ def _open(item: Item) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
     except UnidentifiedImageError:
-        if _first_bytes(item, len(_POINTER)) == _POINTER:
+        if _first_bytes(item, len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError("a Git LFS pointer and not the image: run git lfs pull") from None
         raise
     # PIL converts 16-bit and float images by clipping to 255: white pictures instead of an error.

@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from advcl_hub.errors import reason_of
 from advcl_hub.files import file_sha256
 
-_POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -174,20 +174,6 @@ def _difference(path: Path, expected: Mapping[str, Any] | None) -> str:
     return ""
 
 
-def refuse_pointer(path: Path, name: str | None = None) -> None:
-    """Raises ValueError if a file is a Git LFS pointer in the place of the file itself (a clone without Git LFS).
-
-    Args:
-        path: of the file; one that does not exist is none.
-        name: to call it in the error, by default its path.
-    """
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise ValueError(f"{name or path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository.")
-
-
 def check_file(path: Path, expected: Mapping[str, Any]) -> None:
     """Raises ValueError, with what is wrong, unless a file has the expected `size` (where given) and `sha256`."""
     size = path.stat().st_size
@@ -272,51 +258,3 @@ def _is_network(error: BaseException) -> bool:
     """Whether an error is one of the transport: of the client's HTTP library (httpx, httpx2) or of the system's."""
     module = type(error).__module__.partition(".")[0]
     return isinstance(error, ConnectionError | TimeoutError) or module in ("httpx", "httpx2", "httpcore", "httpcore2")
-
-
-def reason_of(error: BaseException, limit: int = 300) -> str:
-    """What an error says, as one sentence of at most `limit` characters, whoever raised it.
-
-    Of a refused state dict the first keys and shapes are named, and how many more there are. Of other messages the first
-    paragraph is taken. Line breaks and control characters become blanks: keys and names come from files of other people.
-    """
-    text = str(error).strip()
-    if not text or isinstance(error, KeyError):  # whose message is the key alone
-        text = repr(error)
-    lines = text.split("\n\n")[0].splitlines()
-    if len(lines) > 1 and lines[0].startswith("Error(s) in loading state_dict"):
-        text = f"{_plain(lines[0])} {'; '.join(_refused_keys(lines[1:]))}"
-    else:
-        text = _plain(" ".join(lines))
-    return text if len(text) <= limit else f"{text[: limit - 4].rstrip()} ..."
-
-
-def _refused_keys(lines: Sequence[str]) -> Iterator[str]:
-    """Of torch's lists of keys, one a line, and its lines of shapes, the first two each and the number of the others."""
-    shapes = [line for line in lines if line.strip().startswith("size mismatch")]
-    for line in lines:
-        kind, found, keys = _plain(line).partition(": ")
-        if line not in shapes and found:
-            yield f"{kind}: {_first_two(keys.rstrip('.').split(', '))}"
-        elif line not in shapes and (rest := _plain(line)):
-            yield rest.rstrip(".")
-    if shapes:
-        sizes = [
-            re.sub(
-                r"copying a param with shape torch.Size\((\S.*?)\) from checkpoint, the shape in current model is "
-                r"torch.Size\((.*?)\)\.?$",
-                r"\1 instead of \2",
-                _plain(line),
-            )
-            for line in shapes
-        ]
-        yield _first_two(sizes)
-
-
-def _first_two(items: Sequence[str]) -> str:
-    shown = ", ".join(item if len(item) <= 90 else f"{item[:86]} ..." for item in items[:2])
-    return shown + (f" and {len(items) - 2} more" if len(items) > 2 else "")
-
-
-def _plain(text: str) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

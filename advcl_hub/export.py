@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from advcl_hub.download import reason_of, refuse_pointer
-from advcl_hub.files import file_sha256, make_readable, without_local_paths, write_errors
+from advcl_hub.errors import reason_of
+from advcl_hub.files import file_sha256, make_readable, refuse_pointer, without_local_paths, write_errors
 from advcl_hub.tensors import separate
 
 WEIGHTS = "model.safetensors"

@@ -33,6 +33,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+LFS_POINTER = b"version https://git-lfs"  # how the file begins that a clone without Git LFS has in place of another
+
+
+def refuse_pointer(path: Path, name: str | None = None) -> None:
+    """Raises ValueError if a file is a Git LFS pointer in the place of the file itself (a clone without Git LFS).
+
+    Args:
+        path: of the file; one that does not exist is none.
+        name: to call it in the error, by default its path.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{name or path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository.")
+
+
 # Where a path starts that tells about its owner: /x, ~/x, ~me/x, ../x, $HOME/x, C:\x, \\server\x, file://x.
 _START = r"(?:file://|//?(?<!://)(?=[\w.~])|~\w*/|(?:\.\./)+|\$\{?\w+\}?/|[A-Za-z]:\\|\\\\(?=\w))"
 # Within a text it follows no fraction (8/255) and no relative path (runs/x), and is no URL.
@@ -76,24 +93,24 @@ def _last(path: str) -> str:
 
 # What a file system answers that cannot do what it is asked; any other error of fsync means that data may be lost.
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
-_missed: set[str] = set()  # comforts that this process has warned about
+_warned: set[str] = set()  # comforts that this process has warned about
 
 
-def missed(what: str, message: str, stacklevel: int = 3) -> None:
+def warn_once(what: str, message: str, stacklevel: int = 3) -> None:
     """Warns that a comfort is missing, once a process.
 
     Args:
         what: names the comfort; later calls with the same name say nothing.
         message, stacklevel: of the warning.
     """
-    if what not in _missed:
-        _missed.add(what)
+    if what not in _warned:
+        _warned.add(what)
         warnings.warn(message, stacklevel=stacklevel)
 
 
 @contextlib.contextmanager
 def comfort(what: str, *, errors: type[Exception] = OSError) -> Iterator[None]:
-    """Lets the work go on, after one warning a process, where a `with` block fails that does what nobody needs.
+    """Turns an error of a `with` block, whose work is optional, into one warning a process.
 
     Args:
         what: names the comfort, as in "WHAT failed (PermissionError: ...)".
@@ -103,7 +120,7 @@ def comfort(what: str, *, errors: type[Exception] = OSError) -> Iterator[None]:
         yield
     except errors as error:
         reason = error.__cause__ if isinstance(error.__cause__, OSError) else error  # what `write_errors` explains
-        missed(what, f"{what} failed ({type(reason).__name__}: {reason}); the work goes on without.", 4)
+        warn_once(what, f"{what} failed ({type(reason).__name__}: {reason}); the work goes on without.", 4)
 
 
 def make_readable(path: Path, mode: int = 0o666) -> None:
@@ -128,7 +145,7 @@ def sync(file: IO[Any]) -> None:
     except OSError as error:
         if error.errno not in _CANNOT:
             raise
-        missed("sync", f"Files cannot be synced to disk ({error.strerror}): a power failure may lose the last ones.")
+        warn_once("sync", f"Files cannot be synced to disk ({error.strerror}): a power failure may lose the last ones.")
 
 
 def check_writable(folder: Path) -> None:
@@ -187,5 +204,5 @@ def lock(file: TextIO) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        missed("lock", f"{file.name} cannot be locked ({error.strerror}): do not start the same work twice.")
+        warn_once("lock", f"{file.name} cannot be locked ({error.strerror}): do not start the same work twice.")
     return True

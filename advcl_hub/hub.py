@@ -252,7 +252,7 @@ def _files(name: str, wanted: Sequence[str], cache_dir: str | Path | None) -> di
         if "/" not in name.partition("@")[0]:
             raise ValueError(f"{name} is no folder here, no released weights, and no repository on the Hub (ORG/NAME).")
         release = open_source(f"hf-hub:{name.removeprefix('hf-hub:')}", cache_dir=cache_dir)
-    if why := release.facts.get("unchecked"):
+    if why := release.unchecked:
         raise OSError(f"{why}. Without {RESULTS} there is nothing to describe or to verify.")
     if not release.files:
         raise ValueError(f'{name} has no {RESULTS}: not pushed by advcl-hub. timm may open it: "hf-hub:{release.hub_id}".')

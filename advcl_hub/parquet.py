@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from advcl_hub.files import refuse_pointer
+
 _LAYOUT = "[data/]SPLIT-*.parquet"
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<total>\d+)(?P<suffix>.*)\.parquet")
 _NUMBERED = re.compile(r"(?P<split>.+)-(?P<number>\d+)\.parquet")
 _CONVERTED = re.compile(r"(?P<number>\d+)\.parquet")
-_LFS = b"version https://git-lfs"  # what git writes in place of a file whose content it has not fetched
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _find(folder: Path) -> list[_File]:
     found = []
     for place in (folder, folder / "data"):
         for path in sorted(place.glob("*.parquet")):
-            if (file := _told(path)) is not None:
+            if (file := _parse_name(path)) is not None:
                 found.append(file)
         for path in sorted(place.glob("*/*.parquet")):
             if path.parent.name != "data" and (number := _CONVERTED.fullmatch(path.name)):
@@ -116,7 +117,7 @@ def _find(folder: Path) -> list[_File]:
     return [file for file in found if not file.split.startswith(".")]
 
 
-def _told(path: Path) -> _File | None:
+def _parse_name(path: Path) -> _File | None:
     """What the name of a file that is not in a split's folder tells; None if that is no split."""
     if match := _SHARD.fullmatch(path.name):
         number, total = int(match["number"]), int(match["total"])
@@ -206,7 +207,7 @@ def _read_file(file: _File) -> _Shard:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise ImportError("Parquet files need pyarrow: pip install pyarrow") from error
-    _check_fetched(file.path)
+    refuse_pointer(file.path)
     try:
         schema = pq.read_schema(file.path)
         image, label = columns = _columns(schema, file.path)
@@ -218,12 +219,6 @@ def _read_file(file: _File) -> _Shard:
     encoded = pc.struct_field(table[image], "bytes").to_pylist()
     labels = table[label].to_numpy().astype(np.int64)
     return _Shard([item or b"" for item in encoded], labels, columns, _class_names(schema, label, file.path))
-
-
-def _check_fetched(path: Path) -> None:
-    with path.open("rb") as opened:
-        if opened.read(len(_LFS)) == _LFS:
-            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository.")
 
 
 def _columns(schema: Any, path: Path) -> tuple[str, str]:
@@ -264,11 +259,11 @@ def _check_alike(shards: Sequence[tuple[str, _Shard]]) -> None:
                 f"{first} has the columns {ours}, {name} has {theirs}: they are of different sets, leave one of them."
             )
         if shard.classes != expected.classes:
-            differ = _differ(expected.classes, shard.classes)
+            differ = _difference(expected.classes, shard.classes)
             raise ValueError(f"{first} and {name} {differ}: they are of different sets, leave one of them.")
 
 
-def _differ(ours: Sequence[str], theirs: Sequence[str]) -> str:
+def _difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
     if not ours or not theirs:
         return "must both have class names in their metadata or neither"
     if set(ours) == set(theirs):
@@ -295,8 +290,8 @@ def _classes(shard: _Shard, file: _File, found: Sequence[_File], largest: int) -
         if names != shard.classes:
             both = f"{file.split} ({file.name}) and {split} ({other.name})"
             raise ValueError(
-                f"The splits {both} {_differ(shard.classes, names)}. A label has to mean the same in all splits of a set: move "
-                "another set to a folder of its own."
+                f"The splits {both} {_difference(shard.classes, names)}. All splits of a set need the same classes: move the "
+                "other set to another folder."
             )
         if not names:
             largest = max(largest, *(_largest(file.path, label) for file in found if file.split == split))

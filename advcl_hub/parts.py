@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from advcl_hub.download import reason_of, refuse_pointer
+from advcl_hub.errors import reason_of
 from advcl_hub.export import WEIGHTS
-from advcl_hub.files import file_sha256, make_readable, replacing, write_errors
+from advcl_hub.files import file_sha256, make_readable, refuse_pointer, replacing, write_errors
 
 LIMIT = 16 * 2**20  # bytes of a part
 _HEADER = 2**18  # of them for names and shapes

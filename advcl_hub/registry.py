@@ -22,8 +22,9 @@ from timm.models import DefaultCfg, PretrainedCfg, _registry
 from torch import nn
 
 import advcl_hub.models  # noqa: F401  # whose architectures released weights belong to
-from advcl_hub.download import check_file, commit_of, fetch, is_cached, refuse_pointer, split_revision
+from advcl_hub.download import check_file, commit_of, fetch, is_cached, split_revision
 from advcl_hub.export import CONFIG, RESULTS, WEIGHTS, verify_folder
+from advcl_hub.files import refuse_pointer
 from advcl_hub.parts import join
 
 __all__ = ["Release", "load_releases", "open_source", "register", "releases", "row"]  # timm adds the models of this module
@@ -51,9 +52,9 @@ class Release:
         folder: where they lie on this machine (in the package, a checkout, or a user's own), None for those on the Hub.
         parts: files that the weights are made of, where they lie in a checkout; see `advcl_hub.parts`.
         facts: for people: `summary`, `head` (see `head_of`), `data`, `threat_model`, `results`, `provenance`, `licence`,
-            `parameters`; for weights that a user registered, `own`, `head` and, where their results.json could not be read,
-            `unchecked`: why.
+            `parameters`; for weights that a user registered, `own` and `head` only.
         robustbench: name under which RobustBench finds the classifier: `MODEL_DATASET_THREAT`.
+        unchecked: why results.json could not be read, so that nothing is checked; else empty.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Release:
     facts: Mapping[str, Any] = field(default_factory=dict)
     robustbench: str | None = None
     parts: tuple[Path, ...] = ()
+    unchecked: str = ""
 
     @property
     def architecture(self) -> str:
@@ -193,7 +195,7 @@ def register(name: str, source: str | Path, *, cache_dir: str | Path | None = No
     if not re.fullmatch(re.escape(architecture) + r"\.[\w.-]+", name, re.ASCII):
         raise ValueError(f"{source} holds a {architecture}: register it as {architecture}.TAG, of letters, digits, - and _.")
     if not release.files:
-        why = release.facts.get("unchecked") or f"{source} tells no sha256"
+        why = release.unchecked or f"{source} tells no sha256"
         warnings.warn(f"{why}: the weights of {name} are not checked.", stacklevel=2)
     earlier = _releases.get(name)
     if not (earlier and earlier.facts.get("own")) and timm.models.is_model_pretrained(name):
@@ -206,7 +208,7 @@ def open_source(source: str | Path, name: str | None = None, *, cache_dir: str |
     """The weights in a folder or a Hub repository, pinned to what they are now, without registering them; see `register`.
 
     What timm opens from the Hub client's cache opens here, too. If only results.json is neither there nor to be had, the
-    release has no `files` to check, and its fact `unchecked` says why.
+    release has no `files` to check, and `unchecked` says why.
     """
     folder: Path | None = None
     hub_id = revision = None
@@ -240,8 +242,8 @@ def open_source(source: str | Path, name: str | None = None, *, cache_dir: str |
         config = json.loads(config_file.read_text(encoding="utf-8"))
         results = json.loads(results_file.read_text(encoding="utf-8")) if results_file else {}
         files = {file: {"sha256": sha256} for file, sha256 in results.get("sha256", {}).items()}
-        facts = {"own": True, "head": head_of(results, config)} | ({"unchecked": unchecked} if unchecked else {})
-        return Release(name or config["architecture"], config, files, hub_id, revision, folder, facts)
+        facts = {"own": True, "head": head_of(results, config)}
+        return Release(name or config["architecture"], config, files, hub_id, revision, folder, facts, unchecked=unchecked)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{source} has a damaged {CONFIG} or {RESULTS} (in {config_file.parent}): {error!r}.") from None
 

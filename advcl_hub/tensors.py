@@ -5,7 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-_UNKNOWN = (torch.complex128, torch.qint8, torch.quint8, torch.qint32)  # to safetensors
+# What safetensors stores; complex64 from 0.5 on.
+_KNOWN = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64),
+)
 
 
 def tied(module: nn.Module) -> list[str]:
@@ -16,7 +20,7 @@ def tied(module: nn.Module) -> list[str]:
 
 
 def check_averageable(module: nn.Module) -> None:
-    """Raises ValueError for a module with tied weights: timm's moving average would take each of them twice a step."""
+    """Raises ValueError for a module with tied weights, of which timm's moving average would take each step twice."""
     if names := tied(module):
         raise ValueError(
             f"{type(module).__name__} has tied weights ({names[0]} is one), which cannot be averaged: set ema_decay to 0."
@@ -30,12 +34,12 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     strictly. A tied model stays tied when it loads them. Tensors that stand alone are not copied.
 
     Raises:
-        ValueError: a sparse or quantized tensor, or one of complex128, which safetensors does not know.
+        ValueError: a tensor that is sparse, or of a type that safetensors does not store.
     """
     taken: set[int] = set()
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.dtype in _UNKNOWN:
+        if tensor.layout != torch.strided or tensor.dtype not in _KNOWN:
             kind = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout).removeprefix("torch.")
             raise ValueError(f"{name} is of the type {kind}, which safetensors does not store: convert it.")
         tensor = tensor.detach().cpu().contiguous()

@@ -1,10 +1,9 @@
 """What lies around in the environment and in the process changes no training, and training leaves it as it was."""
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -162,17 +161,19 @@ def test_an_evaluation_records_what_it_pins(encoder: Path, monkeypatch: pytest.M
 
 
 @pytest.fixture
-def other_process(tmp_path: Path) -> subprocess.Popen[str]:
+def other_process(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that trains in tmp_path / "run", as far as the lock can tell."""
     code = (
         "import sys, time; from pathlib import Path; from advcl_hub.training.lock import RunLock; "
         "RunLock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(600)"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-    )
-    assert process.stdout and process.stdout.readline() == "locked\n"
-    return process
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8") as process:
+        try:
+            assert process.stdout and process.stdout.readline() == "locked\n"
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_folder_where_another_process_trains_is_refused_until_that_is_gone(
@@ -183,15 +184,13 @@ def test_a_folder_where_another_process_trains_is_refused_until_that_is_gone(
     other_process: subprocess.Popen[str],
 ) -> None:
     refused = f"^Another process trains in {tmp_path / 'run'}: wait for it, or choose another output"
-    try:
-        with pytest.raises(ValueError, match=refused):
-            tuned(encoder, tmp_path / "run")
-        with pytest.raises(ValueError, match=refused):
-            pretrain(recipe(), tmp_path / "run", StopRequest())
-        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
-    finally:
-        other_process.send_signal(signal.SIGKILL)
-        other_process.wait()
+    with pytest.raises(ValueError, match=refused):
+        tuned(encoder, tmp_path / "run")
+    with pytest.raises(ValueError, match=refused):
+        pretrain(recipe(), tmp_path / "run", StopRequest())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+    other_process.kill()
+    other_process.wait()
     assert differing(usual, tuned(encoder, tmp_path / "run")) == []
     assert not (tmp_path / "run" / LOCK).exists()
 
@@ -227,7 +226,26 @@ def test_the_lock_lasts_from_before_the_checkpoint_to_the_end_of_the_run(
     RunLock(output).release()
 
 
-def test_a_lock_survives_that_its_file_is_removed_and_made_anew(tmp_path: Path) -> None:
+def test_a_lock_file_that_is_removed_before_it_is_locked_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([False, True])
+    monkeypatch.setattr("advcl_hub.training.lock._is_at", lambda *_: next(answers))
+    lock = RunLock(tmp_path / "run")
+    assert next(answers, None) is None and (tmp_path / "run" / LOCK).exists()
+    lock.release()
+
+
+def test_a_file_system_whose_files_have_no_numbers_does_without_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("advcl_hub.training.lock._is_at", lambda *_: False)
+    monkeypatch.setattr("advcl_hub.files._warned", set())
+    with pytest.warns(UserWarning, match="cannot be locked: do not start the same work twice"):
+        RunLock(tmp_path / "run").release()
+
+
+def test_a_second_lock_of_the_same_process_is_the_same_lock(tmp_path: Path) -> None:
     first = RunLock(tmp_path / "run")
     RunLock(tmp_path / "run")  # a run of this process that was given up hands it on
     first.release()

@@ -28,14 +28,14 @@ from advcl_hub.training.runlog import read_log
 from advcl_hub.training.stop import StopRequest
 from tests.small_encoders import SMALL_RESNET, export_encoder, save_encoder
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator", "nothing_missed_yet")
+pytestmark = pytest.mark.usefixtures("fresh_accelerator", "fresh_warnings")
 CONFIG = advcl_hub.Protocol(steps=1, check_images=0)
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def nothing_missed_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_missed", set())
+def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_warned", set())
 
 
 @pytest.fixture(scope="module")

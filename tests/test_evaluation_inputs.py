@@ -171,7 +171,10 @@ def test_what_cannot_be_measured_is_refused_before_work_starts(tmp_path: Path) -
     with pytest.raises(ValueError, match="No images"):
         evaluate(TinyNet(), data.subset(torch.arange(0)))
     large = replace(data, images=torch.zeros(10, 3, 40, 40, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="are 40x40, the model takes 16x16: give the data by name"):
+    with pytest.raises(
+        ValueError,
+        match="are 40x40, and have to be scaled to the model's 16x16 before they are attacked",
+    ):
         evaluate(Enlarged(), large)
 
 

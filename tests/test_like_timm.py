@@ -18,21 +18,38 @@ from advcl_hub.evaluation.preprocessing import data_config
 from tests.odd_sets import SETS
 
 # Among them every interpolation, crop mode and kind of size that timm has, and ten values of crop_pct and size.
-ARCHITECTURES = (
-    *("resnet8_cifar", "resnet18_cifar", "preact_resnet18_cifar", "test_resnet", "test_vit", "test_byobnet", "test_mambaout"),
-    *("resnet18", "resnet50", "resnetv2_50", "vit_tiny_patch16_224", "vit_base_patch16_siglip_224", "deit_tiny_patch16_224"),
-    *("convnext_atto", "xcit_nano_12_p16_224", "mobilevit_xxs", "fastvit_t8", "deepseek_vit_412m", "coat_lite_tiny"),
-    *(
-        "tinynet_e",
-        "efficientnet_b0",
-        "tf_efficientnet_b1",
-        "lcnet_035",
-        "repvgg_a0",
-        "regnetx_002",
-        "swin_tiny_patch4_window7_224",
-    ),
-    *("inception_v3", "nasnetalarge", "vit_base_patch14_dinov2", "vit_base_patch16_sapiens2"),
-)
+ARCHITECTURES = [
+    "resnet8_cifar",
+    "resnet18_cifar",
+    "preact_resnet18_cifar",
+    "test_resnet",
+    "test_vit",
+    "test_byobnet",
+    "test_mambaout",
+    "resnet18",
+    "resnet50",
+    "resnetv2_50",
+    "vit_tiny_patch16_224",
+    "vit_base_patch16_siglip_224",
+    "deit_tiny_patch16_224",
+    "convnext_atto",
+    "xcit_nano_12_p16_224",
+    "mobilevit_xxs",
+    "fastvit_t8",
+    "deepseek_vit_412m",
+    "coat_lite_tiny",
+    "tinynet_e",
+    "efficientnet_b0",
+    "tf_efficientnet_b1",
+    "lcnet_035",
+    "repvgg_a0",
+    "regnetx_002",
+    "swin_tiny_patch4_window7_224",
+    "inception_v3",
+    "nasnetalarge",
+    "vit_base_patch14_dinov2",
+    "vit_base_patch16_sapiens2",
+]
 NETWORKS = ("resnet8_cifar", "test_resnet", "test_vit", "test_convnext", "test_efficientnet")
 # PIL rounds to 8 bits after the rows and after the columns, by half a level each; of the first a bicubic kernel makes 0.63.
 ROUNDING = 1.15 / 255
@@ -101,6 +118,8 @@ def test_classes_and_images_are_numbered_as_timm_does(folders: Path, name: str) 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_model_sees_the_pixels_that_it_sees_in_timm(folders: Path, architecture: str) -> None:
+    if not timm.is_model(architecture):
+        pytest.skip(f"this timm has no {architecture}")
     model = recorder(architecture)
     for name in SETS:
         data = load_images(f"folder:{folders / name}", "test", None, model)

@@ -29,8 +29,8 @@ FLOORS = {
     3: ("finetuning", "converters", "hub", "cards"),
     2: ("evaluation", "export", "parts", "registry"),
     1: (
-        *("attacks", "augmentation", "corruptions", "data", "decoding", "download", "extras", "files", "models", "modes"),
-        *("parquet", "progress", "sources", "tensors", "training"),
+        *("attacks", "augmentation", "corruptions", "data", "decoding", "download", "errors", "extras", "files"),
+        *("models", "modes", "parquet", "progress", "sources", "tensors", "training"),
     ),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

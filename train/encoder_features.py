@@ -12,7 +12,7 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
 from advcl_hub.data import ImageData
-from advcl_hub.download import reason_of
+from advcl_hub.errors import reason_of
 from advcl_hub.evaluation.opening import load_model
 
 MAX_PIXELS = 3 * 64 * 64  # values an image: beyond that raw pixels are neither meaningful nor affordable

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
 
 from advcl_hub.cli.common import script
-from advcl_hub.download import reason_of
+from advcl_hub.errors import reason_of
 from advcl_hub.evaluation.results import hardware, versions
 from advcl_hub.files import check_writable, replacing, without_local_paths
 from advcl_hub.training.runlog import read_log

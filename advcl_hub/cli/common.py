@@ -17,7 +17,7 @@ from typing import Any
 import click
 import torch
 
-from advcl_hub.download import reason_of
+from advcl_hub.errors import reason_of
 from advcl_hub.evaluation.inputs import CLASS_ORDERS
 from advcl_hub.training.stop import duration
 
@@ -71,7 +71,7 @@ def sentence(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def told(fail: Callable[[str], BaseException]) -> Iterator[None]:
+def one_sentence(fail: Callable[[str], BaseException]) -> Iterator[None]:
     """Turns whatever a command raises into one sentence on stderr and a non-zero exit code, in every process of a run.
 
     Click's own exceptions and Ctrl-C pass. A closed pipe (`advcl-hub list | head -1`) is no error of ours and is silent.
@@ -84,14 +84,14 @@ def told(fail: Callable[[str], BaseException]) -> Iterator[None]:
     except (click.ClickException, click.Abort, click.exceptions.Exit):
         raise
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
             sys.exit(1)
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             traceback.print_exc()
         raise fail(sentence(error)) from error
 
 
-def _nobody_reads() -> bool:
+def _reader_is_gone() -> bool:
     """Whether stdout is a pipe whose other end is closed; what is left in its buffer is then thrown away."""
     try:
         sys.stdout.flush()
@@ -111,14 +111,14 @@ def _nobody_reads() -> bool:
 
 @contextlib.contextmanager
 def script(interrupted: str | None = None) -> Iterator[None]:
-    """The body of a command that is no part of `advcl-hub`, such as those of train/: `told`, by `error: ...` and exit code 1.
+    """The body of a command that is no part of `advcl-hub`, such as those of train/: errors as `error: ...`, with exit code 1.
 
     Args:
         interrupted: what Ctrl-C says; by default it passes.
     """
     any_text()
     try:
-        with told(lambda text: SystemExit(f"error: {text}")):
+        with one_sentence(lambda text: SystemExit(f"error: {text}")):
             yield
     except click.ClickException as error:
         sys.exit(f"error: {error.format_message()}")
@@ -139,13 +139,13 @@ def any_text() -> None:
 
 
 def user_errors(function: Callable[..., None]) -> Callable[..., None]:
-    """Errors become one sentence and exit code 1 (see `told`), Ctrl-C a line that says how to go on."""
+    """Errors become one sentence and exit code 1 (see `one_sentence`), Ctrl-C a line that says how to go on."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **options: Any) -> None:
         logging.getLogger("timm").setLevel(logging.WARNING)
         try:
-            with told(click.ClickException), warnings.catch_warnings():
+            with one_sentence(click.ClickException), warnings.catch_warnings():
                 warnings.showwarning = lambda message, *rest: click.echo(f"warning: {message}", err=True)
                 function(*args, **options)
         except KeyboardInterrupt:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from advcl_hub.download import reason_of, refuse_pointer
-from advcl_hub.files import file_sha256
+from advcl_hub.errors import reason_of
+from advcl_hub.files import file_sha256, refuse_pointer
 
 HEAD_ENTRY = "classifier"  # where AdvCL's finetuning saves its linear head, beside `model`
 _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and torch.compile

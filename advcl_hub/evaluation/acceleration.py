@@ -10,7 +10,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from advcl_hub.download import reason_of
+from advcl_hub.errors import reason_of
 from advcl_hub.evaluation.checks import difference
 from advcl_hub.evaluation.protocol import Protocol
 

@@ -86,11 +86,12 @@ def _doubts(model: nn.Module) -> Iterator[str]:
     cfg = pretrained_cfg(model)
     own = "pretrained_cfg" in vars(model) or hasattr(type(model), "pretrained_cfg")
     if inner is not None and not own:
-        kind, theirs = type(inner).__name__, pretrained_cfg(inner)
-        normalisation = f"mean {theirs['mean']} and std {theirs['std']} of the {kind} in it"
-        what = f"with the {normalisation} applied" if cfg else f"on images in [0, 1], without the {normalisation}"
-        twice = f"{name} normalises by itself" if cfg else f"{name} does not normalise by itself"
-        yield f"{name} is attacked {what}. If {twice}, pass the {kind} alone."
+        kind, config = type(inner).__name__, data_config(inner)
+        values = f"mean {config.get('mean', 0)} and std {config.get('std', 1)}"
+        if cfg:
+            yield f"{name} gets images normalised with {values}. If {name} normalises them itself, pass its {kind} alone."
+        else:
+            yield f"{name} gets images in [0, 1]. Its {kind} expects {values}: unless {name} normalises, pass the {kind} alone."
     elif not cfg and isinstance(model, torch.jit.ScriptModule | torch.fx.GraphModule):
         yield (
             f"A traced model ({name}) does not say which mean and std it expects: it is attacked on images in [0, 1]. If it "

@@ -59,7 +59,7 @@ def check_fits(model: nn.Module, data: ImageData) -> None:
             "The model is an encoder without a classifier. Fit a head first; for a run of ours: "
             "python -m train.export RUN --linear-head --output FOLDER."
         )
-    if classes not in (None, len(data.classes)) and not named_by(model, data):
+    if classes not in (None, len(data.classes)) and not names_all_classes(model, data):
         raise ValueError(
             f"The model tells {classes} classes apart, {data.name} has {len(data.classes)}, and their names differ."
         )
@@ -71,8 +71,8 @@ def check_fits(model: nn.Module, data: ImageData) -> None:
             raise ValueError(f"The model takes {channels} channels, the images of {data.name} have {data.shape[0]}: {hint}.")
         if not (data.shape[1:] == tuple(size) if data.fitted else Fit(config).enlarges(*data.shape[1:])):
             raise ValueError(
-                f"The images of {data.name} are {_size(data.shape)}, the model takes {_size(size)}: give the data by name, and "
-                "they are scaled as timm does."
+                f"The images of {data.name} are {_size(data.shape)}, and have to be scaled to the model's {_size(size)} before "
+                "they are attacked: give the data by name (folder:PATH), and that is done."
             )
     if (data.labels < 0).any():
         raise ValueError(f"{data.name} has images without a label.")
@@ -93,7 +93,7 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(ImageNetInfo(subset).label_names()) if subset else ()
 
 
-def named_by(model: nn.Module, data: ImageData) -> bool:
+def names_all_classes(model: nn.Module, data: ImageData) -> bool:
     """Whether the model names all classes of the data."""
     return set(map(canonical, data.classes)) <= set(map(canonical, class_names(model)))
 
@@ -125,7 +125,7 @@ def in_model_order(model: nn.Module, data: ImageData, class_order: str | None = 
     if class_order is not None and class_order not in CLASS_ORDERS:
         raise ValueError(f"class_order is {class_order!r}, expected {' or '.join(CLASS_ORDERS)}.")
     names = class_names(model)
-    if named_by(model, data):
+    if names_all_classes(model, data):
         return _renumbered(data, names)
     if names:
         warnings.warn(

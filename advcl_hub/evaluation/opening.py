@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.hub import HASH_REGEX
 
-from advcl_hub.download import content_hash, fetch, hub_errors, reason_of, refuse_pointer, split_revision
+from advcl_hub.download import content_hash, fetch, hub_errors, split_revision
+from advcl_hub.errors import reason_of
 from advcl_hub.export import CONFIG, RESULTS, WEIGHTS, verify_folder
-from advcl_hub.files import file_sha256
+from advcl_hub.files import file_sha256, refuse_pointer
 from advcl_hub.registry import Release, open_source, releases
 
 _TIMM_FILE = "pytorch_model.bin"  # what timm asks the Hub for where a cfg names no file
@@ -55,11 +56,10 @@ def load_model(name: str | Path) -> LoadedModel:
         OSError: the Hub cannot be reached, or has no such model.
     """
     text = str(name)
-    local = text.removeprefix("local-dir:")
-    if local != text or isinstance(name, Path) or (Path(text) / CONFIG).is_file():
-        return _load_folder(Path(local))
-    if text.startswith(("./", "../", "/", "~")) or (Path(text).is_dir() and not timm.is_model(text)):
-        return _load_folder(Path(text).expanduser())
+    path = Path(text.removeprefix("local-dir:")).expanduser()
+    named_as_folder = isinstance(name, Path) or text.startswith(("local-dir:", "./", "../", "/", "~"))
+    if named_as_folder or (path / CONFIG).is_file() or (path.is_dir() and not timm.is_model(text)):
+        return _load_folder(path)
     if text.startswith("hf-hub:"):
         return _load_release(text, open_source(text))
     _check_name(text)
@@ -72,8 +72,8 @@ def _load_release(name: str, release: Release) -> LoadedModel:
     source, weights = name, None
     if name.startswith("hf-hub:"):
         source = f"hf-hub:{release.hub_id}@{release.revision}"
-        if why := release.facts.get("unchecked"):
-            warnings.warn(f"{why}: nothing says whether its weights are those that were released.", stacklevel=4)
+        if release.unchecked:
+            warnings.warn(f"{release.unchecked}: nothing says whether its weights are those that were released.", stacklevel=4)
         # Registered weights are checked when they are opened; of hf-hub: timm looks at the size only.
         weights = release.fetch() if release.files else _check_download(source.removeprefix("hf-hub:"))
     model = _create(name, source, weights)
@@ -133,6 +133,10 @@ def _create(name: str, source: str, weights: Path | None) -> nn.Module:
         name: as the user gave it.
         source: what timm opens.
         weights: the file of the weights, if it is known.
+
+    Raises:
+        OSError: the Hub cannot be reached or has no such model.
+        ValueError: timm cannot open it.
     """
     try:
         with hub_errors(name, f"{name} cannot be fetched from the Hub"):

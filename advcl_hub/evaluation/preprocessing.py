@@ -2,7 +2,6 @@
 
 from typing import Any, TypeVar, cast
 
-import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
@@ -21,7 +20,7 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     """`timm.data.resolve_model_data_config`, with the channels that the model really has.
 
     It has `input_size` (C, H, W), `mean` and `std` (one value a channel), `interpolation`, `crop_pct` and `crop_mode`. The size
-    is that of training, as there, and not `test_input_size`. Of a module that is not timm's it has mean and std as its cfg has.
+    is that of training, as there, and not `test_input_size`. For a module that is not timm's it has mean and std of its cfg.
     """
     cfg = pretrained_cfg(model)
     if not cfg.get("input_size") and not cfg.get("architecture"):
@@ -56,11 +55,14 @@ class Fit:
         self.resize, self.crop, _ = create_transform(**config, normalize=False).transforms
         self.size: tuple[int, int] = config["input_size"][1:]
         self.bicubic = config["interpolation"] == "bicubic"
+        # The mode "border" fills with a colour from 0 to 255, which is wrong for images in [0, 1].
         self.differentiable = config["interpolation"] in _INSIDE and config["crop_mode"] != "border"
 
     def __call__(self, picture: _Picture) -> _Picture:
-        """A PIL image, or float images (N, C, H, W) in [0, 1], at the model's size; with gradients, and up to the rounding of 8
-        bits the same."""
+        """A PIL image, or images (N, C, H, W) in [0, 1], at the model's size.
+
+        Both give the same up to the rounding of 8 bits; tensors keep their gradients.
+        """
         if not isinstance(picture, Tensor) or not self.bicubic:
             return self.crop(self.resize(picture))
         # A bicubic kernel overshoots. PIL scales the rows, then the columns, and its 8 bits hold no more than [0, 1].
@@ -72,12 +74,14 @@ class Fit:
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) to which images of this size are scaled, before the crop."""
-        scaled = self.resize(torch.empty(1, 1, height, width, device="meta"))
-        return scaled.shape[-2], scaled.shape[-1]
+        scaled = self.resize(Image.new("1", (width, height)))  # PIL knows all interpolations, torch only some
+        return scaled.height, scaled.width
 
     def enlarges(self, height: int, width: int) -> bool:
         """Whether images of this size lose no detail here, so that they can be attacked as they are and fitted inside."""
         scaled = self._scaled(height, width)
+        if (height, width) == scaled == self.size:
+            return True  # they are not changed at all
         return self.differentiable and scaled[0] >= height and scaled[1] >= width
 
     def change(self, height: int, width: int) -> str | None:

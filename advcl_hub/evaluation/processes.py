@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from advcl_hub.download import reason_of
+from advcl_hub.errors import reason_of
 from advcl_hub.extras import need
 
 

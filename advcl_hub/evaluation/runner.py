@@ -97,7 +97,7 @@ def evaluate(
         if find_spec("matplotlib") is None:
             warn('Pictures need matplotlib: pip install "advcl-hub[eval]". The work goes on without.', stacklevel=3)
     device = join(device)
-    with _heard() as said:  # what is said about the model and the data belongs to the result
+    with _collect_warnings() as messages:  # what is said about the model and the data belongs to the result
         loaded = LoadedModel(_name(unwrapped(model)), model) if isinstance(model, nn.Module) else load_model(model)
         network = unwrapped(loaded.model)
         check_computes(network)
@@ -137,7 +137,7 @@ def evaluate(
             "classes": list(named.classes),
             **found.figures,
             "checks": checks.as_records(found.checks),
-            "warnings": [*said, *found.warnings],
+            "warnings": [*messages, *found.warnings],
             "batch_size": protocol.batch_size,
             "command": command,
             "hardware": hardware(device, processes.count),
@@ -153,7 +153,7 @@ def evaluate(
 
 
 @contextmanager
-def _heard() -> Iterator[list[str]]:
+def _collect_warnings() -> Iterator[list[str]]:
     """Collects the texts of user warnings, each once, and passes all warnings on at the end, also if that is an error."""
     texts: list[str] = []
     caught: list[warnings.WarningMessage] = []
@@ -201,7 +201,7 @@ def _data_facts(
         "of": of,
         "selection": selection,
         "sha256": chosen.fingerprint(),
-        **({"class_order": class_order} if class_order else {}),
+        "class_order": class_order,
     }
 
 

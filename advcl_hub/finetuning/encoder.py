@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from advcl_hub.data import ImageData
-from advcl_hub.download import reason_of
+from advcl_hub.errors import reason_of
 from advcl_hub.evaluation.classifier import weights_sha256
 from advcl_hub.evaluation.inputs import class_names, input_size
 from advcl_hub.evaluation.opening import load_model
@@ -73,10 +73,12 @@ def open_encoder(name: str | Path, *, size: int | None = None, seed: int = 0) ->
                 pretrained_cfg_overlay=kept | overlay,
                 **arguments,
             )
-            with torch.no_grad():  # some architectures notice only now
-                model.eval()(torch.zeros(1, *(input_size(model) or ())))
+            if shape is not None:
+                with torch.no_grad():  # some architectures notice only now
+                    model.eval()(torch.zeros(1, *(input_size(model) or shape)))
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            raise ValueError(f"{text} cannot be opened for images of {size}x{size}: {reason_of(error)}") from error
+            what = f" for images of {size}x{size}" if size else ""
+            raise ValueError(f"{text} cannot be opened{what}: {reason_of(error)}") from error
     facts = {
         "name": said if pretrained else RANDOM + said,
         "architecture": pretrained_cfg(model).get("architecture"),

@@ -1,4 +1,4 @@
-"""Keeps accelerate from what lies around in the environment and in this process: a run is what its record says."""
+"""Lets neither the environment nor an earlier Accelerator of this process change how accelerate runs a training."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-# They ask for another way of training than ours, which would not be what its user wants.
+# Each asks accelerate for an engine that we do not support.
 _ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",

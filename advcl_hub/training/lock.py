@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import TextIO
 
-from advcl_hub.files import lock, write_errors
+from advcl_hub.files import lock, warn_once, write_errors
 
 FILE = ".lock"  # in the run's folder, while a training is at work there
+_TRIES = 10  # some file systems never give a file the same number twice
 _held: dict[Path, TextIO] = {}  # of this process, which runs one training after the other
 
 
@@ -29,15 +30,18 @@ class RunLock:
         self.folder = folder.resolve()
         with write_errors(folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            while self.folder not in _held:
+            for _ in range(_TRIES):
+                if self.folder in _held:
+                    return
                 file = (self.folder / FILE).open("a", encoding="utf-8")
                 if not lock(file):
                     file.close()
                     raise ValueError(f"Another process trains in {folder}: wait for it, or choose another output.")
                 if _is_at(file, self.folder / FILE):
                     _held[self.folder] = file
-                else:  # between opening and locking, the one before removed it
-                    file.close()
+                    return
+                file.close()  # between opening and locking, the one before removed it
+            warn_once("lock", f"{self.folder / FILE} cannot be locked: do not start the same work twice.")
 
     def release(self) -> None:
         """Lets others train in the folder."""

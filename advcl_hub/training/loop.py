@@ -221,7 +221,7 @@ class Loop(ABC):
     def train(self, stop: StopRequest) -> None:
         """The steps that are left, and what comes after the last one."""
         for inputs, labels in self.remaining_batches():
-            with self.explained():
+            with self.explain_batch_norm():
                 self.train_step(inputs, labels)
             stopping, saving = self.agree(stop.requested, self.saved_at + self.checkpoint_seconds < time.monotonic())
             if self.state.step % self.steps_per_epoch % max(1, min(50, self.steps_per_epoch // 4)) == 0:
@@ -237,7 +237,7 @@ class Loop(ABC):
             self.finish()
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
+    def explain_batch_norm(self) -> Iterator[None]:
         """Says what to change where a batch norm cannot normalise a batch of one value."""
         try:
             yield
