@@ -50,6 +50,11 @@ class ImageData:
     fitted: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("images", "labels", "indices"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor | LazyImages):
+                hint = f": torch.from_numpy({name})" if isinstance(value, np.ndarray) else ""
+                raise ValueError(f"{name} are {type(value).__name__}, expected a torch.Tensor{hint}")
         object.__setattr__(self, "labels", _whole_numbers("labels", self.labels))
         object.__setattr__(self, "indices", _whole_numbers("indices", self.indices))
         images, labels, indices = len(self.images), len(self.labels), len(self.indices)
@@ -59,6 +64,8 @@ class ImageData:
             given = f"{self.images.dtype} {tuple(self.images.shape)}"
             hint = ": (images * 255).round().to(torch.uint8)" if self.images.is_floating_point() else ""
             raise ValueError(f"images are {given}, expected torch.uint8 (N, C, H, W){hint}")
+        if isinstance(self.images, Tensor) and self.images.shape[-1] in (1, 3) and self.images.shape[1] not in (1, 3):
+            raise ValueError(f"images are {tuple(self.images.shape)}, expected (N, C, H, W): images.permute(0, 3, 1, 2)")
 
     def __len__(self) -> int:
         return len(self.images)

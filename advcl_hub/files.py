@@ -164,7 +164,8 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} could not be written: {error}. What was there before is untouched.") from error
+        untouched = " What was there before is untouched." if path.exists() else ""
+        raise OSError(f"{path} could not be written: {error}.{untouched}") from error
 
 
 @contextlib.contextmanager

@@ -72,6 +72,8 @@ def read_source(source: str, split: str, root: str | Path | None, download: bool
     kinds = {form.partition(":")[0]: form for form in FORMS}
     near = difflib.get_close_matches(source.partition(":")[0].lower(), kinds, n=1)
     hint = f"; did you mean {kinds[near[0]]!r}?" if near else "."
+    if ((base or Path()) / source).expanduser().is_dir():
+        hint = f"; for the folder of this name write 'folder:{source}'."
     raise ValueError(f"unknown data source {source!r}{hint} Known sources: {', '.join(FORMS)}")
 
 
@@ -100,7 +102,10 @@ def balanced_holdout(labels: np.ndarray, fraction: float, seed: int) -> np.ndarr
 
 def _check_split(split: str, available: Sequence[str], where: str) -> None:
     if split not in available:
-        raise ValueError(f"{where} has no split {split!r}, it has: {', '.join(available) or 'none'}")
+        there = ", ".join(available) or "none"
+        raise ValueError(
+            f"{where} has no split {split!r}, it has: {there}{': choose with split (--split)' if available else ''}"
+        )
 
 
 def _check_folder(folder: Path) -> None:
@@ -273,6 +278,11 @@ def _read_folder(folder: Path, split: str) -> Source:
     """PATH/{train,val,test}/CLASS/**/IMAGE; classes in timm's order, the images of each by name."""
     _check_folder(folder)
     splits = [name for name in FOLDER_SPLITS if (folder / name).is_dir()]
+    if not splits:
+        raise ValueError(
+            f"folder {folder} has no split {split!r}: expected {folder}/SPLIT/CLASS/IMAGE, with SPLIT one of "
+            f"{', '.join(FOLDER_SPLITS)}"
+        )
     _check_split(split, splits, f"folder {folder}")
     places = _class_folders(folder / split)
     for other in splits:

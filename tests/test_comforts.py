@@ -207,7 +207,10 @@ def test_the_command_prints_what_it_cannot_save(
         full(patched)
         result = CliRunner().invoke(main, command)
     assert result.exit_code == 1 and "Results:" not in result.output
-    assert f"Error: {tmp_path / 'out'} has no results.json: make it writable and repeat the command" in result.stderr
+    assert (
+        f"Error: {tmp_path / 'out'} has no results.json: free some space or make it writable, and repeat the command"
+        in result.stderr
+    )
     assert "warning: The results could not be saved" in result.stderr
     assert json.loads(result.stdout)["kind"] == "evaluation" if as_json else "resnet" in result.stdout
     result = CliRunner().invoke(main, command)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from advcl_hub.training.ambient import undisturbed
 from advcl_hub.training.runlog import Meter
 from train.network import build_optimizer, build_schedule
 from train.objective import contrastive_loss
@@ -37,7 +38,9 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> 
     made.core.to(META)
     made.model = made.core
     made.optimizer = build_optimizer(made.recipe, made.core)
-    made.stepper = made.accelerator.prepare_optimizer(made.optimizer)
+    with undisturbed(made.accelerator):
+        made.stepper = made.accelerator.prepare_optimizer(made.optimizer)
+    made.stepper.accelerator_state, made.stepper.gradient_state = made.accelerator.state, made.accelerator.gradient_state
     made.schedule = build_schedule(made.recipe, made.optimizer, made.steps_per_epoch)
     made.meter = Meter(META, len(made.losses))
     # torch.autocast does not know the device.

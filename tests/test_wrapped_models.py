@@ -136,7 +136,7 @@ def test_a_wrapped_model_is_not_exported(tmp_path: Path) -> None:
 def test_other_dtypes_are_refused_with_the_remedy(data: ImageData, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     for measure in (evaluate, robustness):
-        with pytest.raises(ValueError, match=rf"weights are {name}, and are computed with in float32: pass model\.float\(\)"):
+        with pytest.raises(ValueError, match=rf"weights are {name}; evaluation computes in float32: pass model\.float\(\)"):
             measure(TinyNet().to(dtype), data)  # type: ignore[operator]
 
 

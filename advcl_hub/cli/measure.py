@@ -77,7 +77,7 @@ def evaluate(model: str, data: str, bf16: bool, as_json: bool, output: Path | No
     table = f"\n{report([result.record])}" + (f"\n\nResults: {output}" if saved else "")
     click.echo(json.dumps(result.record, indent=2) if as_json else table)
     if not saved:  # evaluate has warned, and said why
-        raise click.ClickException(f"{output} has no {RESULTS}: make it writable and repeat the command to save these figures.")
+        raise click.ClickException(f"{output} has no {RESULTS}: free some space or make it writable, and repeat the command.")
 
 
 @click.command("report", short_help="Puts evaluations side by side.")

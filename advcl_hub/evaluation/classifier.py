@@ -119,8 +119,8 @@ def check_computes(model: nn.Module) -> None:
     others = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()} - {"float32"}
     if others:
         raise ValueError(
-            f"The model's weights are {', '.join(sorted(others))}, and are computed with in float32: pass model.float(). (With "
-            "precision=bfloat16 it computes under autocast.)"
+            f"The model's weights are {', '.join(sorted(others))}; evaluation computes in float32: pass model.float(). (For "
+            "bfloat16 autocast: precision='bfloat16'.)"
         )
     if any(p.is_inference() for p in model.parameters()):
         raise ValueError("The model was made inside torch.inference_mode(), so it has no gradients: make it outside.")

@@ -56,12 +56,13 @@ def check_fits(model: nn.Module, data: ImageData) -> None:
     classes = getattr(model, "num_classes", None)
     if classes == 0:
         raise ValueError(
-            "The model is an encoder without a classifier. Fit a head first; for a run of ours: "
-            "python -m train.export RUN --linear-head --output FOLDER."
+            "The model is an encoder without a classifier (num_classes is 0). Train a head first: advcl-hub finetune MODEL "
+            "--data DATA writes a classifier; for a run of train/: python -m train.export RUN --linear-head --output FOLDER."
         )
     if classes not in (None, len(data.classes)) and not names_all_classes(model, data):
         raise ValueError(
-            f"The model tells {classes} classes apart, {data.name} has {len(data.classes)}, and their names differ."
+            f"The model tells {classes} classes apart{_some(class_names(model))}, {data.name} has {len(data.classes)}"
+            f"{_some(data.classes)}: train a new head for them (advcl-hub finetune), or choose other data."
         )
     config = data_config(model)
     if "input_size" in config:
@@ -76,6 +77,11 @@ def check_fits(model: nn.Module, data: ImageData) -> None:
             )
     if (data.labels < 0).any():
         raise ValueError(f"{data.name} has images without a label.")
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, in brackets; nothing if there are none."""
+    return f" ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})" if names else ""
 
 
 def _size(shape: Sequence[int]) -> str:

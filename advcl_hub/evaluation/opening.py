@@ -153,6 +153,9 @@ def _create(name: str, source: str, weights: Path | None) -> nn.Module:
 def _load_folder(folder: Path) -> LoadedModel:
     if not (folder / CONFIG).is_file():
         what = "has no config.json: not a model folder" if folder.is_dir() else "is no folder"
+        for inner in ("classifier", "export"):  # of a run of finetuning or pretraining
+            if (folder / inner / CONFIG).is_file():
+                raise FileNotFoundError(f"{folder} is the folder of a run, whose model is {folder / inner}.")
         raise FileNotFoundError(f"{folder} {what}; a folder that timm opens holds config.json and {WEIGHTS}.")
     weights, results = folder / WEIGHTS, folder / RESULTS
     if not weights.is_file():

@@ -1,5 +1,6 @@
 """Pictures of an evaluation: accuracy over eps and steps, per class and corruption; adversarial examples with predictions."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -222,6 +223,7 @@ def show(axis: Axes, image: Tensor, title: str = "", colour: str = "black") -> N
 def save_figure(figure: Figure, path: Path) -> Path:
     """Writes a PNG whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as draft:
+    with replacing(path) as draft, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # letters that the font lacks are drawn as boxes
         figure.savefig(draft, dpi=110)
     return path

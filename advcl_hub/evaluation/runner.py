@@ -101,6 +101,8 @@ def evaluate(
         loaded = LoadedModel(_name(unwrapped(model)), model) if isinstance(model, nn.Module) else load_model(model)
         network = unwrapped(loaded.model)
         check_computes(network)
+        if not isinstance(data, str | ImageData):
+            raise ValueError(f"data is a {type(data).__name__}, expected a name such as folder:PATH, or ImageData.")
         images = data if isinstance(data, ImageData) else inputs.load_images(data, split, root, network)
         inputs.check_fits(network, images)
         original = PixelSpace(network, fit=not images.fitted, precision=protocol.precision)
@@ -167,7 +169,9 @@ def _collect_warnings() -> Iterator[list[str]]:
                 if str(entry.message) in texts:
                     continue
                 texts.append(str(entry.message))
-            warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
+                warnings.warn(entry.message, entry.category, stacklevel=5)  # at the line that called `evaluate`
+            else:
+                warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
 
 
 def _name(model: nn.Module) -> str:
@@ -281,9 +285,9 @@ class _Found:
             said.insert(
                 0, f"Screening only: measured in {self.protocol.precision}. Measure in float32 before you report a figure."
             )
-        if not self.protocol.check_images:
+        if not self.protocol.check_images and (self.protocol.attacks_with_pgd or self.protocol.autoattack):
             said.append("Not checked for false robustness (check_images=0).")
-        elif self.checked < FEWEST:
+        elif self.protocol.check_images and self.checked < FEWEST:
             said.append(f"Only {self.checked} images were checked for false robustness, which shows little.")
         if self.protocol.check_images and self.protocol.autoattack and not self.protocol.attacks_with_pgd:
             said.append(

@@ -108,7 +108,7 @@ def set_head(model: nn.Module, data: ImageData, settings: Settings, *, keep: boo
             told = f"{count} classes" + (f" ({', '.join(names[:5])} ...)" if names else "")
             raise ValueError(
                 f"The head of {name} tells {told} apart, {data.name} has {len(data.classes)} ({', '.join(data.classes[:5])} "
-                "...): it cannot be kept."
+                "...): it cannot be kept. Without keep_head (--keep-head) a new one is trained."
             )
     else:
         torch.manual_seed(settings.seed)

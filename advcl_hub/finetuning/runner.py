@@ -108,6 +108,11 @@ def finetune(
         FloatingPointError: the loss is not finite any more; the last checkpoint is.
     """
     need("accelerate", "Finetuning", "finetune")
+    if not isinstance(model, str | Path):
+        raise ValueError(
+            f"model is a {type(model).__name__}, expected a name or a folder: timm.models.save_for_hf(model, FOLDER, "
+            "safe_serialization=True) writes one."
+        )
     from advcl_hub.finetuning.trainer import CLASSIFIER, Finetuner, plain
     from advcl_hub.training.loop import open_accelerator
 
@@ -128,7 +133,8 @@ def finetune(
     with accelerator.main_process_first():  # one process downloads, the others find the files
         encoder = open_encoder(model, size=size, seed=seed)
         whole = data if isinstance(data, ImageData) else inputs.load_images(data, split, root, encoder.model)
-    if keep_head and len(whole.classes) == getattr(encoder.model, "num_classes", 0):  # else `set_head` refuses
+    named = not inputs.class_names(encoder.model) or inputs.names_all_classes(encoder.model, whole)
+    if keep_head and named and len(whole.classes) == getattr(encoder.model, "num_classes", 0):  # else `set_head` refuses
         whole = inputs.in_model_order(encoder.model, whole, class_order)
     if class_order and not keep_head:
         raise ValueError("class_order says how a classifier numbers classes: give it with keep_head, or leave it out.")
