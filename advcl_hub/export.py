@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from advcl_hub.errors import reason_of
 from advcl_hub.files import file_sha256, make_readable, refuse_pointer, without_local_paths, write_errors
+from advcl_hub.modes import as_usual
 from advcl_hub.tensors import separate
 
 WEIGHTS = "model.safetensors"
@@ -32,6 +33,7 @@ EXTRAS = (CARD, PICTURE)  # what an export may have besides
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
+@as_usual()
 def export_folder(
     model: nn.Module,
     folder: str | Path,
@@ -114,12 +116,14 @@ def export_again(source: str | Path, folder: str | Path, *, dtype: str) -> Path:
     return again
 
 
+@as_usual()
 def load_folder(folder: str | Path) -> nn.Module:
     """`timm.create_model("local-dir:FOLDER", pretrained=True)` in evaluation mode; ValueError for a Git LFS pointer."""
     refuse_pointer(Path(folder) / WEIGHTS)
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
+@as_usual()
 def verify_folder(folder: str | Path) -> float:
     """Checks an export after any copy: the sha256 of its files, and the golden output through timm.
 

@@ -352,7 +352,8 @@ def _image_files(folder: Path) -> Iterator[Path]:
     def fail(error: OSError) -> None:  # os.walk passes over unreadable folders unless told otherwise
         raise error
 
-    for parent, _, names in os.walk(folder, onerror=fail, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if name.startswith("."):
                 continue

@@ -2,6 +2,7 @@
 
 import os
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_a_model_without_class_names_is_judged_in_timms_order_with_a_warning(tmp
     ) as heard:
         found = evaluate(model, f"folder:{folder}", CLEAN)
     assert found.standard > 0.8 and str(heard[0].message) in found.warnings
-    assert found.record["classes"] == list(NUMBERS) and found.record["data"]["class_order"] is None
+    assert found.record["classes"] == list(NUMBERS) and "class_order" not in found.record["data"]
 
 
 def test_the_order_can_be_chosen(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -90,6 +91,16 @@ def test_names_with_gaps_are_read_as_timm_writes_them() -> None:
     model = TinyNet(4)
     model.pretrained_cfg = {"label_names": {"0": "ant", "3": "dog", 1: "bee"}}  # type: ignore[assignment]
     assert class_names(model) == ("ant", "bee", "class 2", "dog")
+    model.pretrained_cfg = {"label_names": {"bee": 1, "ant": 0}}  # type: ignore[assignment]
+    assert class_names(model) == ("ant", "bee", "class 2", "class 3"), "a name for every logit, however it is written"
+
+
+def test_a_name_that_a_model_has_twice_cannot_be_matched() -> None:
+    model = TinyNet(3)
+    data = labelled_by(model, 20)
+    model.pretrained_cfg = {"label_names": ["class0", "class1", "class1"]}  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="several classes of the name class1"):
+        evaluate(model, replace(data, classes=("class0", "class1"), labels=data.labels.clamp(max=1)), CLEAN)
 
 
 def test_accents_are_matched_however_they_are_spelt(tmp_path: Path) -> None:

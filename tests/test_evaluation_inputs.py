@@ -155,7 +155,12 @@ def test_what_cannot_be_measured_is_refused_before_work_starts(tmp_path: Path) -
     for model, protocol, message in (
         (TinyNet(2), Protocol(loss="dlr"), "DLR loss needs at least 3 classes"),
         (TinyNet().half(), Protocol(), r"weights are float16; evaluation computes in float32: pass model\.float\(\)"),
-        (nn.Flatten(), Protocol(norm="L2"), None),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), Protocol(norm="L2"), None),
+        (
+            nn.Flatten(),
+            Protocol(),
+            r"gives 192 logits and does not name its classes, random has 10 \(class0",
+        ),
         (nn.Conv2d(3, 10, 3), Protocol(), r"expected float logits \(10, classes\)"),
     ):
         few = replace(data, labels=data.labels.clamp(max=1), classes=("a", "b")) if message and "DLR" in message else data
@@ -173,11 +178,7 @@ def test_what_cannot_be_measured_is_refused_before_work_starts(tmp_path: Path) -
     with pytest.raises(ValueError, match="No images"):
         evaluate(TinyNet(), data.subset(torch.arange(0)))
     large = replace(data, images=torch.zeros(10, 3, 40, 40, dtype=torch.uint8))
-    with pytest.raises(
-        ValueError,
-        match="are 40x40, and have to be scaled to the model's 16x16 before they are attacked",
-    ):
-        evaluate(Enlarged(), large)
+    assert evaluate(Enlarged(), large, Protocol(steps=0)).record["model"]["attacked_at"] == [3, 16, 16]  # as from a folder
 
 
 def test_a_model_that_needs_several_images_at_once_is_refused() -> None:

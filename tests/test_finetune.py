@@ -359,7 +359,6 @@ def relabelled(labels: Callable[[Tensor], Tensor], classes: int = 10) -> ImageDa
         ("slf", {"data": relabelled(lambda y: y + 1)}, "mine has labels from 1 to 10, its 10 classes go from 0"),
         ("slf", {"data": relabelled(lambda y: y - 1)}, "mine has labels from -1 to 8"),
         ("slf", {"data": grey(load_data("fake:80"))}, "The model takes 3 channels, the images of fake:80 have 1"),
-        ("slf", {"data": load_data("fake:80")}, r"The images of fake:80 are 32x32, and have to be scaled to the model's 16x16"),
         ("slf", {"batch_size": 100}, "A batch of 100 needs as many training images; there are 80"),
         ("aff", {"batch_size": 16, "accumulate": 3}, "batch_size 16 does not divide into accumulate=3 parts"),
         ("slf", {"model": "no/such/folder"}, "neither a folder nor a model that timm knows"),

@@ -94,6 +94,7 @@ def as_timm(folder: Path, model: nn.Module) -> tuple[Tensor, Tensor]:
         batch_size=len(dataset),
         use_prefetcher=False,
         num_workers=0,
+        persistent_workers=False,
     )
     ((images, labels),) = loader
     return images, labels

@@ -92,11 +92,11 @@ def test_a_distributed_model_is_opened(model: nn.Module, data: ImageData, tmp_pa
 
 
 def test_an_unknown_wrapper_is_taken_as_it_is_with_a_warning(model: nn.Module, data: ImageData) -> None:
-    with pytest.warns(UserWarning, match=r"Normalising gets images in \[0, 1\]. Its TinyNet expects mean"):
+    with pytest.warns(UserWarning, match=r"Normalising hides what the TinyNet in it says of its images \(mean"):
         found = evaluate(Normalising(model), data, QUICK, progress=False)
     assert found.standard == 1.0 and found.record["model"]["std"] == [1.0], "nothing is applied twice"
     assert any("pass the TinyNet alone" in warning for warning in found.warnings)
-    with pytest.warns(UserWarning, match="Sequential gets images in"):
+    with pytest.warns(UserWarning, match="Sequential hides what the TinyNet"):
         assert evaluate(nn.Sequential(model), data, QUICK, progress=False).standard < 1.0
 
 
@@ -105,10 +105,48 @@ def test_a_wrapper_that_passes_the_cfg_on_may_normalise_twice(model: nn.Module, 
         evaluate(Delegating(model), data, QUICK, progress=False)
 
 
-def test_a_wrapper_around_a_model_that_does_not_normalise_is_nobodys_business(recwarn: pytest.WarningsRecorder) -> None:
-    model = timm.create_model("resnet8_cifar", num_classes=3).eval()
-    evaluate(nn.Sequential(model), blobs(), QUICK, progress=False)
-    assert not [str(w.message) for w in recwarn if "gets images" in str(w.message)]
+def test_a_wrapper_may_hide_class_names_and_size_too() -> None:
+    model = TinyNet()
+    data = labelled_by(model, 20)
+    names = data.classes[::-1]
+    model.pretrained_cfg = {
+        "input_size": (3, 8, 8),
+        "mean": (0.0,) * 3,
+        "std": (1.0,) * 3,
+        "crop_pct": 1.0,
+        "label_names": names,
+    }  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match=r"Sequential hides what the TinyNet in it says of its images .* and classes"):
+        found = evaluate(nn.Sequential(model), data, QUICK, progress=False)
+    assert found.standard != evaluate(model, data, QUICK, progress=False).standard
+
+
+def test_a_wrapper_that_does_more_is_not_opened(model: nn.Module, data: ImageData) -> None:
+    class Doing(nn.DataParallel[TinyNet]):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward((images - 0.5) / 0.05)
+
+    with pytest.warns(UserWarning, match="Doing hides what the TinyNet"):
+        assert evaluate(Doing(model), data, QUICK, progress=False).standard == 1.0
+    hooked = nn.DataParallel(model)
+    hooked.register_forward_pre_hook(lambda module, inputs: ((inputs[0] - 0.5) / 0.05,))
+    with pytest.warns(UserWarning, match="DataParallel hides what the TinyNet"):
+        assert evaluate(hooked, data, QUICK, progress=False).standard == 1.0
+
+
+def test_models_without_a_plain_state_dict_are_measured_too(data: ImageData) -> None:
+    class Extra(TinyNet):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            pass
+
+    model = Extra()
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    assert evaluate(model, data, QUICK, progress=False).record["model"]["weights_sha256"]
+    with pytest.raises(ValueError, match=r"weights without values .*: load them first"):
+        evaluate(TinyNet().to("meta"), data)
 
 
 def test_traced_models_have_forgotten_their_cfg(model: nn.Module, data: ImageData) -> None:
@@ -222,9 +260,11 @@ def test_data_and_models_may_be_loaded_in_inference_mode(tmp_path: Path) -> None
     with torch.inference_mode():
         data = load_data("fake:20", "test", size=16)
         loaded = load_model(folder).model
+        mine = TinyNet()
         assert evaluate(folder, data, QUICK, progress=False).images["index"] == expected.images["index"]
+    assert evaluate(loaded, data, QUICK, progress=False).standard >= 0
     with pytest.raises(ValueError, match=r"made inside torch\.inference_mode\(\).* make it outside"):
-        evaluate(loaded, data, QUICK)
+        evaluate(mine, labelled_by(TinyNet(), 10), QUICK)
 
 
 @pytest.mark.parametrize("mode", ["inference mode", "autocast", "default dtype"])
@@ -257,3 +297,14 @@ def test_labels_of_other_integers_are_taken_and_others_refused() -> None:
     assert isinstance(images, Tensor)
     with pytest.raises(ValueError, match=r"images are torch\.float32 .*\(images \* 255\)\.round\(\)\.to\(torch\.uint8\)"):
         ImageData(images / 255, data.labels, data.indices, data.classes, "x")
+
+
+@pytest.mark.parametrize("mode", ["inference mode", "autocast", "default dtype", "default device"])
+def test_exports_are_written_and_verified_in_anybodys_modes(tmp_path: Path, mode: str) -> None:
+    model = timm.create_model("resnet8_cifar", num_classes=3).eval()
+    plain = export_folder(model, tmp_path / "plain", results={})
+    with MODES[mode]():
+        other = export_folder(model, tmp_path / "other", results={})
+        advcl_hub.verify(plain)
+    for name in ("model.safetensors", "golden.safetensors"):
+        assert (plain / name).read_bytes() == (other / name).read_bytes()

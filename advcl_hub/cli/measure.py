@@ -64,6 +64,8 @@ def evaluate(model: str, data: str, bf16: bool, as_json: bool, output: Path | No
       advcl-hub evaluate runs/resnet18/classifier --data cifar10 --root DATA
       advcl-hub evaluate resnet18.a1_in1k --data folder:imagenette --n 1000 --autoattack standard
     """
+    if options["class_order"] is None:
+        del options["class_order"]  # the names of folders from before it existed stay valid
     settings = {field.name: options.pop(field.name) for field in fields(Protocol) if field.name in options}
     protocol = Protocol(precision="bfloat16" if bf16 else "float32", **settings)
     output = output or Path("evaluations", slug(model), folder_name(data, protocol, options))

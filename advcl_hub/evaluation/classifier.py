@@ -10,6 +10,7 @@ import torch
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
 from torch.optim.swa_utils import AveragedModel
 
 from advcl_hub.evaluation.preprocessing import Fit, data_config, pretrained_cfg
@@ -64,7 +65,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     What timm knows of a model lies on the model object, and a wrapper hides it.
     """
     while True:
-        if isinstance(model, _WRAPPERS):
+        if isinstance(model, _WRAPPERS) and _computes_alike(model):
             model = model.module
         elif isinstance(model, PixelSpace):
             model = model.model
@@ -72,6 +73,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def _computes_alike(wrapper: nn.Module) -> bool:
+    """Whether a wrapper does nothing of its own to images or logits: no forward of a subclass, no hooks."""
+    own = any(type(wrapper).forward is kind.forward for kind in _WRAPPERS)
+    return own and not (wrapper._forward_hooks or wrapper._forward_pre_hooks)
 
 
 def _doubts(model: nn.Module) -> Iterator[str]:
@@ -82,16 +89,19 @@ def _doubts(model: nn.Module) -> Iterator[str]:
             f"accelerate has made this {name} compute in mixed precision, whatever the settings say: pass "
             "accelerator.unwrap_model(model, keep_fp32_wrapper=False)."
         )
-    inner = next((module for module in model.modules() if module is not model and _normalises(module)), None)
+    inner = next((m for m in model.modules() if m is not model and "pretrained_cfg" in vars(m)), None)
     cfg = pretrained_cfg(model)
     own = "pretrained_cfg" in vars(model) or hasattr(type(model), "pretrained_cfg")
     if inner is not None and not own:
         kind, config = type(inner).__name__, data_config(inner)
         values = f"mean {config.get('mean', 0)} and std {config.get('std', 1)}"
-        if cfg:
+        if not cfg:
+            yield (
+                f"{name} hides what the {kind} in it says of its images ({values}) and classes: it gets images in [0, 1] as "
+                f"they are. Unless {name} expects that, pass the {kind} alone."
+            )
+        elif _normalises(inner):
             yield f"{name} gets images normalised with {values}. If {name} normalises them itself, pass its {kind} alone."
-        else:
-            yield f"{name} gets images in [0, 1]. Its {kind} expects {values}: unless {name} normalises, pass the {kind} alone."
     elif not cfg and isinstance(model, torch.jit.ScriptModule | torch.fx.GraphModule):
         yield (
             f"A traced model ({name}) does not say which mean and std it expects: it is attacked on images in [0, 1]. If it "
@@ -108,14 +118,20 @@ def _normalises(module: nn.Module) -> bool:
 def weights_sha256(model: nn.Module) -> str:
     """sha256 in hex over names, types, shapes and bytes of a state dict, whatever file it came from."""
     digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
+    for key, value in sorted(model.state_dict().items()):
+        if not isinstance(value, Tensor):  # what get_extra_state returns, or a quantized layer
+            digest.update(f"{key} {value!r}\n".encode())
+            continue
+        tensor = (value.to_dense() if value.layout != torch.strided else value).detach().cpu().contiguous()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def check_computes(model: nn.Module) -> None:
     """Raises ValueError unless a model's weights are float32 and can be differentiated through."""
+    if any(p.is_meta or isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise ValueError("The model has weights without values (on the device meta, or of lazy layers): load them first.")
     others = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()} - {"float32"}
     if others:
         raise ValueError(

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from advcl_hub.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corruption_names, read_corrupted
 from advcl_hub.data import ImageData, batches, load_data
-from advcl_hub.decoding import MixedSizesError
+from advcl_hub.decoding import MixedSizesError, decode_image
 from advcl_hub.evaluation.preprocessing import Fit, data_config, pretrained_cfg
 from advcl_hub.evaluation.protocol import Protocol
 from advcl_hub.sources import canonical, natural
@@ -49,6 +49,19 @@ def load_images(source: str, split: str, root: str | Path | None, model: nn.Modu
     if data is None or not fit.enlarges(*data.shape[1:]):
         data = load_data(source, split, root=root, channels=channels, fit=fit)
     return data
+
+
+def fit_images(model: nn.Module, data: ImageData) -> ImageData:
+    """The data with images in memory that are larger than a model takes brought to its size, as timm does it."""
+    config = data_config(model)
+    if "input_size" not in config or data.fitted or not isinstance(data.images, Tensor):
+        return data
+    fit = Fit(config)
+    if fit.enlarges(*data.shape[1:]) or data.shape[0] != config["input_size"][0]:
+        return data
+    pictures = data.images.cpu().permute(0, 2, 3, 1).squeeze(-1).numpy()
+    images = torch.stack([decode_image(picture, data.shape[0], fit) for picture in pictures])
+    return replace(data, images=images.to(data.images.device), fitted=True)
 
 
 def check_fits(model: nn.Module, data: ImageData) -> None:
@@ -91,10 +104,13 @@ def _size(shape: Sequence[int]) -> str:
 def class_names(model: nn.Module) -> tuple[str, ...]:
     """The model's classes by name: those of its config, or the synsets (n01440764 ...) of an ImageNet; () if unknown."""
     if named := pretrained_cfg(model).get("label_names"):
-        if isinstance(named, Mapping):  # timm's form where some classes have no name
-            by_label = {int(label): str(name) for label, name in named.items()}
-            return tuple(by_label.get(label, f"class {label}") for label in range(max(by_label) + 1))
-        return tuple(map(str, named))
+        if not isinstance(named, Mapping):
+            named = dict(enumerate(named))
+        elif all(isinstance(label, int) for label in named.values()):
+            named = {label: name for name, label in named.items()}
+        by_label = {int(label): str(name) for label, name in named.items()}  # in timm's form some classes may have no name
+        count = max(getattr(model, "num_classes", None) or 0, max(by_label) + 1)
+        return tuple(by_label.get(label, f"class {label}") for label in range(count))
     subset = infer_imagenet_subset(model)  # a guess from the number of classes
     return tuple(ImageNetInfo(subset).label_names()) if subset else ()
 
@@ -164,6 +180,9 @@ def _renumbered(data: ImageData, names: Sequence[str]) -> ImageData:
     if tuple(names) == data.classes:
         return data
     places = {canonical(name): place for place, name in enumerate(names)}
+    spelt = [canonical(name) for name in names]
+    if twice := [name for name in data.classes if spelt.count(canonical(name)) > 1]:
+        raise ValueError(f"The model has several classes of the name {twice[0]}: which is that of {data.name}? Rename one.")
     order = torch.tensor([places[canonical(name)] for name in data.classes], device=data.labels.device)
     return replace(data, labels=order[data.labels], classes=tuple(names))
 
@@ -275,5 +294,10 @@ def _check_logits(logits: Any, size: int, data: ImageData, protocol: Protocol) -
     classes, largest = logits.shape[1], int(data.labels.max())
     if largest >= classes:
         raise ValueError(f"The model gives {classes} logits, {data.name} has labels up to {largest}.")
+    if classes != len(data.classes):
+        raise ValueError(
+            f"The model gives {classes} logits and does not name its classes, {data.name} has {len(data.classes)}"
+            f"{_some(data.classes)}: which logits are theirs? Pass the timm model itself, or data that names all classes."
+        )
     if protocol.loss == "dlr" and classes < 3:
         raise ValueError(f"The DLR loss needs at least 3 classes, the model has {classes}: use ce or margin.")

@@ -17,6 +17,7 @@ from advcl_hub.download import content_hash, fetch, hub_errors, split_revision
 from advcl_hub.errors import reason_of
 from advcl_hub.export import CONFIG, RESULTS, WEIGHTS, verify_folder
 from advcl_hub.files import file_sha256, refuse_pointer
+from advcl_hub.modes import as_usual
 from advcl_hub.registry import Release, open_source, releases
 
 _TIMM_FILE = "pytorch_model.bin"  # what timm asks the Hub for where a cfg names no file
@@ -43,6 +44,7 @@ class LoadedModel:
     file_sha256: str | None = None
 
 
+@as_usual()
 def load_model(name: str | Path) -> LoadedModel:
     """Opens a model with its weights: a registered name, `hf-hub:ORG/NAME[@REVISION]`, `local-dir:FOLDER` or a folder.
 

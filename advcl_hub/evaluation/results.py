@@ -89,7 +89,9 @@ def finished(folder: Path, facts: Mapping[str, Any]) -> Evaluation | None:
     if not (folder / "images.csv").is_file():
         raise ValueError(f"{folder} lacks its images.csv: remove that folder to measure again.")
     with (folder / "images.csv").open(newline="", encoding="utf-8") as file:
-        names, *rows = csv.reader(file)
+        names, *rows = list(csv.reader(file)) or [[]]
+    if not rows or any(len(row) != len(names) for row in rows):
+        raise ValueError(f"{folder} has a damaged images.csv: remove that folder to measure again.")
     values = {"True": True, "False": False}
     columns = [[values[v] if v in values else int(v) for v in column] for column in zip(*rows, strict=True)]
     return Evaluation(record, dict(zip(names, columns, strict=True)))

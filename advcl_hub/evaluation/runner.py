@@ -103,7 +103,10 @@ def evaluate(
         check_computes(network)
         if not isinstance(data, str | ImageData):
             raise ValueError(f"data is a {type(data).__name__}, expected a name such as folder:PATH, or ImageData.")
-        images = data if isinstance(data, ImageData) else inputs.load_images(data, split, root, network)
+        if isinstance(data, str):
+            images = inputs.load_images(data, split, root, network)
+        else:
+            images = inputs.fit_images(network, data)
         inputs.check_fits(network, images)
         original = PixelSpace(network, fit=not images.fitted, precision=protocol.precision)
         chosen = _select(images, n, first)
@@ -205,7 +208,7 @@ def _data_facts(
         "of": of,
         "selection": selection,
         "sha256": chosen.fingerprint(),
-        "class_order": class_order,
+        **({"class_order": class_order} if class_order else {}),  # records from before it existed stay valid
     }
 
 

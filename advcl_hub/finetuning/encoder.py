@@ -46,6 +46,8 @@ def open_encoder(name: str | Path, *, size: int | None = None, seed: int = 0) ->
     Raises:
         ValueError, OSError: see `load_model`; or the architecture does not take images of this size.
     """
+    if size is not None and size < 1:
+        raise ValueError(f"size is {size}, expected a positive number of pixels")
     text = str(name)
     wanted, pretrained = text.removeprefix(RANDOM), not text.startswith(RANDOM)
     if not pretrained and timm.is_model(wanted) and not Path(wanted).is_dir():

@@ -132,7 +132,10 @@ def finetune(
     accelerator = open_accelerator(cpu=cpu)
     with accelerator.main_process_first():  # one process downloads, the others find the files
         encoder = open_encoder(model, size=size, seed=seed)
-        whole = data if isinstance(data, ImageData) else inputs.load_images(data, split, root, encoder.model)
+        if isinstance(data, str):
+            whole = inputs.load_images(data, split, root, encoder.model)
+        else:
+            whole = inputs.fit_images(encoder.model, data)
     named = not inputs.class_names(encoder.model) or inputs.names_all_classes(encoder.model, whole)
     if keep_head and named and len(whole.classes) == getattr(encoder.model, "num_classes", 0):  # else `set_head` refuses
         whole = inputs.in_model_order(encoder.model, whole, class_order)
