@@ -15,6 +15,7 @@ from advcl_hub.cli import main
 from advcl_hub.data import load_data
 from advcl_hub.evaluation import Protocol, evaluate
 from advcl_hub.evaluation.inputs import class_names
+from advcl_hub.evaluation.results import folder_name
 from advcl_hub.sources import natural
 from tests.image_files import encode, write
 from tests.small_encoders import export_encoder
@@ -175,6 +176,12 @@ def test_the_command_has_the_option(tmp_path: Path) -> None:
     folder, _ = folder_of(tmp_path / "data", ("1", "2", "10"))
     encoder = export_encoder(tmp_path / "model", num_classes=3)
     command = ["evaluate", str(encoder), "--data", f"folder:{folder}", "--steps", "0", "--check-images", "0"]
+    with CliRunner().isolated_filesystem(tmp_path):  # the name of the folder does not change with an option that is not used
+        protocol = Protocol(steps=0, check_images=0)
+        options = {"root": None, "split": "test", "n": None, "first": False, "corruptions": None, "device": None}
+        assert CliRunner().invoke(main, command).exit_code == 0
+        (left,) = Path("evaluations").glob("*/*")
+        assert left.name == folder_name(f"folder:{folder}", protocol, options)
     said = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "a")])
     assert said.exit_code == 0 and "--class-order" in said.output
     chosen = CliRunner().invoke(main, [*command, "--class-order", "plain", "--output", str(tmp_path / "b")])
