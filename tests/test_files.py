@@ -21,9 +21,13 @@ def test_the_earlier_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
-    message = r"a\.txt could not be written: .*What was there before is untouched"
-    with pytest.raises(OSError, match=message), replacing(tmp_path / "absent" / "a.txt") as draft:
+    message = r"a\.txt could not be written: "
+    with pytest.raises(OSError, match=message) as caught, replacing(tmp_path / "absent" / "a.txt") as draft:
         draft.write_text("x", encoding="utf-8")
+    assert "untouched" not in str(caught.value)
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(OSError, match=f"{message}.*What was there before is untouched"), replacing(tmp_path / "a.txt"):
+        raise OSError("no space")
 
 
 def test_a_folder_is_tried_without_a_trace(tmp_path: Path) -> None:
