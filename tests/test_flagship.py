@@ -240,7 +240,8 @@ def test_a_failed_stage_leaves_the_others_and_what_is_done_stays_done(tmp_path: 
     (output / "slf" / "classifier").unlink()
     shutil.rmtree(output / "aff")  # as if the last call had been killed between two stages
     said = call(plan, "--output", output)
-    assert [line for line in said.splitlines() if line.startswith("== ")] == ["== slf", "== aff"] and "Finished." in said
+    assert [line for line in said.splitlines() if line.startswith("== ")] == ["== slf", "== aff"], said
+    assert "Finished." in said
     assert list(kept.unpack(output / "kept", tmp_path / "again")) == ["encoder", "slf", "aff"]
 
 
