@@ -284,18 +284,18 @@ def _read_folder(folder: Path, split: str) -> Source:
             f"{', '.join(FOLDER_SPLITS)}"
         )
     _check_split(split, splits, f"folder {folder}")
-    places = _class_folders(folder / split)
+    places = {name: _class_folders(folder / name) for name in splits}
     for other in splits:
-        if difference := places.keys() ^ _class_folders(folder / other).keys():
+        if difference := places[split].keys() ^ places[other].keys():
             raise ValueError(
                 f"{folder}: {split}/ and {other}/ must have the same class folders, "
                 f"only one of them has: {', '.join(sorted(difference))}"
             )
     # All splits are numbered as the first one, in which names may be spelt otherwise (`canonical`).
-    numbered = {name: _text(place.name) for name, place in _class_folders(folder / splits[0]).items()}
+    numbered = {name: _text(place.name) for name, place in places[splits[0]].items()}
     files, labels = [], []
     for label, name in enumerate(numbered):
-        found = sorted(_image_files(places[name]), key=Path.as_posix)
+        found = sorted(_image_files(places[split][name]), key=Path.as_posix)
         files += found
         labels += [label] * len(found)
     _warn_of_inner_folders(folder, files, labels)

@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -179,11 +180,12 @@ def _renumbered(data: ImageData, names: Sequence[str]) -> ImageData:
     """The data with these class names, which may be more than its own, and with the labels that follow."""
     if tuple(names) == data.classes:
         return data
-    places = {canonical(name): place for place, name in enumerate(names)}
-    spelt = [canonical(name) for name in names]
-    if twice := [name for name in data.classes if spelt.count(canonical(name)) > 1]:
+    theirs = list(map(canonical, names))
+    places, counts = {name: place for place, name in enumerate(theirs)}, Counter(theirs)
+    ours = list(map(canonical, data.classes))
+    if twice := [name for name in ours if counts[name] > 1]:
         raise ValueError(f"The model has several classes of the name {twice[0]}: which is that of {data.name}? Rename one.")
-    order = torch.tensor([places[canonical(name)] for name in data.classes], device=data.labels.device)
+    order = torch.tensor([places[name] for name in ours], device=data.labels.device)
     return replace(data, labels=order[data.labels], classes=tuple(names))
 
 

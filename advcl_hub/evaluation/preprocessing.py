@@ -55,6 +55,7 @@ class Fit:
         self.resize, self.crop, _ = create_transform(**config, normalize=False).transforms
         self.size: tuple[int, int] = config["input_size"][1:]
         self.bicubic = config["interpolation"] == "bicubic"
+        self._known: dict[tuple[int, int], tuple[int, int]] = {}  # sizes by size: the attacked function asks in every pass
         # The mode "border" fills with a colour from 0 to 255, which is wrong for images in [0, 1].
         self.differentiable = config["interpolation"] in _INSIDE and config["crop_mode"] != "border"
 
@@ -74,8 +75,10 @@ class Fit:
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) to which images of this size are scaled, before the crop."""
-        scaled = self.resize(Image.new("1", (width, height)))  # PIL knows all interpolations, torch only some
-        return scaled.height, scaled.width
+        if (height, width) not in self._known:
+            scaled = self.resize(Image.new("1", (width, height)))  # PIL knows all interpolations, torch only some
+            self._known[height, width] = scaled.height, scaled.width
+        return self._known[height, width]
 
     def enlarges(self, height: int, width: int) -> bool:
         """Whether images of this size lose no detail here, so that they can be attacked as they are and fitted inside."""
