@@ -27,21 +27,29 @@ ROOT = Path(__file__).parents[1]
 STAGES = ["benchmark", "pretrain", "encoder", "slf", "aff", "slf_figures", "aff_figures"]
 
 
-def call(*arguments: object, code: int = 0) -> str:
-    """What the command says."""
+def start(*arguments: object) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "train.flagship", *map(str, arguments)]
-    done = subprocess.run(
+    return subprocess.Popen(
         command,
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        timeout=1500,
+        start_new_session=True,
         encoding="utf-8",
     )
-    assert done.returncode == code, done.stdout[-4000:]
-    return done.stdout
+
+
+def call(*arguments: object, code: int = 0) -> str:
+    """What the command says."""
+    with start(*arguments) as process:
+        try:
+            said = process.communicate(timeout=1500)[0]
+        except BaseException:
+            process.kill()
+            raise
+    assert process.returncode == code, said[-4000:]
+    return said
 
 
 def environment() -> dict[str, str]:
@@ -163,20 +171,6 @@ def wait_for(condition: Any, process: "subprocess.Popen[str]") -> None:
         assert process.poll() is None, process.communicate()[0][-3000:]
         time.sleep(0.1)
     raise AssertionError("it never came")
-
-
-def start(*arguments: object) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "train.flagship", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        encoding="utf-8",
-    )
 
 
 def measured(plan: Path, output: Path, epochs: int) -> None:
