@@ -9,28 +9,28 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from advcl_hub import models as models
-from advcl_hub.registry import register as register
-from advcl_hub.registry import releases as releases
+from advcl_hub.hub.registry import register as register
+from advcl_hub.hub.registry import releases as releases
 
 if TYPE_CHECKING:
-    from advcl_hub.converters import convert as convert
     from advcl_hub.evaluation import Protocol as Protocol
     from advcl_hub.evaluation import evaluate as evaluate
     from advcl_hub.finetuning import finetune as finetune
     from advcl_hub.finetuning.transfer import transfer as transfer
-    from advcl_hub.hub import pull as pull
-    from advcl_hub.hub import push as push
-    from advcl_hub.hub import verify as verify
+    from advcl_hub.hub.converters import convert as convert
+    from advcl_hub.hub.push_pull import pull as pull
+    from advcl_hub.hub.push_pull import push as push
+    from advcl_hub.hub.push_pull import verify as verify
 
 _LAZY = {
     "Protocol": "evaluation",
-    "convert": "converters",
+    "convert": "hub.converters",
     "evaluate": "evaluation",
     "finetune": "finetuning",
-    "pull": "hub",
-    "push": "hub",
+    "pull": "hub.push_pull",
+    "push": "hub.push_pull",
     "transfer": "finetuning",
-    "verify": "hub",
+    "verify": "hub.push_pull",
 }
 
 try:

@@ -1,5 +1,6 @@
-"""What an error says, as one sentence."""
+"""Errors as one sentence: what those of others say, and which package is missing."""
 
+import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 
@@ -50,3 +51,15 @@ def _first_two(items: Sequence[str]) -> str:
 
 def _plain(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def need(package: str, purpose: str, extra: str = "eval") -> None:
+    """Raises ImportError with the command to type unless the package is installed.
+
+    Args:
+        package: its import name.
+        purpose: what needs it, the first words of the message.
+        extra: the set of optional packages that has it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f'{purpose} needs the package {package}: pip install "advcl-hub[{extra}]"')

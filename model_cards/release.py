@@ -18,17 +18,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from advcl_hub.cards import add_to_results, card, pretraining, read_export, summary
 from advcl_hub.cli.common import script
-from advcl_hub.evaluation.protocol import pixels
-from advcl_hub.export import CONFIG, GOLDEN, PICTURE, RESULTS, WEIGHTS, load_folder, verify_folder
 from advcl_hub.files import file_sha256, replacing
-from advcl_hub.hub import FIRST_VERSION, verify
-from advcl_hub.parts import split
-from advcl_hub.registry import BUNDLED as BUNDLED
-from advcl_hub.registry import CHECKOUT as CHECKOUT
-from advcl_hub.registry import RELEASED as RELEASED
-from advcl_hub.registry import Release, head_of, load_releases, open_source, row
+from advcl_hub.hub.cards import add_to_results, card, pretraining, read_export, summary
+from advcl_hub.hub.export import CONFIG, GOLDEN, PICTURE, WEIGHTS, load_folder, verify_folder
+from advcl_hub.hub.parts import split
+from advcl_hub.hub.push_pull import FIRST_VERSION, verify
+from advcl_hub.hub.registry import BUNDLED as BUNDLED
+from advcl_hub.hub.registry import CHECKOUT as CHECKOUT
+from advcl_hub.hub.registry import RELEASED as RELEASED
+from advcl_hub.hub.registry import Release, head_of, load_releases, open_source, row
+from advcl_hub.records import RESULTS, pixels
 from train import kept
 from train.plan import Plan
 from train.recipe import build

@@ -8,13 +8,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from advcl_hub import decoding
+from advcl_hub.data import decoding
 from advcl_hub.evaluation import autoattack
-from tests.hub_client import TOKENS, Client, open_client
-from tests.hub_server import Hub
-from tests.image_files import write_pets
-from tests.small_encoders import save_encoder
-from tests.tiny_classifiers import shortened
+from tests.support import ROOT
+from tests.support.hub_client import TOKENS, Client, open_client
+from tests.support.hub_server import Hub
+from tests.support.image_files import write_pets
+from tests.support.small_encoders import save_encoder
+from tests.support.tiny_classifiers import shortened
 
 # pytest-xdist runs several of these processes: with torch's default threads they would fight for the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -51,8 +52,7 @@ def client(served: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
 @pytest.fixture(scope="session")
 def cifar10_folder() -> Path:
     """Folder with CIFAR-10 as parquet files, as in the Hugging Face dataset; skips where it is absent."""
-    sibling = Path(__file__).parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("ADVCL_TEST_DATA", sibling)) / "cifar10"
+    folder = Path(os.environ.get("ADVCL_TEST_DATA", ROOT.parent / "shared" / "data")) / "cifar10"
     if not any(folder.glob("train-*.parquet")) or not any(folder.glob("test-*.parquet")):
         pytest.skip(
             f"needs real CIFAR-10: no train-*.parquet and test-*.parquet in {folder}; "

@@ -23,7 +23,7 @@ from advcl_hub.attacks import (
     seeded_start,
     uniform_start,
 )
-from tests.tiny_classifiers import TinyNet, labelled_by
+from tests.support.tiny_classifiers import TinyNet, labelled_by
 
 EPS, STEP = 8 / 255, 2 / 255
 both_norms = pytest.mark.parametrize("norm", NORMS)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.image_files import encode, pixels, write
-from tests.small_encoders import export_encoder
+from tests.support import ROOT
+from tests.support.image_files import encode, pixels, write
+from tests.support.small_encoders import export_encoder
 
-ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for room in ("advcl_hub", "train", "model_cards", "tests") for path in ROOT.glob(f"{room}/**/*.py"))
 
 # Finetunes, evaluates and writes a card, as somebody with a system of another encoding does.
@@ -21,7 +21,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import advcl_hub
-from advcl_hub.cards import add_to_results, write_card
+from advcl_hub.hub.cards import add_to_results, write_card
 here = Path(sys.argv[1])
 run = advcl_hub.finetune(here / "encoder", f"folder:{here / 'data'}", epochs=1, batch_size=4, cpu=True, output=here / "run")
 protocol = advcl_hub.Protocol(steps=1, check_images=0)

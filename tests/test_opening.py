@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import advcl_hub
-from advcl_hub.converters import convert
 from advcl_hub.errors import reason_of
-from advcl_hub.evaluation.opening import load_model
-from advcl_hub.export import CONFIG, GOLDEN, RESULTS, WEIGHTS, export_again, load_folder, verify_folder
-from advcl_hub.parts import join, split
-from tests.small_encoders import export_encoder, save_encoder
+from advcl_hub.hub.converters import convert
+from advcl_hub.hub.export import CONFIG, GOLDEN, WEIGHTS, export_again, load_folder, verify_folder
+from advcl_hub.hub.parts import join, split
+from advcl_hub.opening import load_model
+from advcl_hub.records import RESULTS
+from tests.support.small_encoders import export_encoder, save_encoder
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 12345\n"
 
@@ -61,7 +62,7 @@ def test_a_pointer_among_plain_weights_parts_and_published_files(export: Path, t
 
 
 def test_a_registered_folder_whose_weights_became_a_pointer(export: Path) -> None:
-    release = advcl_hub.registry.open_source(export)
+    release = advcl_hub.hub.registry.open_source(export)
     (export / WEIGHTS).write_bytes(POINTER)
     with pytest.raises(ValueError, match="is a Git LFS pointer"):
         release.fetch()

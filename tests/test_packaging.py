@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 # ---------------------------------------------------------------------------------------------------- floors
@@ -68,7 +69,7 @@ def imported_rooms(source: str, package: str) -> set[str]:
         ("import advcl_hub.data", {"data"}),
         ("from advcl_hub.models.branch_norm import add_branches", {"models"}),
         ("from advcl_hub import hub, __version__", {"hub"}),
-        ("def late():\n    from train.step import step", {"train"}),
+        ("def late():\n    from advcl_hub.pretraining.advcl import step", {"train"}),
         ("from . import resnet_cifar", {"models"}),
         ("from ..cards import render", {"cards"}),
         ("import timm.data, trainer, advcl_hub", set()),
@@ -160,6 +161,7 @@ backend-path = ["."]
 """
 SMALL_BACKEND = """
 import zipfile
+from tests.support import ROOT
 def build_editable(folder, config_settings=None, metadata_directory=None):
     with zipfile.ZipFile(f"{folder}/small-1-py3-none-any.whl", "w") as wheel:
         info = "small-1.dist-info/"

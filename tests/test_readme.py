@@ -7,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.hub_server import Hub
-from tests.image_files import encode, pixels, write
-from tests.small_encoders import SMALL_RESNET, export_encoder
-
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
+from tests.support.hub_server import Hub
+from tests.support.image_files import encode, pixels, write
+from tests.support.small_encoders import SMALL_RESNET, export_encoder
 
 
 def blocks(section: str) -> list[tuple[str, str]]:

@@ -16,10 +16,11 @@ from torch import nn
 from advcl_hub.attacks import pgd
 from advcl_hub.cli.common import script
 from advcl_hub.data import ImageData, load_data
-from advcl_hub.evaluation import PixelSpace, Protocol, Robustness, robustness
+from advcl_hub.evaluation import Protocol, Robustness, robustness
 from advcl_hub.evaluation.measure import loss_of
 from advcl_hub.evaluation.pictures import save_adversarial_examples
-from advcl_hub.export import export_folder, load_folder, verify_folder
+from advcl_hub.hub.export import export_folder, load_folder, verify_folder
+from advcl_hub.models.pixel_space import PixelSpace
 from advcl_hub.training.stop import StopRequest
 from train.pretrain import pretrain
 from train.probe import linear_probe

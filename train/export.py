@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from advcl_hub.cli.common import script
-from advcl_hub.export import export_folder, verify_folder
+from advcl_hub.hub.export import export_folder, verify_folder
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.inputs import load_training_data
 from train.network import plain_encoder
@@ -34,7 +34,7 @@ def export_checkpoint(
         checkpoint: a training state.
         folder: where to.
         branch, ema: see `Checkpoint.encoder_state`.
-        dtype: see `advcl_hub.export.export_folder`.
+        dtype: see `advcl_hub.hub.export.export_folder`.
         linear_head: add a linear classifier, fitted to the frozen features of the run's training images (`train.probe`).
         figures: measured results to record.
 

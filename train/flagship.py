@@ -20,8 +20,8 @@ from typing import Any
 
 from advcl_hub.cli.common import script
 from advcl_hub.data import load_data
-from advcl_hub.export import RESULTS
 from advcl_hub.files import check_writable, lock, replacing, write_errors
+from advcl_hub.records import RESULTS
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE, differences
 from advcl_hub.training.stop import StopRequest, duration

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 
 import advcl_hub
 from advcl_hub.data import ImageData, load_data, train_val_split
+from advcl_hub.pretraining.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
 from advcl_hub.training.state import differences
-from train.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
 from train.recipe import Recipe, require
 
 

@@ -1,6 +1,6 @@
 """What a plan leaves to take away: at most 8 files of at most 16 MiB, whole after every stage.
 
-    NAME-SHA256.safetensors   weights, in parts (`advcl_hub.parts`)
+    NAME-SHA256.safetensors   weights, in parts (`advcl_hub.hub.parts`)
     folders.zip               everything else: exports, evaluations, logs and pictures of the runs, the plan and what it decided
     summary.md, curves.png    to look at
 
@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from advcl_hub.cli.common import script
-from advcl_hub.export import RESULTS, WEIGHTS, verify_folder
 from advcl_hub.files import check_writable, replacing
-from advcl_hub.parts import LIMIT, join, split
+from advcl_hub.hub.export import WEIGHTS, verify_folder
+from advcl_hub.hub.parts import LIMIT, join, split
+from advcl_hub.records import RESULTS
 from train.recipe import require
 
 PLAN, FOLDERS, SUMMARY, CURVES = "plan.json", "folders.zip", "summary.md", "curves.png"

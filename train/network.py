@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import advcl_hub  # noqa: F401  (registers our architectures with timm)
 from advcl_hub.errors import reason_of
+from advcl_hub.pretraining.advcl import AdvCL
 from advcl_hub.training.layout import safe_channels_last
 from train.recipe import Recipe, require
-from train.step import AdvCL
 
 log = logging.getLogger("advcl")
 CPU = torch.device("cpu")

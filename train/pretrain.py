@@ -29,24 +29,24 @@ from tqdm import tqdm
 from advcl_hub.cli.common import script
 from advcl_hub.data import batches
 from advcl_hub.evaluation import Robustness, robustness
-from advcl_hub.evaluation.results import backends
-from advcl_hub.export import verify_folder
 from advcl_hub.files import check_writable, comfort, replacing
+from advcl_hub.hub.export import verify_folder
 from advcl_hub.models.branch_norm import branch_state_dict
-from advcl_hub.tensors import check_averageable
+from advcl_hub.pretraining.advcl import Losses
+from advcl_hub.pretraining.views import make_views
+from advcl_hub.records import backends
 from advcl_hub.training.loop import Loop, open_accelerator
 from advcl_hub.training.runlog import Panel
 from advcl_hub.training.seeds import seed_step
 from advcl_hub.training.state import FILE, pack_state, unpack_state
 from advcl_hub.training.stop import StopRequest, duration
+from advcl_hub.training.tensors import check_averageable
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train.export import export_checkpoint, usage_lines
 from train.inputs import check_same_recipe, continue_provenance, load_labels, load_training_data, provenance
 from train.network import build_network, build_optimizer, build_schedule, compile_encoder, plain_encoder
 from train.probe import linear_probe, with_linear_head
 from train.recipe import Recipe, load_recipe
-from train.step import Losses
-from train.views import make_views
 
 # Its successor does less for buffers, and torch 2.8 does not have it.
 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -208,7 +208,7 @@ class Trainer(Loop):
         shown["high_frequency"] = views.high_frequency + 0.5
         if self.main:
             with comfort("Drawing views.png", errors=Exception):
-                from advcl_hub.evaluation.pictures import save_views  # needs matplotlib, which need not be there
+                from advcl_hub.training.pictures import save_views  # needs matplotlib, which need not be there
 
                 save_views(self.output / "views.png", shown | adversarial)
 

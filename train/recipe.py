@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from train.step import Attack, Objective
-from train.views import ViewConfig
+from advcl_hub.pretraining.advcl import Attack, Objective
+from advcl_hub.pretraining.views import ViewConfig
 
 RECIPES = Path(__file__).with_name("recipes")
 

@@ -24,8 +24,9 @@ from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metri
 
 from advcl_hub.cli.common import script
 from advcl_hub.errors import reason_of
-from advcl_hub.evaluation.results import hardware, versions
 from advcl_hub.files import check_writable, replacing, without_local_paths
+from advcl_hub.pretraining.views import make_views
+from advcl_hub.records import hardware, versions
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import load_state
 from advcl_hub.training.stop import duration
@@ -34,7 +35,6 @@ from train.benchmark.timing import Timing, clock, count_flops, matmul_rate, peak
 from train.network import build_network
 from train.pretrain import Trainer
 from train.recipe import Recipe, load_recipe, require
-from train.views import make_views
 
 TRIAL = "trial.json"
 EAGER, COMPILED = "eager", "compiled"

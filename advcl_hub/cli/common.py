@@ -17,8 +17,8 @@ from typing import Any
 import click
 import torch
 
+from advcl_hub.data.matching import CLASS_ORDERS
 from advcl_hub.errors import reason_of
-from advcl_hub.evaluation.inputs import CLASS_ORDERS
 from advcl_hub.training.stop import duration
 
 TRACEBACK = "ADVCL_HUB_TRACEBACK"  # a variable: 1 shows where an error came from

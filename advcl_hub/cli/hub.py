@@ -10,12 +10,12 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 from huggingface_hub import ModelCard
 
-from advcl_hub.cards import add_to_results, card, read_export, write_card
 from advcl_hub.cli.common import numbers, user_errors, words
-from advcl_hub.converters import LAYOUTS, convert
-from advcl_hub.export import DTYPES, export_again
-from advcl_hub.hub import FIRST_VERSION, described, pull, push, verify
-from advcl_hub.registry import Release, releases, row
+from advcl_hub.hub.cards import add_to_results, card, read_export, write_card
+from advcl_hub.hub.converters import LAYOUTS, convert
+from advcl_hub.hub.export import DTYPES, export_again
+from advcl_hub.hub.push_pull import FIRST_VERSION, described, pull, push, verify
+from advcl_hub.hub.registry import Release, releases, row
 
 
 class _Name(click.ParamType[str]):

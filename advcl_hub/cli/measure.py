@@ -12,13 +12,13 @@ import click
 import advcl_hub
 from advcl_hub.attacks import LOSSES, NORMS
 from advcl_hub.cli.common import DATA, class_order, length, user_errors
-from advcl_hub.evaluation import Protocol, load_record, report
-from advcl_hub.evaluation.processes import Processes, leave
+from advcl_hub.evaluation import Protocol
 from advcl_hub.evaluation.protocol import AUTOATTACKS
 from advcl_hub.evaluation.results import folder_name
 from advcl_hub.evaluation.runner import UNFINISHED
-from advcl_hub.export import RESULTS
 from advcl_hub.files import slug
+from advcl_hub.records import RESULTS, load_record, report
+from advcl_hub.training.processes import Processes, leave
 
 
 @click.command(short_help="Measures clean accuracy, PGD and AutoAttack.")

@@ -14,8 +14,8 @@ import click
 import advcl_hub
 from advcl_hub.cli.common import DATA, class_order, length, numbers, seconds, user_errors, words
 from advcl_hub.evaluation import Protocol
-from advcl_hub.evaluation.processes import Processes, leave
 from advcl_hub.finetuning.presets import AUGMENTATIONS, PRECISIONS, PRESETS, PROTOCOLS, Settings, table
+from advcl_hub.training.processes import Processes, leave
 
 _PRESET_NAMES = tuple(dict.fromkeys(name for name, _ in PRESETS))
 _OVERRIDES = (

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from advcl_hub.attacks import distance, excess
 from advcl_hub.evaluation.journal import Payload
 from advcl_hub.evaluation.measure import Measurement
-from advcl_hub.evaluation.protocol import ATTACK_NAMES, Protocol
+from advcl_hub.evaluation.protocol import Protocol
+from advcl_hub.records.reading import ATTACK_NAMES
 
 if TYPE_CHECKING:
     from pyautoattack import AutoAttack

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from advcl_hub.attacks import LOSSES, ascend, project
 from advcl_hub.evaluation.journal import Payload
 from advcl_hub.evaluation.measure import Measurement
-from advcl_hub.evaluation.protocol import Protocol, pixels
+from advcl_hub.evaluation.protocol import Protocol
+from advcl_hub.records import pixels
 
 CURVE_EPS = (0.25, 0.5, 1, 2, 4)  # times the protocol's eps
 CURVE_STEPS = (1, 2, 5, 10, 20, 50, 100)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from advcl_hub.evaluation.processes import Processes
 from advcl_hub.files import check_writable, lock, sync, write_errors
+from advcl_hub.training.processes import Processes
 
 Payload = dict[str, list[Any]]
 

@@ -13,7 +13,7 @@ from advcl_hub.attacks import LOSSES, distance, excess, iterates, last, seeded_s
 from advcl_hub.data import ImageData, batches
 from advcl_hub.evaluation.journal import Journal, Payload
 from advcl_hub.evaluation.protocol import Protocol
-from advcl_hub.progress import progress_bar
+from advcl_hub.training.progress import progress_bar
 
 Work = Callable[[Tensor, Tensor, list[int]], Payload]
 

@@ -1,6 +1,5 @@
 """Pictures of an evaluation: accuracy over eps and steps, per class and corruption; adversarial examples with predictions."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -13,9 +12,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from advcl_hub.evaluation.measure import Measurement
-from advcl_hub.evaluation.protocol import Protocol, pixels
+from advcl_hub.evaluation.protocol import Protocol
 from advcl_hub.evaluation.results import Evaluation
-from advcl_hub.files import replacing
+from advcl_hub.records import pixels
+from advcl_hub.training.pictures import save_figure
 
 _COLUMNS = {"standard": "clean", "pgd": "PGD", "autoattack": "AutoAttack"}
 _COLOURS = {"standard": "#4c72b0", "pgd": "#dd8452", "autoattack": "#8c2d04"}
@@ -171,33 +171,6 @@ def save_adversarial_examples(
     return save_figure(figure, path)
 
 
-def save_views(path: Path, rows: Mapping[str, Tensor], columns: int = 10) -> Path:
-    """A grid of what a step trains on, with one named row a view and one column an image.
-
-    Args:
-        path: PNG file.
-        rows: name -> float images (N, C, H, W) in [0, 1].
-        columns: images shown.
-    """
-    count = min(columns, len(next(iter(rows.values()))))
-    size = max(max(images.shape[-2:]) for images in rows.values())
-    gap = max(1, size // 10)
-    # One picture on one axis: an axis for each of them takes a second to draw.
-    canvas = np.ones((len(rows) * (size + gap) - gap, count * (size + gap) - gap, 3))
-    for row, images in enumerate(rows.values()):
-        for column, image in enumerate(images[:count].detach().float().clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()):
-            top, left = row * (size + gap), column * (size + gap)
-            canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
-    figure = Figure(figsize=(count + 2, len(rows)), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(canvas, interpolation="nearest")
-    axis.set_yticks([row * (size + gap) + size / 2 for row in range(len(rows))], list(rows), fontsize=9)
-    axis.set_xticks([])
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    return save_figure(figure, path)
-
-
 @torch.no_grad()
 def _predict(classifier: nn.Module, images: Tensor) -> tuple[list[float], list[int]]:
     probability, prediction = classifier(images).softmax(1).max(1)
@@ -218,12 +191,3 @@ def show(axis: Axes, image: Tensor, title: str = "", colour: str = "black") -> N
     axis.set_title("\n".join(lines), color=colour, fontsize=9 if max(map(len, lines), default=0) < 17 else 7)
     for spine in axis.spines.values():
         spine.set_visible(False)
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes a PNG whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as draft, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # letters that the font lacks are drawn as boxes
-        figure.savefig(draft, dpi=110)
-    return path

@@ -1,6 +1,5 @@
 """What is measured, and how: everything that decides a figure stands in one frozen record."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -8,7 +7,6 @@ from advcl_hub.attacks import LOSSES, NORMS, Norm
 
 DEFAULT_EPS = {"Linf": 8 / 255, "L2": 0.5}
 AUTOATTACKS = ("standard", "rand")
-ATTACK_NAMES = {"apgd-ce": "APGD-CE", "apgd-dlr": "APGD-DLR", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -96,17 +94,6 @@ class Protocol:
     def to_dict(self) -> dict[str, Any]:
         """All settings by name; `compile` only if it is set, as records from before it existed lack it."""
         return {name: value for name, value in asdict(self).items() if name != "compile" or value}
-
-
-def pixels(length: float, norm: str = "Linf") -> str:
-    """A length as the field writes it: `8/255` in l_inf, `0.5` in l2."""
-    return f"{length * 255:.3g}/255" if norm == "Linf" else f"{length:.3g}"
-
-
-def autoattack_text(record: Mapping[str, Any]) -> str:
-    """Which AutoAttack the record of an evaluation is of, such as `standard`, or `standard without Square`."""
-    missing = (f" without {ATTACK_NAMES[name]}" for name in record.get("autoattack_left_out", {}))
-    return record["protocol"]["autoattack"] + "".join(missing)
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

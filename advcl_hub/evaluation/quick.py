@@ -7,13 +7,14 @@ from torch import nn
 
 from advcl_hub.data import ImageData
 from advcl_hub.evaluation.acceleration import TRIAL, accelerated
-from advcl_hub.evaluation.classifier import PixelSpace, borrowed, check_computes
+from advcl_hub.evaluation.borrowing import borrowed, check_computes
 from advcl_hub.evaluation.inputs import first_images
 from advcl_hub.evaluation.journal import Journal
 from advcl_hub.evaluation.measure import Measurement
-from advcl_hub.evaluation.processes import ALONE
 from advcl_hub.evaluation.protocol import Protocol
+from advcl_hub.models.pixel_space import PixelSpace
 from advcl_hub.modes import as_usual
+from advcl_hub.training.processes import ALONE
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,16 @@
 
 import csv
 import hashlib
-import importlib.metadata
 import json
 import math
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from advcl_hub.evaluation.protocol import Protocol, pixels
-from advcl_hub.export import RESULTS
+from advcl_hub.evaluation.protocol import Protocol
 from advcl_hub.files import replacing, slug
+from advcl_hub.records import RESULTS, load_record, pixels
 
 FORMAT = 1
 
@@ -97,35 +92,6 @@ def finished(folder: Path, facts: Mapping[str, Any]) -> Evaluation | None:
     return Evaluation(record, dict(zip(names, columns, strict=True)))
 
 
-def load_record(path: str | Path) -> dict[str, Any]:
-    """The record in a folder that `evaluate` wrote, or in such a results.json.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: the file is no record of an evaluation.
-    """
-    path = Path(path)
-    file = path / RESULTS if path.is_dir() or path.suffix != ".json" else path
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} has no {RESULTS}: run advcl-hub evaluate with --output {path} first.")
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if record["kind"] != "evaluation":
-            raise KeyError("kind")
-        if record["format"] > FORMAT:
-            raise ValueError("it was written by a newer advcl-hub")
-        (
-            record["model"]["name"],
-            record["accuracy"]["standard"],
-            record["protocol"]["norm"],
-            record["warnings"],
-            record["batch_size"],
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not the result of an evaluation ({error!r}).") from None
-    return record
-
-
 def proportion(correct: int, total: int) -> dict[str, Any]:
     """`value` in [0, 1], the count, and the 95 % interval of Wilson (1927) for images drawn from a population."""
     z, p = 1.959964, correct / total
@@ -154,63 +120,3 @@ def folder_name(data: str, protocol: Protocol, options: Mapping[str, Any]) -> st
     attacks = [f"pgd{protocol.steps}", *(["aa"] if protocol.autoattack else []), *(["compiled"] if protocol.compile else [])]
     everything = repr((protocol, data, {key: str(value) for key, value in options.items() if key != "device"}))
     return "-".join([slug(data), *count, budget, *attacks, hashlib.sha256(everything.encode()).hexdigest()[:6]])
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}  # names the build, too
-    for name in ("advcl-hub", "timm", "torchvision", "numpy", "pillow", "pyautoattack"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def hardware(device: torch.device, processes: int) -> dict[str, Any]:
-    """The device by name, threads, processes, and how the backends compute."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = _processor()
-    return {
-        "device": device.type,
-        "name": name,
-        "threads": torch.get_num_threads(),
-        "processes": processes,
-        "backends": backends(device),
-    }
-
-
-# Variables that the libraries below torch obey, whatever its flags say.
-_BELOW_TORCH = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
-
-
-def backends(device: torch.device) -> dict[str, Any]:
-    """What process and environment decided about arithmetic: precision of float32 products on `device`, and determinism."""
-    cudnn: Any = torch.backends.cudnn
-    matmul: Any = torch.backends.cuda.matmul
-    mkldnn: Any = torch.backends.mkldnn
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9; "none" asks for nothing less than float32
-        products, convolutions = (matmul, cudnn.conv) if device.type == "cuda" else (mkldnn.matmul, mkldnn.conv)
-        precision = [backend.fp32_precision.replace("none", "ieee") for backend in (products, convolutions)]
-    elif device.type == "cuda":
-        precision = ["tf32" if backend.allow_tf32 else "ieee" for backend in (matmul, cudnn)]
-    else:
-        precision = ["ieee" if torch.get_float32_matmul_precision() != "medium" else "bf16", "ieee"]
-    return {
-        "float32_matmul": precision[0],
-        "float32_conv": precision[1],
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "cudnn_deterministic": cudnn.deterministic,
-        "cudnn_benchmark": cudnn.benchmark,
-        **{name: os.environ[name] for name in _BELOW_TORCH if name in os.environ},
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -15,22 +15,25 @@ from warnings import warn
 import torch
 from torch import nn
 
-from advcl_hub.corruptions import SEVERITIES
-from advcl_hub.data import ImageData
-from advcl_hub.evaluation import autoattack, checks, inputs, tables
+from advcl_hub.data import ImageData, matching
+from advcl_hub.data.corruptions import SEVERITIES
+from advcl_hub.errors import need
+from advcl_hub.evaluation import autoattack, checks, inputs
 from advcl_hub.evaluation.acceleration import TRIAL, accelerated
+from advcl_hub.evaluation.borrowing import borrowed, check_computes
 from advcl_hub.evaluation.checks import Check
-from advcl_hub.evaluation.classifier import PixelSpace, borrowed, check_computes, unwrapped, weights_sha256
 from advcl_hub.evaluation.journal import Journal, Payload
 from advcl_hub.evaluation.measure import Measurement
-from advcl_hub.evaluation.opening import LoadedModel, load_model
-from advcl_hub.evaluation.preprocessing import data_config, pretrained_cfg
-from advcl_hub.evaluation.processes import Processes, join
 from advcl_hub.evaluation.protocol import Protocol
-from advcl_hub.evaluation.results import FORMAT, Evaluation, finished, hardware, per_class, proportion, versions
-from advcl_hub.extras import need
+from advcl_hub.evaluation.results import Evaluation, finished, per_class, proportion
 from advcl_hub.files import check_writable, replacing
+from advcl_hub.models.pixel_space import PixelSpace, unwrapped
+from advcl_hub.models.preprocessing import data_config, pretrained_cfg
 from advcl_hub.modes import as_usual
+from advcl_hub.opening import LoadedModel, load_model, weights_sha256
+from advcl_hub.records import hardware, tables, versions
+from advcl_hub.records.reading import FORMAT
+from advcl_hub.training.processes import Processes, join
 
 FEWEST = 20  # images that checks should see
 UNFINISHED = "unfinished"  # folder of the journal, within the output
@@ -104,13 +107,13 @@ def evaluate(
         if not isinstance(data, str | ImageData):
             raise ValueError(f"data is a {type(data).__name__}, expected a name such as folder:PATH, or ImageData.")
         if isinstance(data, str):
-            images = inputs.load_images(data, split, root, network)
+            images = matching.load_images(data, split, root, network)
         else:
-            images = inputs.fit_images(network, data)
-        inputs.check_fits(network, images)
+            images = matching.fit_images(network, data)
+        matching.check_fits(network, images)
         original = PixelSpace(network, fit=not images.fitted, precision=protocol.precision)
         chosen = _select(images, n, first)
-        named = inputs.in_model_order(network, chosen, class_order)
+        named = matching.in_model_order(network, chosen, class_order)
     corrupted = None if corruptions is None else inputs.Corrupted(corruptions, chosen)
     facts = {
         "model": _model_facts(replace(loaded, model=network), images),
@@ -262,11 +265,11 @@ def _model_facts(loaded: LoadedModel, images: ImageData) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights_sha256": weights_sha256(model),
         "file_sha256": loaded.file_sha256,
-        "input_size": inputs.input_size(model),
+        "input_size": matching.input_size(model),
         "mean": config.get("mean", (0.0,)),
         "std": config.get("std", (1.0,)),
         "attacked_at": images.shape,
-        "fitted_inside": inputs.fitted(model, images),
+        "fitted_inside": matching.fitted(model, images),
         "provenance": loaded.provenance,
     }
 

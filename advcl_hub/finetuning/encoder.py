@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from advcl_hub.data import ImageData
+from advcl_hub.data.matching import class_names, input_size
 from advcl_hub.errors import reason_of
-from advcl_hub.evaluation.classifier import weights_sha256
-from advcl_hub.evaluation.inputs import class_names, input_size
-from advcl_hub.evaluation.opening import load_model
-from advcl_hub.evaluation.preprocessing import pretrained_cfg
 from advcl_hub.finetuning.presets import Settings
+from advcl_hub.models.preprocessing import pretrained_cfg
+from advcl_hub.opening import load_model, weights_sha256
 
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 RANDOM = "random:"  # before a name: the same architecture with new weights, the baseline without pretraining

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from advcl_hub.data import ImageData, batches
-from advcl_hub.evaluation.classifier import PixelSpace
-from advcl_hub.evaluation.processes import ALONE, Processes
 from advcl_hub.finetuning.encoder import Headless, linear_head
-from advcl_hub.progress import progress_bar
+from advcl_hub.models.pixel_space import PixelSpace
+from advcl_hub.training.processes import ALONE, Processes
+from advcl_hub.training.progress import progress_bar
 
 
 @torch.no_grad()

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from advcl_hub.evaluation.protocol import pixels
-from advcl_hub.evaluation.results import load_record
-from advcl_hub.export import RESULTS
 from advcl_hub.files import comfort, replacing
+from advcl_hub.records import RESULTS, load_record, pixels
 
 CELL = "cell.json"  # in a cell's folder: what it was asked for, and its last evaluation
 
@@ -155,7 +153,7 @@ def picture(path: Path, cells: Sequence[Cell]) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from advcl_hub.evaluation.pictures import save_figure
+    from advcl_hub.training.pictures import save_figure
 
     data = list(dict.fromkeys(cell.data for cell in cells))
     encoders = list(dict.fromkeys(cell.encoder for cell in cells))

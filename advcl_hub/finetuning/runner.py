@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advcl_hub.data import ImageData, few_shot, train_val_split
-from advcl_hub.evaluation import inputs
-from advcl_hub.evaluation.results import hardware, versions
-from advcl_hub.export import RESULTS, check_replaceable
-from advcl_hub.extras import need
+from advcl_hub.data import ImageData, few_shot, matching, train_val_split
+from advcl_hub.errors import need
 from advcl_hub.files import check_writable, slug, without_local_paths
 from advcl_hub.finetuning.encoder import Encoder, open_encoder, set_head
 from advcl_hub.finetuning.presets import Settings, choose_settings, fit_batch, without_effect
+from advcl_hub.hub.export import check_replaceable
 from advcl_hub.modes import as_usual
+from advcl_hub.records import RESULTS, hardware, versions
 from advcl_hub.training.state import FILE, differences
 from advcl_hub.training.stop import StopRequest
 
@@ -44,7 +43,7 @@ class Finetuned:
 
     def load(self) -> "nn.Module":
         """The classifier, in evaluation mode."""
-        from advcl_hub.export import load_folder
+        from advcl_hub.hub.export import load_folder
 
         return load_folder(self.folder)
 
@@ -133,12 +132,12 @@ def finetune(
     with accelerator.main_process_first():  # one process downloads, the others find the files
         encoder = open_encoder(model, size=size, seed=seed)
         if isinstance(data, str):
-            whole = inputs.load_images(data, split, root, encoder.model)
+            whole = matching.load_images(data, split, root, encoder.model)
         else:
-            whole = inputs.fit_images(encoder.model, data)
-    named = not inputs.class_names(encoder.model) or inputs.names_all_classes(encoder.model, whole)
+            whole = matching.fit_images(encoder.model, data)
+    named = not matching.class_names(encoder.model) or matching.names_all_classes(encoder.model, whole)
     if keep_head and named and len(whole.classes) == getattr(encoder.model, "num_classes", 0):  # else `set_head` refuses
-        whole = inputs.in_model_order(encoder.model, whole, class_order)
+        whole = matching.in_model_order(encoder.model, whole, class_order)
     if class_order and not keep_head:
         raise ValueError("class_order says how a classifier numbers classes: give it with keep_head, or leave it out.")
     check_labels(whole)
@@ -148,7 +147,7 @@ def finetune(
     if "batch_size" not in overrides:
         settings = replace(settings, batch_size=fit_batch(settings, len(train), accelerator.num_processes))
     set_head(encoder.model, whole, settings, keep=keep_head)
-    inputs.check_fits(encoder.model, whole)
+    matching.check_fits(encoder.model, whole)
     facts = {
         "protocol": protocol,
         "preset": preset,

@@ -14,24 +14,24 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from advcl_hub.augmentation import WeakParams, draw_weak, weak_view
 from advcl_hub.data import ImageData, batches
-from advcl_hub.evaluation.classifier import PixelSpace
-from advcl_hub.evaluation.processes import Processes
+from advcl_hub.data.augmentation import WeakParams, draw_weak, weak_view
 from advcl_hub.evaluation.quick import robustness
-from advcl_hub.export import export_folder, verify_folder
 from advcl_hub.files import comfort
 from advcl_hub.finetuning.encoder import Headless, linear_head, zero_head
 from advcl_hub.finetuning.features import check_separable, extract_features
 from advcl_hub.finetuning.objective import Losses, Objective
 from advcl_hub.finetuning.presets import EXPORTED, Settings
+from advcl_hub.hub.export import export_folder, verify_folder
 from advcl_hub.models.branch_norm import branch_state_dict
-from advcl_hub.tensors import check_averageable
+from advcl_hub.models.pixel_space import PixelSpace
 from advcl_hub.training.layout import safe_channels_last
 from advcl_hub.training.loop import Loop
+from advcl_hub.training.processes import Processes
 from advcl_hub.training.runlog import Panel
 from advcl_hub.training.seeds import epoch_order, seed_step
 from advcl_hub.training.state import FILE, differences, group, load_state, pack_state, save_state, unpack_state
+from advcl_hub.training.tensors import check_averageable
 
 CLASSIFIER = "classifier"  # folder of the result, within the run's
 _VAL_IMAGES = 500  # at most so many held-out images judge an epoch
@@ -244,7 +244,7 @@ class Finetuner(Loop):
             shown["difference"] = 0.5 + (shown["adversarial"] - augmented) / (2 * self.settings.eps)
         self.output.mkdir(parents=True, exist_ok=True)
         with comfort("Drawing batch.png", errors=Exception):
-            from advcl_hub.evaluation.pictures import save_views  # needs matplotlib, which need not be there
+            from advcl_hub.training.pictures import save_views  # needs matplotlib, which need not be there
 
             save_views(self.output / "batch.png", shown)
 

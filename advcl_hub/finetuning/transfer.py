@@ -9,9 +9,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from advcl_hub.evaluation import inputs
-from advcl_hub.evaluation.opening import load_model
-from advcl_hub.evaluation.processes import Processes
+from advcl_hub.data import matching
+from advcl_hub.data.sources import read_source
 from advcl_hub.evaluation.protocol import Protocol
 from advcl_hub.evaluation.results import Evaluation, folder_name
 from advcl_hub.evaluation.runner import evaluate
@@ -20,7 +19,8 @@ from advcl_hub.finetuning import grid
 from advcl_hub.finetuning.encoder import open_encoder
 from advcl_hub.finetuning.presets import choose_settings, without_effect
 from advcl_hub.finetuning.runner import finetune
-from advcl_hub.sources import read_source
+from advcl_hub.opening import load_model
+from advcl_hub.training.processes import Processes
 
 log = logging.getLogger("advcl")
 
@@ -170,7 +170,7 @@ def _evaluate(
     """The evaluation and its folder, within the cell's: one for each way to measure, so that another way costs no training."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # evaluate will say the same of the data
-        available = len(inputs.load_images(data, "test", root, load_model(classifier).model))
+        available = len(matching.load_images(data, "test", root, load_model(classifier).model))
     count = n if n is not None and n < available else None
     output = place / "evaluations" / folder_name(data, attack, {"n": count, "first": False})
     with warnings.catch_warnings():

@@ -16,9 +16,9 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 
 from advcl_hub.files import comfort
-from advcl_hub.progress import progress_bar
 from advcl_hub.training.ambient import detach, refuse_engines, switched_on, undisturbed
 from advcl_hub.training.lock import RunLock
+from advcl_hub.training.progress import progress_bar
 from advcl_hub.training.runlog import Meter, Panel, RunLog, save_curves
 from advcl_hub.training.seeds import epoch_order
 from advcl_hub.training.state import FILE

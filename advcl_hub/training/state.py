@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from advcl_hub.files import replacing
-from advcl_hub.tensors import separate
+from advcl_hub.training.tensors import separate
 
 FILE = "checkpoint.safetensors"
 

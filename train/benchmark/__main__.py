@@ -24,11 +24,11 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 import advcl_hub  # noqa: F401  (registers our architectures with timm)
 from advcl_hub.cli.common import script
 from advcl_hub.data import ImageData, load_data
-from advcl_hub.evaluation import load_model
-from advcl_hub.evaluation.inputs import check_fits
-from advcl_hub.evaluation.processes import choose
-from advcl_hub.evaluation.results import hardware, versions
+from advcl_hub.data.matching import check_fits
 from advcl_hub.files import check_writable, without_local_paths
+from advcl_hub.opening import load_model
+from advcl_hub.records import hardware, versions
+from advcl_hub.training.processes import choose
 from train.benchmark import parts, processes, step, use
 from train.benchmark.report import Section, save
 from train.recipe import require

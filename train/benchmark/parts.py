@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
+from advcl_hub.pretraining.losses import contrastive_loss
+from advcl_hub.pretraining.views import ViewConfig, high_frequency, make_views
 from train.benchmark.published import supervised_contrastive_loss
 from train.benchmark.report import Row, Section
 from train.benchmark.timing import peak_memory, race
-from train.objective import contrastive_loss
-from train.views import ViewConfig, high_frequency, make_views
 
 _DENSE_COPIES = 6  # of the matrix of all pairs, that the dense loss holds at once
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.step import AdvCL
-from train.views import Views
+from advcl_hub.pretraining.advcl import AdvCL
+from advcl_hub.pretraining.views import Views
 
 
 def published_losses(network: AdvCL, views: Views, noise: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from advcl_hub.attacks import uniform_start
+from advcl_hub.pretraining.advcl import AdvCL, Attack
+from advcl_hub.pretraining.views import make_views
 from train.benchmark.published import published_losses
 from train.benchmark.report import Row, Section
 from train.benchmark.timing import count_flops, matmul_rate, peak_memory, race
 from train.network import build_network, build_optimizer, compile_encoder
 from train.recipe import Optimizer, PseudoLabelSource, Recipe, Speed, require
-from train.step import AdvCL, Attack
-from train.views import make_views
 
 PUBLISHED = "published step"
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from advcl_hub.data import ImageData, load_data
-from advcl_hub.evaluation import Protocol, evaluate, load_model
-from advcl_hub.evaluation.classifier import borrowed
-from advcl_hub.registry import releases
+from advcl_hub.evaluation import Protocol, evaluate
+from advcl_hub.evaluation.borrowing import borrowed
+from advcl_hub.hub.registry import releases
+from advcl_hub.opening import load_model
 from train.benchmark.report import Row, Section
 from train.benchmark.timing import Timing, clock, race
 from train.probe import linear_probe

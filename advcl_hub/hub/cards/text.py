@@ -1,0 +1,218 @@
+"""The text of a model card: what weights are, how they were made, what was measured, and how far that goes."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from advcl_hub.files import replacing
+from advcl_hub.hub.cards.metadata import metadata
+from advcl_hub.hub.cards.results import PROTOCOLS, is_advcl, is_robust, method, pretraining, read_export
+from advcl_hub.hub.export import CARD, PICTURE
+from advcl_hub.records import RESULTS, pixels, report
+
+_TEMPLATE = Path(__file__).with_name("card.md")
+_ADVCL = """@inproceedings{fan2021advcl,
+  title     = {When Does Contrastive Learning Preserve Adversarial Robustness from Pretraining to Finetuning?},
+  author    = {Fan, Lijie and Liu, Sijia and Chen, Pin-Yu and Zhang, Gaoyuan and Gan, Chuang},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2021},
+  eprint    = {2111.01124},
+  archiveprefix = {arXiv}
+}"""
+
+
+def write_card(folder: str | Path, name: str | None = None, load: str | None = None) -> Path:
+    """Writes an export's card, README.md, from what stands in the folder; see `card`."""
+    path = Path(folder) / CARD
+    text = card(folder, name, load)
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+    return path
+
+
+def card(folder: str | Path, name: str | None = None, load: str | None = None) -> str:
+    """The model card of an exported folder, with the metadata that the Hub reads.
+
+    Args:
+        folder: that `advcl_hub.hub.export` wrote.
+        name: title, by default the folder's name.
+        load: what `timm.create_model` opens, by default the folder.
+
+    Raises:
+        ValueError, OSError: see `read_export`; or what results.json says is not what `advcl_hub` writes.
+    """
+    folder = Path(folder)
+    results, config = read_export(folder)
+    try:
+        return _render(folder, results, config, name or folder.absolute().name, load or f"local-dir:{folder}")
+    except (KeyError, TypeError, AttributeError, IndexError) as error:  # of others' files
+        raise ValueError(f"{folder / RESULTS} cannot be made a card of ({error!r}): export or pull it again.") from error
+
+
+def _render(folder: Path, results: Mapping[str, Any], config: Mapping[str, Any], title: str, load: str) -> str:
+    cfg, classes = config.get("pretrained_cfg", {}), tuple(config.get("label_names") or ())
+    if not classes and config.get("num_classes"):
+        classes = tuple(str(i) for i in range(config["num_classes"]))
+    evaluations = results.get("evaluations", [])
+    mean, std = cfg.get("mean", [0.0]), cfg.get("std", [1.0])
+    plain = not any(mean) and all(value == 1 for value in std)
+    made = pretraining(results)
+    fields = {
+        "name": _line(title),
+        "load": load,
+        "quoted": shlex.quote(load),
+        "summary": summary(results, config),
+        "classes": [_line(name) for name in classes],
+        "features": config.get("num_features"),
+        "size": "x".join(map(str, cfg.get("input_size", ())[1:])),
+        "normalisation": "without normalisation" if plain else f"normalised with mean {mean} and standard deviation {std}",
+        "table": report(evaluations, "markdown") if evaluations else None,
+        "corruptions": _corruptions(evaluations),
+        "checks": _checks(evaluations),
+        "commands": [
+            f"`{e['command']}`, {e['seconds']:,.0f} s on {e['hardware']['name']}" for e in evaluations if e["command"]
+        ],
+        "picture": PICTURE if (folder / PICTURE).is_file() else None,
+        "caption": _caption(results.get("picture_of")),
+        "threat": _threat(evaluations, results, made),
+        "training": _training(results, made),
+        "recipe": json.dumps(made["recipe"], indent=2) if made else None,
+        "limits": _limits(results, made),
+        "files": results["sha256"],
+        "licence": _line(results.get("licence") or "Not stated").rstrip(".") + ".",
+        "citation": _ADVCL if is_advcl(results, made) else None,
+    }
+    data = metadata(title, results, config, evaluations, made)
+    text = ModelCard.from_template(data, template_str=_TEMPLATE.read_text(encoding="utf-8"), **fields).content
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def summary(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """What an export is, in one sentence, from its results.json and config.json."""
+    architecture, made = config["architecture"], pretraining(results)
+    if made:
+        origin = f"pretrained with {method(made)} on {made['provenance']['data']['name']} without its labels"
+    elif results.get("origin"):
+        origin = f"converted from {_line(results['origin'])}"
+    else:
+        origin = f"of {(results.get('encoder') or {}).get('name', 'unknown origin')}"
+    if not config.get("num_classes"):
+        return f"`{architecture}` image encoder for [timm](https://github.com/huggingface/pytorch-image-models), {origin}" + (
+            ", so that classifiers finetuned from it keep adversarial robustness." if made and is_robust(made) else "."
+        )
+    protocol = (results.get("settings") or {}).get("protocol")
+    how = f": {PROTOCOLS[protocol]}, " if protocol in PROTOCOLS else ", "
+    data = (results.get("data") or {}).get("name")
+    of = f" of {data}" if data else ""
+    return (
+        f"`{architecture}` classifier{of} for [timm](https://github.com/huggingface/pytorch-image-models){how}"
+        f"{'the encoder ' if protocol else ''}{origin}."
+    )
+
+
+def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dict[str, str]:
+    """What is known of how the weights were made, by name."""
+    lines: dict[str, str] = {}
+    if made:
+        place, data, labels = made["provenance"], made["provenance"]["data"], made["provenance"].get("pseudo_labels")
+        lines["Pretraining"] = f"{method(made)}, {made['recipe']['epochs']} epochs, {made['step']:,} steps"
+        if not made.get("finished", True):
+            lines["Pretraining"] += ", stopped before the end of the schedule"
+        lines["Pretraining images"] = f"{data['images']:,} of {data['name']} (sha256 of the pixels `{data['sha256'][:16]}`)"
+        lines["Pseudo-labels"] = _pseudo_labels(labels)
+        lines["Branch"] = f"batch norm `{made['branch']}`" + (", averaged weights" if made.get("ema") else "")
+        lines["Pretraining took"] = f"{made['seconds']:,.0f} s on {place['hardware']['device']}"
+        lines["Pretraining versions"] = _listed(place["versions"])
+    if settings := results.get("settings"):
+        data, place = results["data"], results["places"][-1]
+        shots = f", {data['shots']} of every class" if data.get("shots") else ""
+        decay = ", ".join(f"{m:g}" for m in settings["milestones"])
+        lines["Finetuning"] = (
+            f"{PROTOCOLS[settings['protocol']]}, loss {settings['objective']}, {settings['epochs']} epochs, batch "
+            f"{settings['batch_size']}, lr {settings['lr']:g}, divided by 10 after {decay}; {results['chosen']}; seed "
+            f"{settings['seed']}"
+        )
+        if settings["objective"] != "ce":
+            lines["Attack in finetuning"] = (
+                f"l_inf, eps {pixels(settings['eps'])}, {settings['steps']} steps of {pixels(settings['step_size'])}"
+            )
+        lines["Finetuning images"] = f"{data['images']:,} of {data['of']:,}, {data['name']} {data['split'] or ''}{shots}"
+        if command := results.get("command"):
+            lines["Finetuning command"] = f"`{command}`"
+        lines["Finetuning took"] = f"{results['seconds']:,.0f} s on {place['hardware']['name']}"
+        lines["Finetuning versions"] = _listed(place["versions"])
+    if not lines:
+        lines["Origin"] = _line(results.get("origin") or "not recorded")
+    if layout := results.get("layout"):
+        lines["Converted from"] = f"{results.get('file', 'a file')}, layout {layout}"
+    lines["Stored as"] = str(results.get("dtype"))
+    return lines
+
+
+def _pseudo_labels(labels: Mapping[str, Any] | None) -> str:
+    if not labels:
+        return "none"
+    told = {key: value for key, value in labels.items() if key not in ("sha256", "file_sha256", "file", "device", "versions")}
+    file = f"{labels['file']}, " if labels.get("file") else ""
+    return f"{file}{_listed(told)}{'; ' if told else ''}sha256 `{labels['sha256'][:16]}`"
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _threat(evaluations: Sequence[Mapping[str, Any]], results: Mapping[str, Any], made: Mapping[str, Any] | None) -> str:
+    attack = (made or {}).get("recipe", {}).get("attack") or {}
+    parts = []
+    if attack.get("steps"):
+        parts.append(
+            f"Pretraining made adversarial views within l_inf {pixels(attack['eps'])} ({attack['steps']} steps of "
+            f"{pixels(attack['step_size'])})."
+        )
+    attacked = [e["protocol"] for e in evaluations if {"pgd", "autoattack"} & e["accuracy"].keys()]
+    budgets = dict.fromkeys(f"{p['norm']} {pixels(p['eps'], p['norm'])}" for p in attacked)
+    if budgets:
+        parts.append(f"Measured against an attacker who knows the model and may change every pixel: {', '.join(budgets)}.")
+    parts.append("Distances are those of pixels in [0, 1]. Nothing is said about other norms, larger distances or patches.")
+    return " ".join(parts)
+
+
+def _corruptions(evaluations: Sequence[Mapping[str, Any]]) -> str | None:
+    found = [f"{e['model']['name']} {100 * e['corruptions']['mean']:.1f} %" for e in evaluations if "corruptions" in e]
+    return f"mean accuracy of {'; '.join(found)} (a small set of our own, not CIFAR-10-C)." if found else None
+
+
+def _checks(evaluations: Sequence[Mapping[str, Any]]) -> str | None:
+    checks = [check for e in evaluations for check in e["checks"]]
+    if not checks:
+        return None
+    failed = sum(not check["passed"] for check in checks)
+    return f"{len(checks) - failed} of {len(checks)} passed" + ("; the warnings above say which did not." if failed else ".")
+
+
+def _caption(model: str | None) -> str:
+    shown = "Images, perturbations that PGD found, and the perturbed images with predictions: the most confident mistakes"
+    return f"{shown} of {_line(model)}." if model else f"{shown}."
+
+
+def _line(text: str) -> str:
+    """What somebody typed, as one line of Markdown that is no heading, rule, table or HTML."""
+    return " ".join(str(text).split()).replace("<", "&lt;").replace("|", "/")
+
+
+def _limits(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> list[str]:
+    limits = [
+        "For research on robust representations. Robustness was measured, not proven: stronger attacks may find more.",
+        "Not for decisions about people, nor as the only protection of anything.",
+    ]
+    labels = ((made or {}).get("provenance") or {}).get("pseudo_labels") or {}
+    if "imagenet" in json.dumps(labels).lower():
+        limits.append("The pseudo-labels come from an encoder trained on ImageNet images: this is not learning from scratch.")
+    if made and not made.get("finished", True):
+        limits.append("The pretraining was stopped before the end of its schedule.")
+    return limits + [_line(note) for note in results.get("notes", [])]

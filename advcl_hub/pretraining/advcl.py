@@ -1,0 +1,230 @@
+"""The AdvCL training step: views -> clean pass -> attack -> objective. Everything else in train/ serves this file."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advcl_hub.attacks import pgd, uniform_start
+from advcl_hub.models.branch_norm import add_branches
+from advcl_hub.pretraining.losses import contrastive_loss, pseudo_label_loss
+from advcl_hub.pretraining.views import ViewConfig, Views, make_views
+
+
+@dataclass(frozen=True)
+class Attack:
+    """The perturbations made in the step (AdvCL section 4); `eps` and `step_size` in the unit of images in [0, 1]."""
+
+    eps: float = 8 / 255
+    step_size: float = 2 / 255
+    steps: int = 5
+
+    def __post_init__(self) -> None:
+        if min(self.eps, self.step_size, self.steps) < 0:
+            raise ValueError(f"eps, step_size and steps must not be negative, got {self.eps}, {self.step_size}, {self.steps}")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which views meet in which loss.
+
+    Attributes:
+        clean_views: the views encoded as they are, through batch-norm branch `clean`.
+        adversarial_views: the views each of which gives one adversarial view, through branch `adv`; none for plain SimCLR.
+        pairing: `joint` puts clean and adversarial views into one contrastive loss (AdvCL); `separate` averages the loss of the
+            clean views among themselves and the loss of the adversarial views among themselves (ACL's dual stream).
+        temperature, base_temperature: see `contrastive_loss`.
+        pseudo_label_weight: weight of the pseudo-label cross-entropy on an adversarial view of its own, made from the weak view
+            against that loss, through branch `adv_ce`; 0 leaves it out.
+        projection_dim: width of the projection head's output.
+    """
+
+    clean_views: tuple[str, ...] = ("strong1", "strong2", "high_frequency")
+    adversarial_views: tuple[str, ...] = ("weak",)
+    pairing: str = "joint"
+    temperature: float = 0.5
+    base_temperature: float = 0.07
+    pseudo_label_weight: float = 0.2
+    projection_dim: int = 128
+
+    def __post_init__(self) -> None:
+        for views in (self.clean_views, self.adversarial_views):
+            if unknown := sorted(set(views) - set(Views._fields)):
+                raise ValueError(f"no view {unknown[0]!r}; the views are {', '.join(Views._fields)}")
+            if len(set(views)) < len(views):
+                raise ValueError(f"every view once in a group, got {views}")
+        if "high_frequency" in self.adversarial_views:
+            raise ValueError("high_frequency cannot be attacked: it is signed, and the attack clamps images to [0, 1]")
+        if not (self.temperature > 0 and self.base_temperature > 0 and self.projection_dim > 0):
+            raise ValueError("temperature, base_temperature and projection_dim must be positive")
+        if self.pseudo_label_weight < 0:
+            raise ValueError(f"pseudo_label_weight must not be negative, got {self.pseudo_label_weight}")
+        groups = {"joint": [self.clean_views + self.adversarial_views], "separate": [self.clean_views, self.adversarial_views]}
+        if self.pairing not in groups:
+            raise ValueError(f"pairing must be joint or separate, got {self.pairing!r}")
+        if not self.clean_views or min(len(views) for views in groups[self.pairing]) < 2:
+            raise ValueError(
+                f"every contrastive loss needs at least two views, a clean one among them; got {groups[self.pairing]}"
+            )
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The batch-norm branches that this objective needs."""
+        adversarial = ("adv",) if self.adversarial_views else ()
+        return ("clean", *adversarial, *(("adv_ce",) if self.pseudo_label_weight else ()))
+
+    @property
+    def export_branch(self) -> str:
+        """The branch to export: `adv` as the paper finetunes, or `clean` where there is no other."""
+        return "adv" if self.adversarial_views else "clean"
+
+
+class Losses(NamedTuple):
+    """Scalars of one step; `total = contrastive + pseudo_label_weight * pseudo_label`."""
+
+    total: Tensor
+    contrastive: Tensor
+    pseudo_label: Tensor
+
+
+class AdvCL(nn.Module):
+    """An encoder with what pretraining adds: batch-norm branches, a projection head and pseudo-label heads.
+
+    `forward` is the whole training step up to the loss. One forward and one backward pass of this module a step means one
+    gradient all-reduce a step under DistributedDataParallel, however often the encoder runs inside.
+
+    Args:
+        encoder: a timm model without classifier (`num_classes=0`); its batch norms get branches in place.
+        objective, attack, views: what to do with the images.
+        ks: numbers of clusters of the pseudo-labels, one linear head each; unused if `objective.pseudo_label_weight` is 0.
+        memory_format: layout of the views (the caller moves the encoder).
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        objective: Objective,
+        attack: Attack,
+        views: ViewConfig,
+        ks: tuple[int, ...] = (),
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        super().__init__()
+        self.objective, self.attack, self.views = objective, attack, views
+        self.memory_format = memory_format
+        self.encoder = encoder
+        self.branch = add_branches(encoder, objective.branches)
+        dim: int = getattr(encoder, "head_hidden_size", None) or encoder.num_features  # type: ignore[assignment]
+        self.projector = nn.Sequential(  # its one batch norm is shared by all branches, as published
+            nn.Linear(dim, dim), nn.BatchNorm1d(dim), nn.ReLU(), nn.Linear(dim, objective.projection_dim)
+        )
+        heads = ks if objective.pseudo_label_weight else ()
+        self.heads = nn.ModuleDict({str(k): nn.Linear(dim, k) for k in heads})
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Losses:
+        """One step's losses on a batch of uint8 images (N, C, H, W) and pseudo-labels (N, len(ks))."""
+        return self.losses(make_views(images, self.views), labels)
+
+    def losses(self, views: Views, labels: Tensor | None = None) -> Losses:
+        """The step after the augmentations. The random starts come from torch's global generator."""
+        sources = self.sources(views)
+        clean = self.clean_projections(views)  # once: constant in the attack
+        adversarial = self.perturb(sources, uniform_start(sources, self.attack.eps), clean.detach(), labels)
+        contrastive, pseudo_label = self.objective_terms(adversarial, clean, labels)
+        total = contrastive + self.objective.pseudo_label_weight * pseudo_label
+        return Losses(total, contrastive.detach(), pseudo_label.detach())
+
+    def adversarial_views(self, views: Views, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """The perturbed views (N, C, H, W) by name, for pictures."""
+        with torch.no_grad():
+            clean = self.clean_projections(views)
+        sources = self.sources(views)
+        perturbed = self.perturb(sources, uniform_start(sources, self.attack.eps), clean, labels)
+        names = [f"adversarial {name}" for name in self.objective.adversarial_views]
+        return dict(zip([*names, *(["adversarial (labels)"] if self.heads else [])], perturbed, strict=True))
+
+    def clean_projections(self, views: Views) -> Tensor:
+        """Unit projections (V, N, D) of the clean views."""
+        return self.project([getattr(views, name) for name in self.objective.clean_views], "clean")
+
+    def sources(self, views: Views) -> Tensor:
+        """The views to be perturbed, stacked (S, N, C, H, W); the last one is for the pseudo-labels, if they are used."""
+        names = [*self.objective.adversarial_views, *(["weak"] if self.heads else [])]
+        return torch.stack([getattr(views, name) for name in names]) if names else views.weak.new_empty(0)
+
+    def perturb(self, sources: Tensor, start: Tensor, clean: Tensor, labels: Tensor | None) -> Tensor:
+        """Attacks all sources at once: the terms share no image, so each follows its own gradient. The network trains on.
+
+        Args:
+            sources: images in [0, 1] (S, N, C, H, W), see `sources`.
+            start: the first iterate, of the same shape.
+            clean: unit projections (V, N, D) of the clean views, detached.
+            labels: pseudo-labels (N, len(ks)).
+
+        Returns:
+            Perturbed images (S, N, C, H, W), within `attack.eps` of the sources and in [0, 1].
+        """
+        if not len(sources):
+            return sources
+
+        def loss(adversarial: Tensor) -> Tensor:
+            return sum(self.objective_terms(adversarial, clean, labels, reduction="sum"))  # type: ignore[return-value]
+
+        with _constant_parameters(self):
+            return pgd(
+                loss,
+                sources,
+                eps=self.attack.eps,
+                step_size=self.attack.step_size,
+                steps=self.attack.steps,
+                start=start,
+            )
+
+    def objective_terms(
+        self, adversarial: Tensor, clean: Tensor, labels: Tensor | None, reduction: str = "mean"
+    ) -> tuple[Tensor, Tensor]:
+        """The contrastive and the pseudo-label term of stacked adversarial views and clean projections (V, N, D)."""
+        count = len(self.objective.adversarial_views)
+        attacked: Tensor | list[Tensor] = self.project(adversarial[:count], "adv") if count else []
+        groups = [[*clean, *attacked]] if self.objective.pairing == "joint" else [[*clean], [*attacked]]
+        contrastive = torch.stack(
+            [contrastive_loss(g, self.objective.temperature, self.objective.base_temperature) for g in groups]
+        ).mean()
+        if not self.heads:
+            return contrastive, contrastive.new_zeros(())
+        if labels is None:
+            raise ValueError("The objective has a pseudo-label term: pass the labels of the batch.")
+        return contrastive, pseudo_label_loss(self.classify(adversarial[-1], "adv_ce"), labels, reduction)
+
+    def features(self, images: Tensor, branch: str) -> Tensor:
+        """Pooled features (N, dim) of float images (N, C, H, W) through one branch."""
+        with self.branch.use(branch):
+            return self.encoder(images.contiguous(memory_format=self.memory_format))
+
+    def project(self, views: list[Tensor] | Tensor, branch: str) -> Tensor:
+        """Unit projections (V, N, D). Each view is a pass of its own: batch statistics are those of one view, as published."""
+        projections = torch.stack([self.projector(self.features(v, branch)) for v in views])
+        # Under autocast they are bfloat16: too coarse for unit length.
+        return F.normalize(projections.to(torch.promote_types(projections.dtype, torch.float32)), dim=2)
+
+    def classify(self, images: Tensor, branch: str) -> list[Tensor]:
+        """Logits (N, K) of every pseudo-label head."""
+        features = self.features(images, branch)
+        return [head(features) for head in self.heads.values()]
+
+
+@contextmanager
+def _constant_parameters(module: nn.Module) -> Iterator[None]:
+    """Without parameter gradients the attack keeps no activations for them, and a compiled backward does not compute them."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)

@@ -1,0 +1,197 @@
+"""Model cards: what stands in them, for people and for the Hub, and that released ones are not stale."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+import advcl_hub
+from advcl_hub.hub import push_pull as hub
+from advcl_hub.hub.cards import add_to_results, card, read_export, write_card
+from advcl_hub.hub.export import PICTURE, WEIGHTS, verify_folder
+from advcl_hub.hub.registry import BUNDLED, RELEASED
+from advcl_hub.records import RESULTS
+from model_cards import release
+from tests.support.hub_store import read_card
+from tests.support.small_encoders import export_encoder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An encoder, a classifier finetuned from it, and an evaluation of that, with AutoAttack."""
+    folder = tmp_path_factory.mktemp("cards")
+    encoder = export_encoder(folder / "encoder")
+    tuned = advcl_hub.finetune(encoder, "digits", "slf", epochs=2, output=folder / "run", cpu=True, lr=0.1)
+    protocol = advcl_hub.Protocol(steps=2, autoattack="standard", check_images=0, batch_size=20)
+    advcl_hub.evaluate(tuned.folder, "digits", protocol, n=20, output=folder / "evaluation", progress=False)
+    return {"encoder": encoder, "classifier": tuned.folder, "evaluation": folder / "evaluation"}
+
+
+@pytest.fixture
+def copies(made: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    return {name: Path(shutil.copytree(folder, tmp_path / name)) for name, folder in made.items()}
+
+
+def evaluation_record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+
+
+def test_the_figures_of_an_evaluation_reach_card_and_metadata(copies: dict[str, Path]) -> None:
+    folder = copies["classifier"]
+    add_to_results(folder, [copies["evaluation"]], ["Digits are easy."], "cc-by-4.0")
+    text = write_card(folder, "acme/digits", "hf-hub:acme/digits").read_text(encoding="utf-8")
+    record = evaluation_record(copies["evaluation"])
+    for key in ("standard", "pgd", "autoattack"):
+        assert f"{100 * record['accuracy'][key]['value']:.2f} [" in text
+    header = next(line for line in text.splitlines() if line.startswith("| model | SA"))
+    assert header == "| model | SA | PGD-2 | APGD-CE | APGD-T | FAB-T | Square | AA |"
+    assert 'timm.create_model("hf-hub:acme/digits", pretrained=True)' in text and "import advcl_hub, timm" in text
+    for part in ("SLF", "8/255", "Digits are easy.", "20 test images of 359", "batch 179", "cc-by-4.0", PICTURE):
+        assert part in text, part
+    assert (folder / PICTURE).is_file() and verify_folder(folder) < 1e-3
+
+    data: Any = ModelCard(text).data
+    assert (data.library_name, data.license, data.pipeline_tag) == ("timm", "cc-by-4.0", "image-classification")
+    metrics = {result.metric_args["attack"]: result for result in data.eval_results or ()}
+    assert metrics.keys() == {"none", "PGD-2", "AutoAttack standard"}
+    attacked = metrics["PGD-2"]
+    assert attacked.metric_value == round(100 * record["accuracy"]["pgd"]["value"], 2)
+    expected = {"attack": "PGD-2", "norm": "Linf", "eps": "8/255", "images": 20, "seed": 0, "model": "this model"}
+    assert attacked.metric_args == expected
+    assert read_card(text.encode())[1] == []
+
+
+def test_an_encoder_shows_what_was_finetuned_from_it(copies: dict[str, Path]) -> None:
+    add_to_results(copies["encoder"], [copies["evaluation"]])
+    text = card(copies["encoder"], "acme/encoder", "hf-hub:acme/encoder")
+    assert "| linear head on the frozen encoder (SLF)" in text and "pipeline_tag: image-feature-extraction" in text
+    assert "advcl-hub finetune hf-hub:acme/encoder" in text
+    assert "keep adversarial robustness" not in text  # nothing is known of how it was pretrained
+    tuned = read_export(copies["encoder"])[0]["evaluations"][0]["finetuning"]
+    assert tuned["settings"]["protocol"] == "slf" and tuned["settings"]["epochs"] == 2
+
+
+def test_evaluations_of_other_weights_are_refused(copies: dict[str, Path], tmp_path: Path) -> None:
+    other = export_encoder(tmp_path / "other", seed=7)
+    before = (other / RESULTS).read_bytes()
+    with pytest.raises(ValueError, match="neither these weights nor finetuned from them"):
+        add_to_results(other, [copies["evaluation"]])
+    assert (other / RESULTS).read_bytes() == before and not (other / PICTURE).exists()
+
+
+def test_adding_twice_changes_nothing_and_a_repetition_replaces(copies: dict[str, Path]) -> None:
+    folder = copies["classifier"]
+    first = add_to_results(folder, [copies["evaluation"]], ["A note."])
+    assert add_to_results(folder, [copies["evaluation"]], ["A note."]) == first
+    record = evaluation_record(copies["evaluation"])
+    record["accuracy"]["standard"]["value"] = 0.5
+    (copies["evaluation"] / RESULTS).write_text(json.dumps(record), encoding="utf-8")
+    assert [e["accuracy"]["standard"]["value"] for e in add_to_results(folder, [copies["evaluation"]])["evaluations"]] == [0.5]
+
+
+def test_no_more_is_claimed_than_is_known(copies: dict[str, Path]) -> None:
+    text = card(copies["encoder"])  # nobody said how it was made, or under which licence it is
+    assert "Not stated." in text and "license:" not in text and "Citation" not in text
+    assert "adversarial-robustness" not in text and "contrastive-learning" not in text
+    record = evaluation_record(copies["evaluation"])
+    record["accuracy"] = {"standard": record["accuracy"]["standard"]}
+    record["protocol"]["precision"] = "bfloat16"
+    (copies["evaluation"] / RESULTS).write_text(json.dumps(record), encoding="utf-8")
+    add_to_results(copies["classifier"], [copies["evaluation"], copies["evaluation"]])
+    text = card(copies["classifier"])
+    assert "Measured against an attacker" not in text and "model-index" not in text
+    assert text.count("| this model") == 1
+
+
+def test_what_people_type_stays_text(copies: dict[str, Path]) -> None:
+    folder = copies["encoder"]
+    results = evaluation_record(folder) | {"origin": "a\n---\n# b {{ 7 * 7 }}", "notes": ["x\n\n## y", "</script>, /a/b | c"]}
+    (folder / RESULTS).write_text(json.dumps(results), encoding="utf-8")
+    text = card(folder, "title\n---\nname: x")
+    assert "converted from a --- # b {{ 7 * 7 }}." in text and "\n- x ## y\n- &lt;/script>, /a/b / c\n" in text
+    assert "\n# title --- name: x\n" in text and ModelCard(text).data.to_dict()["library_name"] == "timm"
+
+
+def test_warnings_of_an_evaluation_stand_in_the_card(copies: dict[str, Path]) -> None:
+    record = evaluation_record(copies["evaluation"]) | {"warnings": ["gradients are masked."]}
+    (copies["evaluation"] / RESULTS).write_text(json.dumps(record), encoding="utf-8")
+    add_to_results(copies["classifier"], [copies["evaluation"]])
+    assert "> **Warning.** this model: gradients are masked." in card(copies["classifier"])
+
+
+def test_pretraining_is_told_with_its_pseudo_labels(copies: dict[str, Path]) -> None:
+    folder = copies["encoder"]
+    results = evaluation_record(folder) | {
+        "recipe": {
+            "epochs": 3,
+            "attack": {"steps": 3, "eps": 8 / 255, "step_size": 4 / 255},
+            "objective": {"pseudo_label_weight": 0.2},
+        },
+        "step": 1200,
+        "finished": False,
+        "seconds": 61.0,
+        "branch": "adv",
+        "ema": True,
+        "provenance": {
+            "data": {"name": "parquet:cifar10", "images": 49000, "sha256": "ab" * 32},
+            "pseudo_labels": {"encoder": "SimCLR on ImageNet", "file": "labels.safetensors", "sha256": "cd" * 32},
+            "versions": {"torch": "2.14.1"},
+            "hardware": {"device": "cpu, 1 threads"},
+        },
+    }
+    (folder / RESULTS).write_text(json.dumps(results), encoding="utf-8")
+    text = card(folder)
+    assert "pretrained with AdvCL on parquet:cifar10 without its labels" in text and "keep adversarial robustness" in text
+    assert "not learning from scratch" in text and "stopped before the end of its schedule" in text
+    assert "encoder SimCLR on ImageNet" in text and "batch norm `adv`, averaged weights" in text and "49,000" in text
+    assert "datasets:\n- uoft-cs/cifar10" in text and '"step_size": 0.0156' in text
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_what_is_no_export_is_refused(content: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no results\.json"):
+        card(tmp_path)
+    for name in (RESULTS, "config.json"):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"damaged|names no sha256"):
+        card(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------- released weights
+
+DATA = json.loads(RELEASED.read_text(encoding="utf-8"))["releases"]
+
+
+def test_cards_and_the_readme_are_not_stale() -> None:
+    for path, text in release.cards().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is stale: python -m model_cards.release"
+    folders = {path.name for path in release.CARDS.iterdir() if path.is_dir() and path.name not in ("__pycache__", "weights")}
+    assert folders == set(DATA) >= {path.name for path in BUNDLED.glob("*")}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_released_json_says_what_the_folder_says(name: str, tmp_path: Path) -> None:
+    found = DATA[name]
+    if not found.get("bundled") and not found.get("parts"):
+        pytest.skip("its weights are on the Hub")
+    assert hub.verify(name) < 1e-3
+    assert found.get("parts") or found["files"][WEIGHTS]["size"] < release.BUNDLED_BYTES
+    where = {key: found[key] for key in ("bundled", "hub_id", "revision", "parts") if key in found}
+    folder = hub.pull(name, tmp_path / "export")
+    assert release.entry(folder, where, robustbench=found.get("robustbench")) == found
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_released_cards_are_complete(name: str) -> None:
+    text = (release.CARDS / name / "README.md").read_text(encoding="utf-8")
+    data, errors = read_card(text.encode())[:2]
+    assert not errors and data == yaml.safe_load(text.split("---\n")[1]) and data["model-index"]
+    assert PICTURE in text and (release.CARDS / name / PICTURE).is_file()
+    assert data["license"] == "apache-2.0" and ("2111.01124" in text) == ("advcl" in name.partition(".")[2])
+    for heading in ("Use it", "Results", "Threat model", "How it was made", "Intended use and limits", "Licence"):
+        assert f"## {heading}\n" in text
+    assert "Nothing was measured" not in text and "not recorded" not in text

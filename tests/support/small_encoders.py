@@ -1,0 +1,53 @@
+"""Data that cluster in one sensible way, and a small pretrained timm model in a folder."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from advcl_hub.data import ImageData, load_data
+from advcl_hub.hub.export import export_folder
+
+
+def blobs(per_class: int = 20, seed: int = 0) -> ImageData:
+    """Red, green and blue images with noise: k-means at K = 3 has one sensible answer."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(3).repeat(per_class)
+    images = torch.randint(0, 60, (len(labels), 3, 8, 8), generator=generator)
+    images[torch.arange(len(labels)), labels] += 180
+    return ImageData(images.byte(), labels, torch.arange(len(labels)), ("red", "green", "blue"), "blobs")
+
+
+def pixels(data: ImageData) -> Tensor:
+    assert isinstance(data.images, Tensor)
+    return data.images
+
+
+def save_encoder(folder: Path, seed: int = 0, **config: Any) -> Path:
+    torch.manual_seed(seed)
+    overlay = {"input_size": (3, 16, 16)} | config
+    model = timm.create_model("test_resnet", num_classes=5, pretrained_cfg_overlay=overlay)
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    return folder
+
+
+SMALL_RESNET = {"channels": [16, 16, 16]}
+SMALL_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+
+
+def export_encoder(
+    folder: Path, name: str = "resnet8_cifar", seed: int = 0, size: int = 16, num_classes: int = 0, **arguments: Any
+) -> Path:
+    """An encoder, or a classifier, with random weights for images in [0, 1], in a folder as `train.export` writes it."""
+    torch.manual_seed(seed)
+    cfg = {"input_size": (3, size, size), "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0}
+    model = timm.create_model(name, num_classes=num_classes, pretrained_cfg_overlay=cfg, **arguments)
+    images = load_data("digits", "train", size=size).sample(100).images
+    assert isinstance(images, Tensor)
+    with torch.no_grad():
+        for _ in range(30):  # batch norms learn statistics; without them the features would be of no size
+            model(images / 255)
+    kind = "classifier" if num_classes else "encoder"
+    return export_folder(model.eval(), folder, results={"kind": kind}, model_args=arguments)

@@ -1,0 +1,39 @@
+"""The demo at a tiny setting, as `make demo` runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import timm
+
+from advcl_hub.evaluation import Protocol, evaluate
+from tests.support import ROOT
+
+TINY = ("epochs=1", "optimizer.warmup_epochs=0", "judge.every=0", "attack.steps=1", "model_kwargs.channels=[16,16,16]")
+
+
+def demo(output: Path) -> str:
+    command = [sys.executable, "-m", "train.demo", *TINY, f"pseudo_labels.cache={output / 'labels'}", "--output", str(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, encoding="utf-8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_the_demo_from_digits_to_a_robustness_table(tmp_path: Path) -> None:
+    said = demo(tmp_path)
+    assert "359 test digits; robust: PGD-20, l_inf, eps 16/255" in said
+    assert "reloaded through timm, its outputs are equal" in said
+    for name in ("adversarial_examples.png", "advcl/views.png", "simclr/curves.png", "classifier/model.safetensors"):
+        assert (tmp_path / name).stat().st_size > 0, name
+    model = timm.create_model(f"local-dir:{tmp_path / 'classifier'}", pretrained=True)
+    assert model.num_classes == 10
+    figures = json.loads((tmp_path / "classifier" / "results.json").read_text(encoding="utf-8"))["figures"]["test"]
+    assert figures["images"] == 359 and 0 <= figures["robust"] <= figures["standard"] <= 1
+
+    again = demo(tmp_path)
+    assert again.count("is finished already") == 2
+    result = evaluate(tmp_path / "classifier", "digits", Protocol(eps=16 / 255, check_images=0))
+    assert (result.standard, result.robust) == (figures["standard"], figures["robust"])

@@ -1,0 +1,270 @@
+"""From a recipe to a network, an optimizer and a schedule; compiled or with statistics over all processes, the same network."""
+
+import copy
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from advcl_hub.pretraining.advcl import AdvCL, _constant_parameters
+from advcl_hub.training.layout import safe_channels_last
+from tests.support.speed import channels_last, needs_compiler
+from train.network import build_encoder, build_network, build_optimizer, build_schedule, compile_encoder
+from train.recipe import Recipe, load_recipe
+
+SHAPE = (3, 16, 16)
+
+
+def recipe(*overrides: str) -> Recipe:
+    small = ["model_kwargs.channels=[16,16,16]", "pseudo_labels.ks=[3]", "speed.mixed_precision=no"]
+    return load_recipe("digits_demo", [*small, *overrides])
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Graphs of other tests, and their number, must not matter; nor does pytest ask for the compiler's trace, which is slow."""
+    trace = logging.getLogger("torch.__trace")
+    level = trace.level
+    trace.setLevel(logging.WARNING)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(cache_size_limit=64):
+        yield
+    torch._dynamo.reset()
+    trace.setLevel(level)
+
+
+def test_synchronised_batch_norm_changes_layers_but_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = build_network(recipe(), SHAPE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    synchronised = build_network(recipe("speed.sync_batch_norm=true"), SHAPE)
+    norms = [m for m in synchronised.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    assert len(norms) == sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in usual.modules())
+    state = synchronised.state_dict()
+    assert [k for k, v in usual.state_dict().items() if not torch.equal(v, state[k])] == []
+
+
+def test_channels_last_where_it_corrupts_no_memory(caplog: pytest.LogCaptureFixture) -> None:
+    """RepVGG's stem has a strided 1x1 convolution of three channels: two threads and an odd batch, and the process is gone."""
+    wide = build_network(recipe("speed.channels_last=true"), SHAPE)
+    assert wide.memory_format is torch.channels_last and channels_last(wide) and not caplog.messages
+    narrow = recipe("speed.channels_last=true", "model_kwargs.channels=[8,8,16]")
+    network = build_network(narrow, SHAPE)
+    assert network.memory_format is torch.contiguous_format and not channels_last(network)
+    assert caplog.messages == [
+        "resnet8_cifar is trained contiguous: channels-last would corrupt memory on a CPU (oneDNN issue 6035)."
+    ]
+    assert safe_channels_last(network, torch.device("cuda"))
+    assert build_network(narrow, SHAPE, torch.device("meta")).memory_format is torch.channels_last
+
+
+@pytest.mark.parametrize(("name", "safe"), [("resnet18", True), ("mobilenetv3_small_050", True), ("repvgg_a0", False)])
+def test_timms_networks_that_are_not_safe_channels_last(name: str, safe: bool) -> None:
+    with torch.device("meta"):
+        assert safe_channels_last(timm.create_model(name), torch.device("cpu")) is safe
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@needs_compiler
+def test_a_compiled_step_equals_the_usual_one() -> None:
+    images = torch.randint(256, (16, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(16)[:, None] % 3
+    results = []
+    for compiled in (False, True):
+        network = build_network(recipe(), SHAPE)
+        if compiled:
+            compile_encoder(recipe(), network, SHAPE)
+        torch.manual_seed(0)
+        losses = network(images, labels)
+        losses.total.backward()
+        gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+        results.append((torch.stack([x.detach() for x in losses]), gradient, network.state_dict()))
+    (losses, gradient, state), (other_losses, other_gradient, other_state) = results
+    torch.testing.assert_close(other_losses, losses, rtol=1e-3, atol=0)
+    assert (other_gradient - gradient).norm() < 0.02 * gradient.norm()
+    for name, value in state.items():  # every branch saw its own views
+        torch.testing.assert_close(other_state[name], value, rtol=1e-2, atol=1e-3)
+
+
+class StridedGradients(TorchDispatchMode):
+    """Whether each strided convolution's gradient is taken channels-last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels_last: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default and args[4] == [2, 2]:
+            self.channels_last.append(any(x.is_contiguous(memory_format=torch.channels_last) for x in args[:2]))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@needs_compiler
+def test_the_compiler_does_not_choose_channels_last_where_it_corrupts_memory() -> None:
+    r = recipe("model_kwargs.channels=[8,8,16]", "speed.channels_last=false")
+    network = build_network(r, SHAPE)
+    compile_encoder(r, network, SHAPE)
+    network.eval()  # less to compile
+    images = torch.rand(3, *SHAPE)
+    network.features(images, network.branch.names[0]).sum().backward()  # compiles
+    features = network.features(images, network.branch.names[0]).sum()
+    with StridedGradients() as gradients:
+        features.backward()
+    assert gradients.channels_last == 4 * [False]  # a 3x3 and a 1x1 convolution in two blocks
+
+
+def counted(network: AdvCL) -> list[int]:
+    """Compiles the encoder; every graph that there is later adds to the list."""
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    network.encoder.compile(fullgraph=True, backend=backend)
+    return compiled
+
+
+def passes(network: AdvCL, shape: tuple[int, int, int]) -> None:
+    """Every way in which training runs the encoder: each branch and mode, with parameter gradients or as in the attack."""
+    for train, branch in itertools.product((True, False), network.branch.names):
+        network.train(train)
+        images = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
+        network.features(images, branch).sum().backward()
+        with _constant_parameters(network):
+            network.features(images.requires_grad_(), branch).sum().backward()
+        with torch.no_grad():
+            network.features(images.detach(), branch)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("model", "shape", "graphs"),
+    [
+        ("resnet8_cifar model_kwargs={channels: [16, 16, 16]}", SHAPE, 18),
+        ("convnext_atto model_kwargs={depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}", (3, 32, 32), 6),  # no batch norm, no branch
+        ("vit_tiny_patch16_224 model_kwargs={img_size: 16, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}", SHAPE, 6),
+    ],
+)
+def test_every_branch_and_mode_is_one_graph(model: str, shape: tuple[int, int, int], graphs: int) -> None:
+    """`fullgraph=True` raises at a graph break; each graph is compiled once, then used."""
+    name, _, arguments = model.partition(" ")
+    r = load_recipe("digits_demo", [f"model={name}", arguments, "pseudo_labels.ks=[3]"])
+    network = build_network(r, shape)
+    compiled = counted(network)
+    passes(network, shape)
+    assert len(compiled) == graphs
+    passes(network, shape)
+    assert len(compiled) == graphs
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("fresh_compiler", "process_group")
+def test_distributed_data_parallel_leaves_the_graphs_whole() -> None:
+    """Buckets of one kilobyte: torch would cut at almost every parameter."""
+    images, labels = torch.zeros(3, *SHAPE, dtype=torch.uint8), torch.zeros(3, 1, dtype=torch.int64)
+    graphs = []
+    for parallel in (False, True):
+        network = build_network(recipe(), SHAPE)
+        compile_encoder(recipe(), network, SHAPE)
+        compiled = counted(network)
+        model = DistributedDataParallel(network, bucket_cap_mb=0.001) if parallel else network
+        model(images, labels).total.backward()
+        graphs.append(len(compiled))
+    assert graphs[0] == graphs[1] > 0
+
+
+class Breaks(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.mean()) > 0 else -x
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_graph_break_is_found_before_training() -> None:
+    r = recipe("speed.compile=true")
+    network = build_network(r, SHAPE)
+    network.encoder.act1 = Breaks()
+    with pytest.raises(ValueError, match=r"^resnet8_cifar cannot be compiled as one graph: .+; set speed.compile=false\.$"):
+        compile_encoder(r, network, SHAPE)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_compiling_asks_for_one_graph_and_leaves_the_network_as_it_is(
+    synchronised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch compiles around SyncBatchNorm, graph by graph; the trial pass moves no statistics."""
+    network = build_network(recipe(), SHAPE)
+    before = copy.deepcopy(network.state_dict())
+    asked: list[dict[str, Any]] = []
+    compiles = nn.Module.compile
+
+    def spy(module: nn.Module, **options: Any) -> None:
+        asked.append(options)
+        compiles(module, **options)
+
+    monkeypatch.setattr(nn.Module, "compile", spy)
+    compile_encoder(recipe(f"speed.sync_batch_norm={str(synchronised).lower()}"), network, SHAPE)
+    assert asked[-1] == {"fullgraph": not synchronised, "options": None}
+    assert [k for k, v in network.state_dict().items() if not torch.equal(v, before[k])] == []
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_minimum() -> None:
+    settings = ["epochs=10", "optimizer.lr=0.4", "optimizer.warmup_epochs=2", "optimizer.warmup_lr=0.1"]
+    r = recipe(*settings, "optimizer.min_lr_ratio=0.01")
+    optimizer = build_optimizer(r, nn.Linear(2, 2))
+    schedule = build_schedule(r, optimizer, steps_per_epoch=50)
+    rates = []
+    for step in range(500):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(0.1) and rates[50] == pytest.approx(0.25)  # linear: half-way after one epoch
+    # The cosine runs over all steps; the warm-up covers its start.
+    cosine = [0.004 + 0.396 * (1 + math.cos(math.pi * step / 500)) / 2 for step in range(100, 500)]
+    assert rates[100:] == pytest.approx(cosine)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_the_optimizer_has_every_parameter(name: str, kind: type[torch.optim.Optimizer]) -> None:
+    network = build_network(recipe(), SHAPE)
+    optimizer = build_optimizer(recipe(f"optimizer.name={name}", "optimizer.weight_decay=0.05"), network)
+    assert type(optimizer) is kind
+    assert {p for g in optimizer.param_groups for p in g["params"]} == set(network.parameters())
+    assert all(g["weight_decay"] == 0.05 for g in optimizer.param_groups)
+
+
+def test_the_encoder_takes_images_as_they_are() -> None:
+    cfg = build_encoder(recipe(), SHAPE).pretrained_cfg
+    assert (cfg["mean"], cfg["std"], cfg["input_size"]) == ((0.0,) * 3, (1.0,) * 3, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=resnet18_cifr"], "Did you mean resnet18_cifar"),
+        (["model_kwargs={drop_pth: 1}"], "drop_pth"),
+        (["model=vit_tiny_patch16_224", "model_kwargs={img_size: 32}"], "does not take 3x16x16 images"),
+        (["model=resnet8_cifar", "model_kwargs={global_pool: ''}"], "set model_kwargs.global_pool"),
+    ],
+)
+def test_networks_that_cannot_be_built(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_encoder(load_recipe("digits_demo", overrides), SHAPE)
