@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from advcl_hub.pretraining.advcl import Attack, Objective
-from advcl_hub.pretraining.views import ViewConfig
+from advcl_hub.pretraining import Attack, Objective, ViewConfig
+from advcl_hub.pretraining.losses import PAPER_KS
 
 RECIPES = Path(__file__).with_name("recipes")
 
@@ -57,7 +57,7 @@ class PseudoLabelSource:
         cache: folder that keeps labels once computed.
     """
 
-    ks: tuple[int, ...] = (2, 10, 50, 100, 500)
+    ks: tuple[int, ...] = PAPER_KS
     path: str | None = None
     encoder: str | None = None
     cache: str = "runs/pseudo_labels"

@@ -1,4 +1,4 @@
-"""The AdvCL training step: views -> clean pass -> attack -> objective. Everything else in train/ serves this file."""
+"""The AdvCL training step: views -> clean pass -> attack -> objective (arXiv 2111.01124)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from advcl_hub.attacks import pgd, uniform_start
 from advcl_hub.models.branch_norm import add_branches
-from advcl_hub.pretraining.losses import contrastive_loss, pseudo_label_loss
+from advcl_hub.models.preprocessing import data_config
+from advcl_hub.pretraining.losses import PAPER_KS, contrastive_loss, pseudo_label_loss
 from advcl_hub.pretraining.views import ViewConfig, Views, make_views
 
 
@@ -97,23 +98,31 @@ class AdvCL(nn.Module):
     `forward` is the whole training step up to the loss. One forward and one backward pass of this module a step means one
     gradient all-reduce a step under DistributedDataParallel, however often the encoder runs inside.
 
+        network = AdvCL(timm.create_model("resnet18_cifar", num_classes=0))
+        losses = network(images, labels)  # uint8 (N, 3, 32, 32), int64 (N, 5)
+        losses.total.backward()
+
     Args:
-        encoder: a timm model without classifier (`num_classes=0`); its batch norms get branches in place.
-        objective, attack, views: what to do with the images.
+        encoder: a timm model without classifier (`num_classes=0`) for images in [0, 1]; its batch norms get branches in place.
+        objective, attack, views: what to do with the images; by default as the paper does.
         ks: numbers of clusters of the pseudo-labels, one linear head each; unused if `objective.pseudo_label_weight` is 0.
         memory_format: layout of the views (the caller moves the encoder).
+
+    Raises:
+        ValueError: the encoder wants normalised images, or the objective wants pseudo-labels and `ks` is empty.
     """
 
     def __init__(
         self,
         encoder: nn.Module,
-        objective: Objective,
-        attack: Attack,
-        views: ViewConfig,
-        ks: tuple[int, ...] = (),
+        objective: Objective = Objective(),
+        attack: Attack = Attack(),
+        views: ViewConfig = ViewConfig(),
+        ks: tuple[int, ...] = PAPER_KS,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         super().__init__()
+        _check(encoder, objective, ks)
         self.objective, self.attack, self.views = objective, attack, views
         self.memory_format = memory_format
         self.encoder = encoder
@@ -126,7 +135,20 @@ class AdvCL(nn.Module):
         self.heads = nn.ModuleDict({str(k): nn.Linear(dim, k) for k in heads})
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Losses:
-        """One step's losses on a batch of uint8 images (N, C, H, W) and pseudo-labels (N, len(ks))."""
+        """One step's losses.
+
+        Args:
+            images: uint8 (N, C, H, W), as `advcl_hub.data.batches` yields them.
+            labels: pseudo-labels, int64 (N, len(ks)); None if the objective has no use for them.
+
+        Raises:
+            ValueError: images or labels of another kind or shape.
+        """
+        if self.heads and labels is not None and labels.shape != (len(images), len(self.heads)):
+            raise ValueError(
+                f"labels are {tuple(labels.shape)}, expected ({len(images)}, {len(self.heads)}): a pseudo-label of every image "
+                f"for each of ks = {', '.join(self.heads)}."
+            )
         return self.losses(make_views(images, self.views), labels)
 
     def losses(self, views: Views, labels: Tensor | None = None) -> Losses:
@@ -215,6 +237,19 @@ class AdvCL(nn.Module):
         """Logits (N, K) of every pseudo-label head."""
         features = self.features(images, branch)
         return [head(features) for head in self.heads.values()]
+
+
+def _check(encoder: nn.Module, objective: Objective, ks: tuple[int, ...]) -> None:
+    config = data_config(encoder)
+    mean, std = config.get("mean", (0.0,)), config.get("std", (1.0,))
+    if any(mean) or any(value != 1 for value in std):
+        raise ValueError(
+            f"The encoder's pretrained_cfg asks for images normalised with mean {tuple(mean)} and std {tuple(std)}; AdvCL "
+            "trains on images in [0, 1]: timm.create_model(..., "
+            'pretrained_cfg_overlay={"mean": (0, 0, 0), "std": (1, 1, 1)}).'
+        )
+    if objective.pseudo_label_weight and not ks:
+        raise ValueError("ks is empty, but the objective has a pseudo-label term: give ks, or set pseudo_label_weight to 0.")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+PAPER_KS = (2, 10, 50, 100, 500)  # numbers of clusters of the pseudo-labels (AdvCL section 5)
 CHUNK = 2**22  # similarities made at once, 16 MiB in float32: more leave the cache of a CPU; a GPU takes 16 times as many
 
 

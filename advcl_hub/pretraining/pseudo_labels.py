@@ -1,6 +1,6 @@
 """Pseudo-labels for AdvCL: k-means clusters of an encoder's features, at several K (paper section 4).
 
-    python -m advcl_hub.pretraining.pseudo_labels --data cifar10 --root DIR --encoder resnet18.a1_in1k --output DIR
+    labels = make_pseudo_labels(load_data("cifar10", root=DIR), "resnet18.a1_in1k", cache_dir=DIR).labels
 
 The first split is clustered; images of the other splits get the nearest of its centres. Features are
 L2-normalised: distances between unit vectors are cosine distances, which contrastive and softmax training
@@ -27,15 +27,15 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from advcl_hub.data import ImageData, batches
+from advcl_hub.errors import need
 from advcl_hub.files import check_writable, file_sha256, replacing
 from advcl_hub.pretraining.encoder_features import Encoder, open_encoder
+from advcl_hub.pretraining.losses import PAPER_KS
 from advcl_hub.training.progress import progress_bar
 
-PAPER_KS = (2, 10, 50, 100, 500)
 METHOD = "1"  # part of the cache key: raise it with every change that gives other labels for the same input
 NUM_STARTS = 3  # k-means++ starts; the one with the least inertia is kept
 NUM_VERIFIED = 512  # images compared with the digests on load: enough for shifts, cheap for lazy images
@@ -143,7 +143,7 @@ def load_pseudo_labels(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"No pseudo-label file {path}; make one with python -m advcl_hub.pretraining.pseudo_labels.")
+        raise FileNotFoundError(f"No pseudo-label file {path}; make one with advcl_hub.pretraining.make_pseudo_labels.")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -186,7 +186,9 @@ def _cluster(
     workers: int,
 ) -> dict[str, Tensor]:
     """The tensors of a label file: k-means on the first split, nearest centres for the others."""
+    need("sklearn", "Clustering for pseudo-labels", "pretrain")
     from sklearn.cluster import KMeans  # here, but before its threads are limited: most of a second that cached labels need not
+    from threadpoolctl import threadpool_limits
 
     features, digests = {}, {}
     for split, data in splits.items():

@@ -222,7 +222,7 @@ def test_labels_made_of_a_subset_are_stored_at_the_positions_of_its_source(tmp_p
 
 def test_missing_and_corrupt_files(tmp_path: Path, label_file: tuple[Path, ImageData]) -> None:
     path, data = label_file
-    with pytest.raises(FileNotFoundError, match=r"train\.pseudo_labels"):
+    with pytest.raises(FileNotFoundError, match=r"make_pseudo_labels"):
         load_pseudo_labels(tmp_path / "absent.safetensors", data)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="no readable safetensors"):
