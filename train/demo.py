@@ -5,26 +5,25 @@ with PGD-20, and compares. Everything it prints can be made again from the recip
 """
 
 import argparse
-import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
-import timm
 import torch
 from torch import nn
 
-from advcl_hub.attacks import pgd
 from advcl_hub.cli.common import script
 from advcl_hub.data import ImageData, load_data
-from advcl_hub.evaluation import Protocol, Robustness, robustness
-from advcl_hub.evaluation.measure import loss_of
+from advcl_hub.evaluation import Protocol, Robustness, adversarial_images, robustness
 from advcl_hub.evaluation.pictures import save_adversarial_examples
-from advcl_hub.hub.export import export_folder, load_folder, verify_folder
+from advcl_hub.hub.export import load_folder, verify_folder
 from advcl_hub.models.pixel_space import PixelSpace
 from advcl_hub.training.stop import StopRequest
+from train.checkpoint import load_checkpoint
+from train.export import export_checkpoint
 from train.pretrain import pretrain
 from train.probe import linear_probe
-from train.recipe import Recipe, load_recipe
+from train.recipe import load_recipe
 
 RECIPES = {"SimCLR": "digits_demo_simclr", "AdvCL": "digits_demo"}
 log = logging.getLogger("advcl")
@@ -41,25 +40,24 @@ def run_demo(output: Path, overrides: list[str], stop: StopRequest) -> dict[str,
     log.info("\n== A linear head on each frozen encoder, then PGD-20 on the test images")
     recipe = recipes["AdvCL"]
     train, test = (load_data(recipe.data.source, s, root=recipe.data.root, size=recipe.data.size) for s in ("train", "test"))
-    eps = recipe.attack.eps
-    models: dict[str, nn.Module] = {}
-    results: dict[str, Robustness] = {}
-    for method in recipes:
-        models[method] = linear_probe(load_folder(output / method.lower() / "export"), train, "cpu")
-        results[method] = robustness(models[method], test, eps=eps, step_size=eps / 4, steps=20)
+    attack = Protocol(eps=recipe.attack.eps)
+    models = {method: linear_probe(load_folder(output / method.lower() / "export"), train, "cpu") for method in recipes}
+    results = {
+        method: robustness(model, test, eps=attack.radius, step_size=attack.step, steps=attack.steps)
+        for method, model in models.items()
+    }
     log.info("\n%s", table(results))
 
-    shown = test.subset(torch.arange(10))
-    assert isinstance(shown.images, torch.Tensor)
-    picture = save_adversarial_examples(
-        output / "adversarial_examples.png",
-        {method: _attacked(model, shown, eps) for method, model in models.items()},
-        shown.images / 255,
-        shown.labels,
-        shown.classes,
-        Protocol(eps=eps),
+    picture = draw(output / "adversarial_examples.png", models, test.subset(torch.arange(10)), attack)
+    folder = export_checkpoint(
+        load_checkpoint(output / "advcl"),
+        output / "classifier",
+        classifier=models["AdvCL"],
+        classes=test.classes,
+        figures={"test": vars(results["AdvCL"])},
     )
-    folder = export_classifier(output / "classifier", models["AdvCL"], results["AdvCL"], recipe, test)
+    verify_folder(folder)
+    log.info("Exported the AdvCL classifier; reloaded through timm, its outputs are equal.")
     log.info(
         "\nPictures:  %s\n           %s/{advcl,simclr}/{views,curves}.png\n"
         "Use it:    import advcl_hub, timm\n"
@@ -71,11 +69,11 @@ def run_demo(output: Path, overrides: list[str], stop: StopRequest) -> dict[str,
     return results
 
 
-def _attacked(model: nn.Module, data: ImageData, eps: float) -> tuple[nn.Module, torch.Tensor]:
+def draw(path: Path, models: Mapping[str, nn.Module], data: ImageData, attack: Protocol) -> Path:
+    """Draws some images as each model was attacked on them when it was measured."""
+    attacked = {name: (PixelSpace(model).eval(), adversarial_images(model, data, attack)) for name, model in models.items()}
     assert isinstance(data.images, torch.Tensor)
-    classifier = PixelSpace(model).eval()
-    loss = loss_of(classifier, data.labels, "ce")
-    return classifier, pgd(loss, data.images / 255, eps=eps, step_size=eps / 4, steps=20)
+    return save_adversarial_examples(path, attacked, data.images / 255, data.labels, data.classes, attack)
 
 
 def table(results: dict[str, Robustness]) -> str:
@@ -87,27 +85,6 @@ def table(results: dict[str, Robustness]) -> str:
         f"\n({any_result.images} test digits; robust: PGD-{any_result.steps}, l_inf, eps {any_result.eps * 255:g}/255, "
         f"step {any_result.step_size * 255:g}/255, seed {any_result.seed})"
     )
-
-
-def export_classifier(folder: Path, model: nn.Module, result: Robustness, recipe: Recipe, test: ImageData) -> Path:
-    """Exports the classifier and reloads it through timm: the outputs must be equal."""
-    encoder = json.loads((folder.parent / "advcl" / "export" / "results.json").read_text(encoding="utf-8"))
-    results = {
-        **encoder,
-        "kind": "classifier",
-        "protocol": "linear head, fixed features",
-        "figures": {"test": vars(result)},
-    }
-    export_folder(model, folder, results=results, model_args=recipe.model_kwargs, label_names=test.classes)
-    verify_folder(folder)
-    reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    assert isinstance(test.images, torch.Tensor)
-    images = test.images[:50] / 255
-    with torch.no_grad():
-        if not torch.equal(reloaded(images), model(images)):
-            raise ValueError(f"The classifier in {folder} computes something else after reloading.")
-    log.info("Exported the AdvCL classifier; reloaded through timm, its outputs are equal.")
-    return folder
 
 
 def main() -> None:

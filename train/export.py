@@ -5,10 +5,12 @@ python -m train.export runs/resnet18 --linear-head --output exports/resnet18_lin
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from advcl_hub.cli.common import script
 from advcl_hub.hub.export import export_folder, verify_folder
@@ -18,6 +20,12 @@ from train.network import plain_encoder
 from train.probe import linear_probe
 
 
+def exported_encoder(checkpoint: Checkpoint, branch: str | None = None, ema: bool | None = None) -> nn.Module:
+    """One branch of a checkpoint's encoder as the stock timm model; arguments and errors as of `Checkpoint.encoder_state`."""
+    shape = tuple(checkpoint.provenance["data"]["shape"])
+    return plain_encoder(checkpoint.recipe, shape, checkpoint.encoder_state(branch, ema))
+
+
 def export_checkpoint(
     checkpoint: Checkpoint,
     folder: Path,
@@ -25,33 +33,30 @@ def export_checkpoint(
     branch: str | None = None,
     ema: bool | None = None,
     dtype: str = "float32",
-    linear_head: bool = False,
+    classifier: nn.Module | None = None,
+    classes: Sequence[str] = (),
     figures: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes one branch of a checkpoint's encoder as a timm folder.
+    """Writes one branch of a checkpoint's encoder, or a classifier made from it, as a timm folder.
 
     Args:
         checkpoint: a training state.
         folder: where to.
         branch, ema: see `Checkpoint.encoder_state`.
         dtype: see `advcl_hub.hub.export.export_folder`.
-        linear_head: add a linear classifier, fitted to the frozen features of the run's training images (`train.probe`).
+        classifier: a linear probe of `exported_encoder` (see `train.probe`), to write in its place.
+        classes: its class names.
         figures: measured results to record.
 
     Raises:
         ValueError: no such branch, no averaged weights, or the folder is something else.
-        OSError: a head was asked for, and the data are not where the recipe says.
+        OSError: the folder cannot be written.
     """
     recipe = checkpoint.recipe
-    state = checkpoint.encoder_state(branch, ema)
-    shape = tuple(checkpoint.provenance["data"]["shape"])
-    model, classes = plain_encoder(recipe, shape, state), tuple[str, ...]()
-    if linear_head:
-        data, _ = load_training_data(recipe)
-        model, classes = linear_probe(model, data, "cuda" if torch.cuda.is_available() else "cpu").cpu(), data.classes
+    model = exported_encoder(checkpoint, branch, ema) if classifier is None else classifier
     results = {
-        "kind": "classifier" if linear_head else "encoder",
-        "protocol": "linear head (L-BFGS) on frozen features without augmentation" if linear_head else None,
+        "kind": "encoder" if classifier is None else "classifier",
+        "protocol": None if classifier is None else "linear head (L-BFGS) on frozen features without augmentation",
         "recipe": recipe.to_dict(),
         "step": checkpoint.step,
         "finished": checkpoint.finished,
@@ -107,14 +112,13 @@ def main() -> None:
     output = args.output or args.run / ("classifier" if args.linear_head else "export")
     with script():
         checkpoint = load_checkpoint(args.run)
-        export_checkpoint(
-            checkpoint,
-            output,
-            branch=args.branch,
-            ema=args.ema,
-            dtype=args.dtype,
-            linear_head=args.linear_head,
-        )
+        chosen = {"branch": args.branch, "ema": args.ema}
+        classifier, classes = None, tuple[str, ...]()
+        if args.linear_head:
+            encoder, (data, _) = exported_encoder(checkpoint, **chosen), load_training_data(checkpoint.recipe)
+            classifier = linear_probe(encoder, data, "cuda" if torch.cuda.is_available() else "cpu").cpu()
+            classes = data.classes
+        export_checkpoint(checkpoint, output, **chosen, dtype=args.dtype, classifier=classifier, classes=classes)
         if not checkpoint.finished:
             print(f"Note: the run is not finished (step {checkpoint.step}).")
         verify_folder(output)

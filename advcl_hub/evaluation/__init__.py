@@ -1,8 +1,8 @@
 """Accuracy on clean, adversarial and corrupted images, with everything needed to repeat it and signs that speak against it."""
 
 from advcl_hub.evaluation.protocol import Protocol
-from advcl_hub.evaluation.quick import Robustness, robustness
+from advcl_hub.evaluation.quick import Robustness, adversarial_images, robustness
 from advcl_hub.evaluation.results import Evaluation
 from advcl_hub.evaluation.runner import evaluate
 
-__all__ = ["Evaluation", "Protocol", "Robustness", "evaluate", "robustness"]
+__all__ = ["Evaluation", "Protocol", "Robustness", "adversarial_images", "evaluate", "robustness"]

@@ -1,9 +1,11 @@
-"""Clean and PGD accuracy for use while training: the figures of `evaluate` without checks, record and files."""
+"""Clean and PGD accuracy for use while training: the figures of `evaluate` without checks, record and files; and the images."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from advcl_hub.data import ImageData
 from advcl_hub.evaluation.acceleration import TRIAL, accelerated
@@ -62,15 +64,52 @@ def robustness(
     Raises:
         ValueError: no images.
     """
-    if not len(data):
-        raise ValueError("No images to evaluate on.")
     protocol = Protocol(eps=eps, step_size=step_size, steps=steps, batch_size=batch_size, seed=seed)
-    original, device = PixelSpace(model, fit=fit), torch.device(device)
-    check_computes(original.model)
-    with borrowed(original, device):
-        classifier = accelerated(original, first_images(data, min(TRIAL, batch_size), device) / 255, protocol)
-        measurement = Measurement(classifier, data, protocol, Journal(None, {}, ALONE), device, progress=False)
+    with _measurement(model, data, protocol, device, fit) as measurement:
         right = [p for p, correct in enumerate(measurement.clean()["correct"]) if correct]
         survive = sum(r < 0 for r in measurement.pgd("pgd", right, protocol).get("restart", []))
     n = len(data)
     return Robustness(len(right) / n, survive / n, n, eps, step_size, steps, seed)
+
+
+@as_usual()
+def adversarial_images(
+    model: nn.Module, data: ImageData, protocol: Protocol, *, device: torch.device | str = "cpu", fit: bool = False
+) -> Tensor:
+    """The images that PGD makes of the data when `robustness` or `evaluate` measures.
+
+    The random starts belong to the seed and the image (`ImageData.indices`): a picture of some images shows what was measured
+    on all of them. Attacked in other batches, an image differs by the rounding of float32.
+
+    Args:
+        model, data, device, fit: see `robustness`.
+        protocol: how to attack; of several restarts the first is made.
+
+    Returns:
+        Images float (N, C, H, W) in [0, 1], on the CPU.
+
+    Raises:
+        ValueError: no images.
+    """
+    found = []
+    with _measurement(model, data, protocol, device, fit) as measurement:
+        for start in range(0, len(data), protocol.batch_size):
+            positions = list(range(start, min(start + protocol.batch_size, len(data))))
+            images, labels = measurement.load(positions)
+            indices = [measurement.indices[p] for p in positions]
+            found.append(measurement.adversarial(images, labels, indices, protocol, restart=0).cpu())
+    return torch.cat(found)
+
+
+@contextmanager
+def _measurement(
+    model: nn.Module, data: ImageData, protocol: Protocol, device: torch.device | str, fit: bool
+) -> Iterator[Measurement]:
+    """The model borrowed for measurements that leave no files."""
+    if not len(data):
+        raise ValueError("No images to evaluate on.")
+    original, device = PixelSpace(model, fit=fit), torch.device(device)
+    check_computes(original.model)
+    with borrowed(original, device):
+        classifier = accelerated(original, first_images(data, min(TRIAL, protocol.batch_size), device) / 255, protocol)
+        yield Measurement(classifier, data, protocol, Journal(None, {}, ALONE), device, progress=False)

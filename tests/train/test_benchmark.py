@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_published_step_has_the_losses_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ways of writing it; that ours are the published numbers is shown in test_golden.py."""
+    """Two ways of writing it; that ours are the published numbers is shown in tests/pretraining/test_advcl_golden.py."""
     torch.manual_seed(0)
     network = AdvCL(timm.create_model("resnet8_cifar", num_classes=0), Objective(), Attack(), ViewConfig(), (2, 5)).double()
     views = Views(*torch.rand(4, 6, 3, 32, 32, dtype=torch.float64))
@@ -133,7 +133,7 @@ def test_the_gradient_is_reduced_once_and_projections_are_gathered() -> None:
 
 
 def test_evaluation_is_measured_beside_the_bare_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That every image ends alike is shown in test_acceleration.py and test_autoattack.py, where some survive."""
+    """That every image ends alike is shown in tests/evaluation, test_acceleration.py and test_autoattack.py, where some survive."""
     build = pyautoattack.AutoAttack
     monkeypatch.setattr(pyautoattack, "AutoAttack", lambda *args, **options: shortened(build(*args, **options)))
     folder = str(export_encoder(tmp_path / "classifier", num_classes=10, **SMALL_RESNET))

@@ -57,7 +57,7 @@ def test_a_trial_measures_the_step_that_pretraining_takes(tmp_path: Path, caplog
 
 
 def test_operations_grow_with_the_batch_and_the_attack(tmp_path: Path) -> None:
-    """19 forward-equivalents an image with one attack step, 35 with five; see tests/test_benchmark.py."""
+    """19 forward-equivalents an image with one attack step, 35 with five; see test_benchmark.py."""
     counts = {}
     for batch, steps in ((8, 1), (16, 1), (8, 5)):
         overrides = [*TINY[1:], f"pseudo_labels.cache={tmp_path}", f"batch_size={batch}", f"attack.steps={steps}"]
