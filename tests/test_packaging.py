@@ -1,7 +1,6 @@
-"""What a newcomer meets first: the floors of the code, the metadata, and `make` on a fresh machine."""
+"""What a newcomer meets first: the metadata, the wheel, and `make` on a fresh machine."""
 
 import ast
-import graphlib
 import importlib.metadata
 import os
 import shutil
@@ -12,7 +11,6 @@ import sys
 import time
 import tomllib
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,85 +19,6 @@ from packaging.requirements import Requirement
 from tests.support import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-# ---------------------------------------------------------------------------------------------------- floors
-
-# Imports run down the floors, or along one without a circle, and never back up.
-FLOORS = {
-    4: ("train", "cli"),
-    3: ("finetuning", "converters", "hub", "cards"),
-    2: ("evaluation", "export", "parts", "registry"),
-    1: (
-        *("attacks", "augmentation", "corruptions", "data", "decoding", "download", "errors", "extras", "files"),
-        *("models", "modes", "parquet", "progress", "sources", "tensors", "training"),
-    ),
-}
-FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-
-
-def rooms() -> Iterator[tuple[str, str, str]]:
-    """Yields (room, package, source) of every module but the front door, advcl_hub/__init__.py."""
-    for path in sorted([*ROOT.glob("advcl_hub/**/*.py"), *ROOT.glob("train/**/*.py")]):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        if parts != ("advcl_hub", "__init__"):
-            room = "train" if parts[0] == "train" else parts[1]
-            yield room, ".".join(parts[:-1]), path.read_text(encoding="utf-8")
-
-
-def imported_rooms(source: str, package: str) -> set[str]:
-    """Returns the rooms that a module of `package` imports, anywhere in its code."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*parents, *filter(None, [node.module])])
-            names.update(f"{base}.{alias.name}" for alias in node.names)
-    parts = [name.split(".") for name in names]
-    inside = {part[1] for part in parts if part[0] == "advcl_hub" and len(part) > 1 and part[1] != "__version__"}
-    return inside | {"train" for part in parts if part[0] == "train"}
-
-
-@pytest.mark.parametrize(
-    ("statement", "expected"),
-    [
-        ("import advcl_hub.data", {"data"}),
-        ("from advcl_hub.models.branch_norm import add_branches", {"models"}),
-        ("from advcl_hub import hub, __version__", {"hub"}),
-        ("def late():\n    from advcl_hub.pretraining.advcl import step", {"train"}),
-        ("from . import resnet_cifar", {"models"}),
-        ("from ..cards import render", {"cards"}),
-        ("import timm.data, trainer, advcl_hub", set()),
-    ],
-)
-def test_imported_rooms_reads_every_form_of_import(statement: str, expected: set[str]) -> None:
-    assert imported_rooms(statement, package="advcl_hub.models") == expected
-
-
-def test_every_room_has_a_floor() -> None:
-    homeless = {room for room, _, _ in rooms()} - set(FLOOR_OF)
-    assert not homeless, f"give {sorted(homeless)} a floor in FLOORS"
-
-
-def test_imports_never_run_up_the_floors() -> None:
-    upwards = {
-        f"{room} imports {target}"
-        for room, package, source in rooms()
-        for target in imported_rooms(source, package)
-        if FLOOR_OF.get(target, 0) > FLOOR_OF.get(room, 0) or (target == "train" and room != "train")
-    }
-    assert not upwards
-
-
-def test_imports_have_no_circles() -> None:
-    graph: dict[str, set[str]] = {}
-    for room, package, source in rooms():
-        graph.setdefault(room, set()).update(imported_rooms(source, package) - {room})
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError and names the circle
-
 
 # ------------------------------------------------------------------------------------------------- metadata
 
@@ -119,22 +38,135 @@ def test_dependency_ranges(name: str, accepted: list[str], refused: list[str]) -
 
 
 def test_installed_packages_are_in_the_declared_ranges() -> None:
-    declared = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["train"]
+    extras = [r for extra, packages in PROJECT["optional-dependencies"].items() if extra != "dev" for r in packages]
+    declared = PROJECT["dependencies"] + extras
     versions = {r: importlib.metadata.version(r.name) for r in map(Requirement, declared)}
     assert not {str(r): v for r, v in versions.items() if not r.specifier.contains(v, prereleases=True)}
 
 
-def test_wheel_holds_the_library_and_nothing_else(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("hatchling", reason="builds the wheel with hatchling: pip install -e '.[dev]'")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.iterdir()
+    (path,) = folder.iterdir()
+    return path
+
+
+def test_wheel_holds_the_library_and_nothing_else(wheel: Path) -> None:
     assert wheel.name == f"advcl_hub-{PROJECT['version']}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
     library = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("advcl_hub/**/*") if p.is_file()}
     info = f"advcl_hub-{PROJECT['version']}.dist-info"
     assert {n for n in names if not n.startswith(info)} == {n for n in library if "__pycache__" not in n}
     assert f"{info}/licenses/LICENSE" in names
+
+
+# What somebody meets who typed `pip install advcl-hub` without extras: each line is a call, and how it ends.
+INSTALLED = """
+import importlib.util, os, pathlib, pkgutil, sys, warnings
+import click.testing, timm, torch
+import advcl_hub
+from advcl_hub.cli import main
+from advcl_hub.data import load_data
+from advcl_hub.evaluation import adversarial_images, robustness
+from advcl_hub.hub.cards import add_to_results, card, write_card
+from advcl_hub.pretraining import AdvCL, make_pseudo_labels
+from advcl_hub.records import load_record, report
+
+assert pathlib.Path(advcl_hub.__file__).parents[1] == pathlib.Path(sys.argv[1])
+assert importlib.util.find_spec("train") is None and importlib.util.find_spec("model_cards") is None
+for module in pkgutil.walk_packages(advcl_hub.__path__, "advcl_hub."):
+    if module.name.endswith("__main__"):  # runs the command
+        continue
+    try:
+        for name in getattr(importlib.import_module(module.name), "__all__", ()):
+            assert hasattr(sys.modules[module.name], name) or name == "advcl_resnet8_cifar10_linf", (module.name, name)
+    except ModuleNotFoundError as error:
+        print("module", module.name, "needs", error.name)
+for name in main.commands:
+    shown = click.testing.CliRunner().invoke(main, [name, "--help"])
+    assert shown.exit_code == 0 and "Usage" in shown.output, (name, shown.output)
+
+classifier, encoder = "resnet8_cifar.advcl_c10_slf", "resnet8_cifar.advcl_c10"
+images, labels = load_data("fake:40"), torch.zeros(40, 1, dtype=torch.int64)
+pathlib.Path("train.parquet").touch()
+quick = advcl_hub.Protocol(steps=1, check_images=0)
+pulled = "pulled"
+
+
+def ends(call):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call()
+        return "works"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+CALLS = {
+    "create_model": lambda: timm.create_model(classifier, pretrained=True),
+    "releases": lambda: advcl_hub.releases()[encoder],
+    "verify": lambda: advcl_hub.verify(classifier),
+    "pull": lambda: advcl_hub.pull(classifier, pulled),
+    "register": lambda: advcl_hub.register("resnet8_cifar.own", pulled),
+    "evaluate": lambda: advcl_hub.evaluate(classifier, images, quick, output="e", progress=False),
+    "report": lambda: report([load_record("e")]),
+    "add_to_results": lambda: add_to_results(pulled, ["e"], ["A note."], "mit"),
+    "write_card": lambda: write_card(pulled),
+    "push": lambda: advcl_hub.push(pulled, "org/name", dry_run=True),
+    "robustness": lambda: robustness(timm.create_model(classifier, pretrained=True), images, steps=1),
+    "adversarial_images": lambda: adversarial_images(timm.create_model(classifier, pretrained=True), images, quick),
+    "AdvCL": lambda: AdvCL(timm.create_model("resnet8_cifar", num_classes=0), ks=(2,))(images.images[:8], labels[:8]),
+    "digits": lambda: load_data("digits"),
+    "parquet": lambda: load_data("parquet:."),
+    "pseudo-labels": lambda: make_pseudo_labels(images, "pixels", ks=(2,)),
+    "autoattack": lambda: advcl_hub.evaluate(classifier, images, advcl_hub.Protocol(autoattack="standard")),
+    "finetune": lambda: advcl_hub.finetune(encoder, images, output="run"),
+    "transfer": lambda: advcl_hub.transfer([encoder], ["fake:40"]),
+    "convert": lambda: advcl_hub.convert("train.parquet", "converted"),
+}
+for name, call in CALLS.items():
+    print(name, ends(call))
+"""
+# The packages of the extras, by the names under which they are imported.
+OF_EXTRAS = {"scikit-learn": "sklearn"} | {
+    name: name for name in ("accelerate", "matplotlib", "pyarrow", "pyautoattack", "tensorboard", "threadpoolctl")
+}
+
+
+def test_installed_without_extras_everything_works_or_names_its_extra(wheel: Path, tmp_path: Path) -> None:
+    """The wheel without the checkout, and without the packages of the extras."""
+    extras = {e: {Requirement(r).name for r in rs} for e, rs in PROJECT["optional-dependencies"].items() if e != "dev"}
+    assert set().union(*extras.values()) == set(OF_EXTRAS)
+    site, here = tmp_path / "site", tmp_path / "here"
+    zipfile.ZipFile(wheel).extractall(site)
+    here.mkdir()
+    hidden = f"sys.modules.update(dict.fromkeys({sorted(OF_EXTRAS.values())}))"  # None: as if it were not installed
+    path = f"sys.path[:] = [sys.argv[1], *(p for p in sys.path if p != {str(ROOT)!r})]"
+    (here / "program.py").write_text(f"import sys\n{hidden}\n{path}\n{INSTALLED}", encoding="utf-8")
+    command = [sys.executable, "program.py", str(site)]
+    done = subprocess.run(command, cwd=here, env=environment(OMP_NUM_THREADS="1"), capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    lacking = {line.split()[1]: line.split()[3].partition(".")[0] for line in lines if line.startswith("module ")}
+    # What imports a package of an extra at once is only imported where that is known to be there.
+    assert lacking == {
+        "advcl_hub.evaluation.pictures": "matplotlib",
+        "advcl_hub.finetuning.trainer": "accelerate",
+        "advcl_hub.training.ambient": "accelerate",
+        "advcl_hub.training.loop": "accelerate",
+        "advcl_hub.training.pictures": "matplotlib",
+        "advcl_hub.training.runlog": "accelerate",
+    }
+    ends = dict(line.split(" ", 1) for line in lines if not line.startswith("module "))
+    named = {"digits": "data", "parquet": "data", "pseudo-labels": "pretrain", "autoattack": "eval", "finetune": "finetune"}
+    for name, extra in (named | {"transfer": "finetune"}).items():
+        assert ends.pop(name).endswith(f'pip install "advcl-hub[{extra}]"'), done.stdout
+    assert "train.parquet" in ends.pop("convert")
+    assert set(ends.values()) == {"works"}, done.stdout
 
 
 # --------------------------------------------------------------------------------- make on a fresh machine

@@ -77,8 +77,8 @@ def finetune(model: str, root: Path | None, overrides: dict[str, Any], **options
 
     random: before MODEL draws new weights. Protocols: slf and alf train a linear head on the frozen encoder, on clean and on
     adversarial images; aff trains all weights adversarially (TRADES), sff on clean images. `advcl-hub presets` lists them.
-    Stop it whenever you like: the same command goes on. Several processes: accelerate launch train/finetune.py ..., or
-    torchrun --nproc_per_node 2 -m advcl_hub.cli finetune ...
+    Stop it whenever you like: the same command goes on. Several processes: accelerate launch -m advcl_hub.cli finetune
+    ..., or torchrun --nproc_per_node 2 -m advcl_hub.cli finetune ...
 
     \b
     Examples:

@@ -65,7 +65,7 @@ def check_fits(model: nn.Module, data: ImageData) -> None:
     if classes == 0:
         raise ValueError(
             "The model is an encoder without a classifier (num_classes is 0). Train a head first: advcl-hub finetune MODEL "
-            "--data DATA writes a classifier; for a run of train/: python -m train.export RUN --linear-head --output FOLDER."
+            "--data DATA writes a classifier."
         )
     if classes not in (None, len(data.classes)) and not names_all_classes(model, data):
         raise ValueError(

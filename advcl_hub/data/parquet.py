@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from advcl_hub.errors import need
 from advcl_hub.files import refuse_pointer
 
 _LAYOUT = "[data/]SPLIT-*.parquet"
@@ -201,12 +202,11 @@ class _Shard:
 
 
 def _read_file(file: _File) -> _Shard:
-    try:
-        import pyarrow as pa  # here: no other source needs it
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError("Parquet files need pyarrow: pip install pyarrow") from error
+    need("pyarrow", "A source of Parquet files", "data")
+    import pyarrow as pa  # here: no other source needs it
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     refuse_pointer(file.path)
     try:
         schema = pq.read_schema(file.path)

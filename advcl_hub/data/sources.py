@@ -23,6 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from advcl_hub.data.decoding import Item
 from advcl_hub.data.parquet import has_parquet, read_parquet
+from advcl_hub.errors import need
 
 FORMS = ("digits", "cifar10", "cifar100", "stl10", "fashion-mnist", "folder:PATH", "parquet:PATH", "fake:N")
 FOLDER_SPLITS = ("train", "val", "test")
@@ -132,10 +133,9 @@ def _read_digits(split: str) -> Source:
 
     The set has no test split: 20 % of every class, drawn once with seed 0, is ours (1,438 + 359 images).
     """
-    try:
-        from sklearn.datasets import load_digits  # here: half a second that no other source needs
-    except ImportError as error:
-        raise ImportError("digits needs scikit-learn: pip install scikit-learn") from error
+    need("sklearn", "The source digits", "data")
+    from sklearn.datasets import load_digits  # here: half a second that no other source needs
+
     _check_split(split, ("train", "test"), "digits")
     digits = load_digits()
     rows = balanced_holdout(digits.target, fraction=0.2, seed=0) == (split == "test")

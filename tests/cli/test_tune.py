@@ -36,11 +36,10 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
-    """One process of the script, or several of the command under torchrun."""
-    launcher = [str(ROOT / "train" / "finetune.py")]
+    """One process of the command, or several under torchrun."""
+    launcher = ["-m", "advcl_hub.cli", "finetune"]
     if processes > 1:
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        launcher = ["-m", *torchrun, "-m", "advcl_hub.cli", "finetune"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *launcher, *map(str, arguments)],

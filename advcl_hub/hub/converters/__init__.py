@@ -3,7 +3,7 @@
 convert("epoch_1000.ckpt", "exports/advcl")     # a checkpoint file becomes a folder that timm opens
 """
 
-from .layouts import LAYOUTS
-from .runner import Conversion, convert
+from advcl_hub.hub.converters.layouts import LAYOUTS
+from advcl_hub.hub.converters.runner import Conversion, convert
 
 __all__ = ["LAYOUTS", "Conversion", "convert"]

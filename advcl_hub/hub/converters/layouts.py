@@ -87,7 +87,7 @@ def detect_layout(keys: Collection[str]) -> Layout:
             "first convolution by 2 pixels, so that its feature maps are larger than those of resnet18_cifar"
         )
     if any(".bn_branches." in key for key in keys):
-        raise ValueError("was written by this project's own training: python -m train.export makes a folder of a run")
+        raise ValueError("is the checkpoint of a run of advcl-hub: take the folder export in the folder of that run")
     if branches:
         return _ADVCL if advcl or 2 in branches else _ACL
     if "shortcut.0" in shortcuts:
