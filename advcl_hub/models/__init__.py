@@ -1,7 +1,7 @@
 """Image encoders for small images. Importing this package registers them with timm."""
 
-from .preact_resnet_cifar import PreActResNetCifar, preact_resnet18_cifar, wrn28_10_cifar, wrn34_10_cifar
-from .resnet_cifar import (
+from advcl_hub.models.preact_resnet_cifar import PreActResNetCifar, preact_resnet18_cifar, wrn28_10_cifar, wrn34_10_cifar
+from advcl_hub.models.resnet_cifar import (
     ResNetCifar,
     resnet8_cifar,
     resnet18_cifar,

@@ -1,4 +1,4 @@
-"""The Hub's errors in one sentence each; the commonest are met for real in test_hub.py."""
+"""The Hub's errors in one sentence each; the commonest are met for real in test_push_pull.py."""
 
 import errno
 import os

@@ -52,7 +52,7 @@ def add_to_results(
     """Adds evaluations and notes to an export's results.json, for its card, and takes the picture of the last evaluation.
 
     Args:
-        folder: that `advcl_hub.hub.export` wrote.
+        folder: that `export_folder` wrote.
         evaluations: folders that `advcl-hub evaluate` wrote, of these very weights, or of a classifier that was finetuned from
             them. An earlier one of the same model, data and attacks is replaced.
         notes: sentences for the card's section on limits; those that stand there already are not repeated.

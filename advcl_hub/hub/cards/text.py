@@ -39,7 +39,7 @@ def card(folder: str | Path, name: str | None = None, load: str | None = None) -
     """The model card of an exported folder, with the metadata that the Hub reads.
 
     Args:
-        folder: that `advcl_hub.hub.export` wrote.
+        folder: that `export_folder` wrote.
         name: title, by default the folder's name.
         load: what `timm.create_model` opens, by default the folder.
 
