@@ -34,6 +34,7 @@ from advcl_hub.hub.export import verify_folder
 from advcl_hub.models.branch_norm import branch_state_dict
 from advcl_hub.pretraining.advcl import Losses
 from advcl_hub.pretraining.views import make_views
+from advcl_hub.private import config_writer
 from advcl_hub.records import backends
 from advcl_hub.training.loop import Loop, open_accelerator
 from advcl_hub.training.runlog import Panel
@@ -79,6 +80,7 @@ class Trainer(Loop):
     def __init__(self, recipe: Recipe, output: Path) -> None:
         accelerator = open_accelerator(mixed_precision=recipe.speed.mixed_precision, broadcast_buffers=False)
         check_writable(output)
+        config_writer()  # without it the export at the end would fail
         with self.locked(output, accelerator):
             self.build(recipe, output, accelerator)
 

@@ -14,6 +14,7 @@ from advcl_hub.finetuning.encoder import Encoder, open_encoder, set_head
 from advcl_hub.finetuning.presets import Settings, choose_settings, fit_batch, without_effect
 from advcl_hub.hub.export import check_replaceable
 from advcl_hub.modes import as_usual
+from advcl_hub.private import config_writer
 from advcl_hub.records import RESULTS, hardware, versions
 from advcl_hub.training.state import FILE, differences
 from advcl_hub.training.stop import StopRequest
@@ -128,6 +129,7 @@ def finetune(
     )
     check_writable(folder)
     check_replaceable(folder / CLASSIFIER)
+    config_writer()  # without it the export at the end would fail
     accelerator = open_accelerator(cpu=cpu)
     with accelerator.main_process_first():  # one process downloads, the others find the files
         encoder = open_encoder(model, size=size, seed=seed)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -91,8 +91,9 @@ def _download(repository: str, file: str, revision: str | None, cache_dir: str |
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{what}: it has no {file}.") from error
     except OSError as error:
-        # Without a network, the cache may still know that there is no such file.
-        if try_to_load_from_cache(repository, file, cache_dir=cache_dir, revision=revision) is _CACHED_NO_EXIST:
+        # Without a network, the cache may still know that there is no such file: then it has neither a path for it nor None.
+        known = try_to_load_from_cache(repository, file, cache_dir=cache_dir, revision=revision)
+        if known is not None and not isinstance(known, str):
             raise FileNotFoundError(f"{what}: it has no {file}.") from error
         raise
 

@@ -14,12 +14,12 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from advcl_hub.errors import reason_of
 from advcl_hub.files import file_sha256, make_readable, refuse_pointer, without_local_paths, write_errors
 from advcl_hub.modes import as_usual
+from advcl_hub.private import config_writer
 from advcl_hub.training.tensors import separate
 
 WEIGHTS = "model.safetensors"
@@ -61,18 +61,20 @@ def export_folder(
         ValueError: no timm model, an unknown dtype, weights that are not finite in it, or a folder that holds anything but an
             earlier export.
         OSError: the folder cannot be written (a full disk); nothing is left behind.
+        ImportError: this version of timm is not as we know it; see `advcl_hub.private.config_writer`.
     """
     folder = Path(folder)
     if not hasattr(model, "pretrained_cfg"):
         raise ValueError(f"{type(model).__name__} is no timm model (no pretrained_cfg): of a wrapper, export the model in it.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    save_config = config_writer()  # before anything is written
     with replacing_folder(folder) as draft:
         state = {k: _stored(v, DTYPES[dtype]) for k, v in separate(model.state_dict()).items()}
         save_file(state, draft / WEIGHTS, metadata={"format": "pt"})
-        save_config_for_hf(
+        save_config(
             model,
-            draft / CONFIG,  # type: ignore[arg-type]  # declared str, but timm before 1.0.31 calls .open() on it
+            draft / CONFIG,  # timm declares str, but before 1.0.31 it calls .open() on it
             model_config={"label_names": list(label_names)} if label_names else {},
             model_args={k: v for k, v in (model_args or {}).items() if v is not None},
         )

@@ -15,10 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.hf_api import ModelInfo
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported without saying so
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not in its types
 
 from advcl_hub.files import check_writable, file_sha256
 from advcl_hub.hub.cards import card, read_export
@@ -108,7 +107,7 @@ def push(
     call made may stay behind, empty.)
 
     Args:
-        folder: that `advcl_hub.hub.export` wrote, or the name of released weights.
+        folder: that `export_folder` wrote, or the name of released weights.
         repository: `ORG/NAME`; made if there is none.
         version: tag of the commit.
         private: make the repository private.

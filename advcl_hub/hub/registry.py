@@ -1,16 +1,14 @@
 """Released weights under timm's names: `timm.create_model("resnet8_cifar.advcl_c10", pretrained=True)`.
 
-`released.json` beside this file is the only source: timm's tags, `advcl-hub list` and the README's table are made from it, and
-`model_cards/release.py` writes it. `register` adds weights of one's own for as long as Python runs.
+`released.json` beside this file is the only source: timm's tags and `advcl-hub list` are made from it (in a checkout,
+`model_cards/release.py` writes it). `register` adds weights of one's own for as long as Python runs.
 """
 
 import functools
 import json
 import os
 import re
-import sys
 import warnings
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 import timm
 from huggingface_hub import constants
-from timm.models import DefaultCfg, PretrainedCfg, _registry
+from timm.models import PretrainedCfg
 from torch import nn
 
 import advcl_hub.models  # noqa: F401  # whose architectures released weights belong to
@@ -26,6 +24,7 @@ from advcl_hub.files import refuse_pointer
 from advcl_hub.hub.download import check_file, commit_of, fetch, is_cached, split_revision
 from advcl_hub.hub.export import CONFIG, WEIGHTS, verify_folder
 from advcl_hub.hub.parts import join
+from advcl_hub.private import RegistryEntry, set_model_args
 from advcl_hub.records import RESULTS
 
 __all__ = ["Release", "load_releases", "open_source", "register", "releases", "row"]  # timm adds the models of this module
@@ -123,7 +122,6 @@ class Release:
         return path
 
 
-_timm: Any = _registry
 _releases: dict[str, Release] = {}
 _tags: dict[str, dict[str, Release]] = {}  # by architecture, the same by tag
 
@@ -138,6 +136,17 @@ def organisation(data: Mapping[str, Any]) -> str:
     return os.environ.get("ADVCL_HUB_ORG") or data["organisation"]
 
 
+def check_name(name: str, architecture: str) -> None:
+    """Raises ValueError unless `name` is a tag of an architecture, ARCHITECTURE.TAG, which folders can be called after."""
+    well_formed = re.fullmatch(r"\w+\.[A-Za-z0-9][\w.-]*", name, re.ASCII) and ".." not in name
+    if not well_formed or name.partition(".")[0] != architecture:
+        known = architecture if re.fullmatch(r"\w+", architecture, re.ASCII) else "an architecture of timm"
+        raise ValueError(
+            f"{name!r} is not ARCHITECTURE.TAG and so is no name of a release: expected {known}, a dot, and a tag of letters, "
+            "digits, dots, - and _ that begins with a letter or digit and has no two dots in a row."
+        )
+
+
 def load_releases(path: Path = RELEASED) -> list[Release]:
     """Reads a data file of releases.
 
@@ -147,8 +156,7 @@ def load_releases(path: Path = RELEASED) -> list[Release]:
     data, found = json.loads(path.read_text(encoding="utf-8")), []
     for name, entry in data["releases"].items():
         try:
-            if entry["config"]["architecture"] != name.partition(".")[0]:
-                raise ValueError(f"it is a {entry['config']['architecture']}")
+            check_name(name, entry["config"]["architecture"])  # before it becomes a path
             hub_id = entry.get("hub_id")
             if hub_id and "/" not in hub_id:
                 hub_id = f"{organisation(data)}/{hub_id}"
@@ -190,11 +198,14 @@ def register(name: str, source: str | Path, *, cache_dir: str | Path | None = No
     Raises:
         ValueError: another architecture, a name that is taken, or files that are not what their results.json says.
         OSError: no such folder or repository, or no network.
+        ImportError: this version of timm is not as we know it; see `advcl_hub.private.RegistryEntry`.
     """
     release = open_source(source, name, cache_dir=cache_dir)
     architecture = release.config["architecture"]
-    if not re.fullmatch(re.escape(architecture) + r"\.[\w.-]+", name, re.ASCII):
-        raise ValueError(f"{source} holds a {architecture}: register it as {architecture}.TAG, of letters, digits, - and _.")
+    try:
+        check_name(name, architecture)
+    except ValueError as error:
+        raise ValueError(f"{source} holds a {architecture}: register it as {architecture}.TAG. {error}") from None
     if not release.files:
         why = release.unchecked or f"{source} tells no sha256"
         warnings.warn(f"{why}: the weights of {name} are not checked.", stacklevel=2)
@@ -279,38 +290,34 @@ def head_of(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return protocol if protocol in ("slf", "alf", "aff", "sff") else "other"
 
 
-def _register(release: Release) -> None:
-    """Adds a tag to an architecture that timm has. timm has no public way to add one to an architecture of its own; what is
-    written here is what `timm.models.register_model` writes."""
-    architecture, tag, cfg = release.architecture, release.name.partition(".")[2], release.cfg
-    if not timm.is_model(architecture):
-        raise ValueError(f"{release.name}: timm has no architecture {architecture}.")
+def _entry(release: Release) -> RegistryEntry:
+    """The architecture of a release in timm's registry; ValueError or ImportError if the release cannot be registered."""
+    if not timm.is_model(release.architecture):
+        raise ValueError(f"{release.name}: timm has no architecture {release.architecture}.")
+    if timm.models.get_pretrained_cfg(release.architecture) is None:
+        raise ValueError(f"{release.name}: timm has no cfg of {release.architecture}, so that it cannot have tags.")
     if release.robustbench and timm.is_model(release.robustbench):
         raise ValueError(f"{release.name}: the name {release.robustbench} is taken.")
-    default = _timm._model_default_cfgs.setdefault(architecture, DefaultCfg(tags=deque(), cfgs={}))
+    return RegistryEntry(release.architecture)
+
+
+def _register(release: Release) -> None:
+    """Adds a tag to an architecture that timm has."""
+    entry, cfg = _entry(release), release.cfg
+    architecture, tag = release.architecture, release.name.partition(".")[2]
     if architecture not in _tags:
-        _tags[architecture] = {}
         # Of an architecture without weights of its own, `pretrained=True` without a tag means one of ours.
-        ours = not default.is_pretrained
+        ours = not timm.models.is_model_pretrained(architecture)
+        num_classes = timm.models.get_pretrained_cfg_value(architecture, "num_classes") if ours else None
         original = timm.model_entrypoint(architecture)
-        wrapped = _with_releases(original, _tags[architecture], default.default.num_classes if ours else None)
-        _timm._model_entrypoints[architecture] = wrapped
-        # Also where it is imported from, and where pickle looks for it.
-        module = original.__module__
-        for name in (module, module.rpartition(".")[0]):
-            if getattr(sys.modules.get(name), architecture, None) is original:
-                setattr(sys.modules[name], architecture, wrapped)
+        entry.replace_entrypoint(_with_releases(original, _tags.setdefault(architecture, {}), num_classes))
         if ours:
-            _timm._model_has_pretrained.add(architecture)
-    if tag not in default.tags:
-        default.tags.append(tag)
-        _timm._model_with_tags[architecture].append(release.name)
-    default.cfgs[tag], default.is_pretrained = cfg, True
-    _timm._model_pretrained_cfgs[release.name] = cfg
-    _timm._model_has_pretrained.add(release.name)
+            entry.mark_pretrained(architecture)
+    entry.add_tag(tag, cfg)
     _tags[architecture][tag] = _releases[release.name] = release
     if release.robustbench:
         _register_alias(release.robustbench, release.name)
+        entry.mark_pretrained(release.robustbench)
 
 
 def _with_releases(
@@ -339,7 +346,7 @@ def _with_releases(
         elif pretrained:
             cfg = replace(cfg, file=str(release.fetch(cache_dir=kwargs.get("cache_dir"))))
         model = original(pretrained=pretrained, **{**release.model_args, **kwargs, "pretrained_cfg": cfg})
-        model._model_args = release.model_args  # type: ignore[assignment]  # from which timm saves a model
+        set_model_args(model, release.model_args)
         return model
 
     return create
@@ -368,8 +375,21 @@ def _register_alias(alias: str, name: str) -> None:
     create.__name__ = create.__qualname__ = alias
     create.__module__ = __name__
     timm.models.register_model(create)
-    _timm._model_has_pretrained.add(alias)
+    globals()[alias] = create  # timm has added it to __all__
 
 
-for _release in load_releases():
-    _register(_release)
+def _register_released() -> None:
+    """Registers the released weights; where timm's registry is not as we know it, none of them, with a warning."""
+    found = load_releases()
+    try:
+        for release in found:
+            _entry(release)  # all are checked before the first is registered
+        for release in found:
+            _register(release)
+    except ImportError as error:
+        _releases.update({release.name: release for release in found})  # `pull` needs no name in timm
+        works = "`advcl_hub.pull(NAME, FOLDER)`, folders, `hf-hub:ORG/NAME` and the architectures without weights still work"
+        warnings.warn(f"{error} Until then released weights have no names in timm; {works}.", stacklevel=2)
+
+
+_register_released()

@@ -13,11 +13,11 @@ from timm.layers.classifier import ClassifierHead
 from timm.layers.create_conv2d import create_conv2d
 from timm.layers.norm_act import BatchNormAct2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 
-from .resnet_cifar import TIMM_STEM_STRIDE, check_output_stride, check_stages, cifar_cfg, undo_stem_stride
+from advcl_hub.models.resnet_cifar import TIMM_STEM_STRIDE, check_output_stride, check_stages, cifar_cfg, undo_stem_stride
+from advcl_hub.private import feature_take_indices
 
 __all__ = ["PreActResNetCifar"]
 

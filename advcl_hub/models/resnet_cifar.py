@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
+
+from advcl_hub.private import feature_take_indices
 
 __all__ = ["ResNetCifar"]
 

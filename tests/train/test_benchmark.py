@@ -133,7 +133,7 @@ def test_the_gradient_is_reduced_once_and_projections_are_gathered() -> None:
 
 
 def test_evaluation_is_measured_beside_the_bare_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That every image ends alike is shown in tests/evaluation, test_acceleration.py and test_autoattack.py, where some survive."""
+    """That every image ends alike is shown in tests/evaluation, where some survive."""
     build = pyautoattack.AutoAttack
     monkeypatch.setattr(pyautoattack, "AutoAttack", lambda *args, **options: shortened(build(*args, **options)))
     folder = str(export_encoder(tmp_path / "classifier", num_classes=10, **SMALL_RESNET))

@@ -1,6 +1,6 @@
 """Model cards from results.json, made anew whenever they are needed: nothing in them is typed by hand but the notes."""
 
-from .results import add_to_results, pretraining, read_export
-from .text import card, summary, write_card
+from advcl_hub.hub.cards.results import add_to_results, pretraining, read_export
+from advcl_hub.hub.cards.text import card, summary, write_card
 
 __all__ = ["add_to_results", "card", "pretraining", "read_export", "summary", "write_card"]
