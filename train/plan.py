@@ -17,6 +17,7 @@ from timm.models import is_model
 from advcl_hub.cli.measure import evaluate
 from advcl_hub.cli.tune import finetune
 from advcl_hub.finetuning.presets import Settings, choose_settings
+from advcl_hub.hub.registry import check_name
 from train.recipe import Recipe, build, load_recipe, read_yaml, require
 
 PLANS = Path(__file__).with_name("plans")
@@ -73,8 +74,10 @@ class Plan:
     stages: dict[str, Stage]
 
     def __post_init__(self) -> None:
-        named = re.fullmatch(r"\w+\.[\w.-]+", self.name, re.ASCII) is not None
-        require(named, f"name: {self.name!r} is not ARCHITECTURE.TAG, of letters, digits, dots, - and _")
+        try:
+            check_name(self.name, self.name.partition(".")[0])
+        except ValueError as error:
+            raise ValueError(f"name: {str(error).rstrip('.')}") from None
         require(is_model(self.name.partition(".")[0]), f"name: timm has no architecture {self.name.partition('.')[0]!r}")
         require(0 < self.minutes < float("inf"), f"minutes must be a positive number, got {self.minutes:g}")
         require(bool(self.stages), "stages are missing")

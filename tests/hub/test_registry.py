@@ -270,6 +270,30 @@ def test_a_damaged_entry_is_named(entry: dict[str, Any], encoder: Path, tmp_path
         registry.load_releases(path)
 
 
+BAD_TAGS = ["", ".", "..", "./x", "/../x", "/x", "x/y", "a\\b", "-x", "_x", ".x", "a..b", "a b", "a\n", "é"]
+
+
+def test_a_name_is_an_architecture_and_a_tag_and_nothing_else(encoder: Path, tmp_path: Path) -> None:
+    for name in ("resnet8_cifar.x", "resnet8_cifar.advcl_c10-2.v1", "resnet8_cifar.1."):
+        registry.check_name(name, "resnet8_cifar")
+    names = [*[f"resnet8_cifar.{tag}" for tag in BAD_TAGS], "", "resnet8_cifar", "/resnet8_cifar.x", "../resnet8_cifar.x"]
+    for name in [*names, "resnet18_cifar.x", "resnet8_cifar_x.y"]:
+        with pytest.raises(ValueError, match="is no name of a release: expected resnet8_cifar, a dot, and a tag of") as said:
+            registry.check_name(name, "resnet8_cifar")
+        assert str(said.value).startswith(repr(name))
+        data = json.loads(data_file(tmp_path / "released.json", encoder, bundled=True).read_text(encoding="utf-8"))
+        data["releases"] = {name: data["releases"]["resnet8_cifar.test"]}
+        (tmp_path / "released.json").write_text(json.dumps(data), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"(?s)^released\.json: the entry .* is damaged"):
+            registry.load_releases(tmp_path / "released.json")
+    for architecture in ("../resnet8_cifar", "/etc/x", ""):  # of somebody's config.json
+        with pytest.raises(ValueError, match="expected an architecture of timm, a dot"):
+            registry.check_name(f"{architecture}.x", architecture)
+    for name in names:
+        with pytest.raises(ValueError, match=r"register it as resnet8_cifar\.TAG"):
+            advcl_hub.register(name, encoder)
+
+
 def test_robustbench_finds_a_classifier(tmp_path: Path, encoder: Path) -> None:
     """It asks timm in exactly this way, whenever the name is one of timm's."""
     classifier = export_encoder(tmp_path / "classifier", num_classes=10)
