@@ -1,4 +1,4 @@
-"""Errors as one sentence: what those of others say, and which package is missing."""
+"""Puts errors of other libraries into one sentence, and says which package is missing."""
 
 import importlib.util
 import re
@@ -53,7 +53,7 @@ def _plain(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def need(package: str, purpose: str, extra: str = "eval") -> None:
+def need(package: str, purpose: str, extra: str) -> None:
     """Raises ImportError with the command to type unless the package is installed.
 
     Args:
@@ -62,4 +62,9 @@ def need(package: str, purpose: str, extra: str = "eval") -> None:
         extra: the set of optional packages that has it.
     """
     if importlib.util.find_spec(package) is None:
-        raise ImportError(f'{purpose} needs the package {package}: pip install "advcl-hub[{extra}]"')
+        raise ImportError(f"{purpose} needs the package {package}: {how_to_install(extra)}")
+
+
+def how_to_install(extra: str) -> str:
+    """The command that installs a set of optional packages."""
+    return f'pip install "advcl-hub[{extra}]"'

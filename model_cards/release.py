@@ -9,7 +9,7 @@ Weights below 1 MB go into the package. Larger ones lie in model_cards/weights, 
 `advcl-hub push NAME ORG/NAME`, then the third line.
 
 FOLDER may be where NAME lies now. New files are written beside their places and renamed, then released.json is replaced, and
-only then earlier files are removed: if this stops at any moment, all released weights load, and the same command goes on.
+only then earlier files are removed. A call that was stopped on the way is undone by the next one.
 """
 
 import argparse
@@ -18,18 +18,15 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from advcl_hub.cli.common import script
-from advcl_hub.files import file_sha256, lock, replacing, sync, write_errors
+from advcl_hub.files import file_sha256, lock, replacing
 from advcl_hub.hub.cards import add_to_results, card, pretraining, read_export, summary
-from advcl_hub.hub.export import CARD, CHECKED, CONFIG, GOLDEN, PICTURE, WEIGHTS, load_folder, verify_folder
-from advcl_hub.hub.parts import join, split
+from advcl_hub.hub.export import CARD, CONFIG, GOLDEN, PICTURE, WEIGHTS, load_folder, verify_folder
+from advcl_hub.hub.parts import split
 from advcl_hub.hub.push_pull import FIRST_VERSION, verify
 from advcl_hub.hub.registry import BUNDLED as BUNDLED
 from advcl_hub.hub.registry import CHECKOUT as CHECKOUT
@@ -44,9 +41,9 @@ ROOT = Path(__file__).parents[1]
 CARDS = Path(__file__).parent
 README = ROOT / "README.md"
 BUNDLED_BYTES = 1_000_000  # larger weights do not go into the package
-_FILES = (RESULTS, CONFIG, PICTURE, CARD, GOLDEN, WEIGHTS)  # results.json first: without it, a folder is incomplete
-_DRAFT = ".release-draft-"  # how our drafts begin
-_REPLACING = re.compile(r"\.\d+-\d+-(released\.json|README\.md|examples\.png)")  # those of `advcl_hub.files.replacing`
+_FILES = {RESULTS, CONFIG, PICTURE, CARD, GOLDEN, WEIGHTS}
+# How hidden folders begin beside the folders of releases: those not finished yet, and those that a new one replaces.
+_DRAFT, _EARLIER = ".release-draft-", ".release-earlier-"
 _MARKS = ("<!-- released weights: made by model_cards/release.py -->\n", "<!-- end of released weights -->")
 
 
@@ -124,17 +121,6 @@ def pushed(hub: str, folder: Path) -> dict[str, str]:
     return {"hub_id": repository.removeprefix(f"{ours}/"), "revision": commit}
 
 
-@dataclass(frozen=True)
-class _Move:
-    """A release on its way to its home: `draft` lies beside it and holds `files`; `entry` is for released.json."""
-
-    name: str
-    home: Path
-    draft: Path
-    files: tuple[str, ...]
-    entry: Mapping[str, Any]
-
-
 def release(
     folders: Mapping[str, Path], *, overwrite: bool = False, hub: str | None = None, robustbench: str | None = None
 ) -> None:
@@ -147,180 +133,141 @@ def release(
         robustbench: name of the one folder for RobustBench, by default the one that the same weights have now.
 
     Raises:
-        ValueError: no name of a release, another architecture, other weights that would be replaced or are on the Hub.
+        ValueError: no name of a release, another architecture, other weights that would be replaced or are on the Hub, or files
+            of somebody else where the release is to lie.
         OSError: a folder or a file is missing, or cannot be written.
     """
     for name in folders:
-        check_name(name, name.partition(".")[0])
+        check_name(name)
+        _check_homes(name)
     data = json.loads(RELEASED.read_text(encoding="utf-8"))
-    earlier, before = {found.name: found for found in load_releases(RELEASED)}, _parts(data)
+    known = {found.name: found for found in load_releases(RELEASED)}
     with ExitStack() as drafts:
-        whole = {name: _whole(name, folder, earlier.get(name), drafts) for name, folder in folders.items()}
+        drafts.callback(recover)
+        whole = {name: _with_weights(name, folder, known.get(name), drafts) for name, folder in folders.items()}
         for name, folder in whole.items():
-            architecture = read_export(folder)[1]["architecture"]
-            if architecture != name.partition(".")[0]:
-                raise ValueError(f"{folder} holds a {architecture}, not {name}.")
-            verify_folder(folder)
-            if name in earlier and not overwrite and not _same(earlier[name], folder, WEIGHTS):
-                raise ValueError(f"{name} is released with other weights: choose another name, or replace them with --replace.")
-        parts, steps = _drafted(whole, earlier, hub, robustbench, drafts)
-        for path in parts:
-            path.replace(CHECKOUT / path.name)
-        for moves in steps:
-            for move in moves:
-                _place(move)
-                data["releases"][move.name] = move.entry
-            with replacing(RELEASED) as draft:
-                draft.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    for move in steps[-1]:
-        _remove_earlier(move)
-    _remove_parts(before, data)
-
-
-def _drafted(
-    whole: Mapping[str, Path],
-    earlier: Mapping[str, Release],
-    hub: str | None,
-    robustbench: str | None,
-    drafts: ExitStack,
-) -> tuple[set[Path], list[list[_Move]]]:
-    """Drafts of all that is new: new parts, and what to move in each of the steps that end with a new released.json.
-
-    A folder and released.json cannot change in the same instant. Where a release is loaded from the very folder that has to
-    change, a first step puts it into the other home; else there is one step.
-    """
-    where = {name: pushed(hub, folder) for name, folder in whole.items()} if hub else {}
-    steps: list[dict[str, Path]] = [{}, {}]  # by name the parents of the homes
-    for name, folder in whole.items():
-        parent = CARDS if hub else CHECKOUT if (folder / WEIGHTS).stat().st_size >= BUNDLED_BYTES else BUNDLED
-        in_use = name in earlier and earlier[name].folder == parent / name
-        if in_use and ((parent / name).is_symlink() or not _same(earlier[name], folder, *CHECKED)):
-            steps[0][name] = BUNDLED if parent == CHECKOUT else CHECKOUT
-        steps[1][name] = parent
-    parts = _in_parts({n: f for n, f in whole.items() if CHECKOUT in (steps[0].get(n), steps[1][n])}, earlier, drafts)
-    moves: list[list[_Move]] = []
-    for parents in filter(None, steps):
-        moves.append([])
-        for name, parent in parents.items():
-            lies: Mapping[str, Any] = where.get(name) or {"bundled": True}
-            if parent == CHECKOUT:
-                lies = {"hub_id": name, "revision": FIRST_VERSION, "parts": [path.name for path in parts[name]]}
-            others = {BUNDLED: (WEIGHTS, GOLDEN), CHECKOUT: (GOLDEN,), CARDS: ()}[parent]
-            draft = _draft(parent, drafts)
-            _copy({file: whole[name] / file for file in (RESULTS, CONFIG, PICTURE, *others)}, draft, parent / name)
+            _check(name, folder, known.get(name), overwrite)
+        large = {n: f for n, f in whole.items() if not hub and (f / WEIGHTS).stat().st_size >= BUNDLED_BYTES}
+        store = _draft(CHECKOUT, drafts) if large else None
+        parts = split(large, store) if store else {}
+        moves: dict[Path, Path] = {}  # by home its draft
+        for name, folder in whole.items():
+            where, parent, files = _place(name, folder, hub, parts.get(name))
+            draft = _draft(parent, drafts) / name
+            draft.mkdir()
+            for file in (RESULTS, CONFIG, PICTURE, *files):
+                if (folder / file).is_file():
+                    shutil.copyfile(folder / file, draft / file)
             add_to_results(draft)  # an older export may name local paths
-            files = tuple(path.name for path in draft.iterdir())
-            present = earlier[name].robustbench if name in earlier and _same(earlier[name], whole[name], WEIGHTS) else None
-            found = entry(whole[name], lies, robustbench=robustbench or present)
-            moves[-1].append(_Move(name, parent / name, draft, files, found))
-    return {path for of_one in parts.values() for path in of_one if path.parent != CHECKOUT}, moves
+            same = name in known and _same_weights(known[name], folder)
+            alias = robustbench or (known[name].robustbench if same else None)
+            data["releases"][name] = entry(folder, where, robustbench=alias)
+            moves[parent / name] = draft
+        # All that is new is on the disk: from here on files are renamed, and then removed.
+        for path in store.iterdir() if store else ():
+            path.replace(CHECKOUT / path.name)
+        for home, draft in moves.items():
+            if home.is_symlink() or home.exists():
+                home.rename(home.with_name(f"{_EARLIER}{home.name}"))
+            draft.rename(home)
+        with replacing(RELEASED) as text:
+            text.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    for name in folders:
+        for home in set(_homes(name)) - moves.keys():
+            _remove(home)
+    _remove_parts(data)
 
 
-def _whole(name: str, folder: Path, earlier: Release | None, drafts: ExitStack) -> Path:
-    """The folder; but a whole copy of a home that lacks files: weights in parts or on the Hub, or half removed when killed."""
-    complete = all((folder / file).is_file() for file in (RESULTS, *CHECKED))
-    if not complete and earlier and folder.resolve() in [(home / name).resolve() for home in (CARDS, BUNDLED, CHECKOUT)]:
-        described = folder if (folder / RESULTS).is_file() else source(earlier)
-        files = {file: described / file for file in (RESULTS, CONFIG, PICTURE)}
-        for file in (GOLDEN, WEIGHTS):
-            files[file] = folder / file if (folder / file).is_file() else earlier.fetch(file)
-        folder = _draft(CARDS, drafts)
-        _copy(files, folder, CARDS / name)
-    elif not folder.is_dir():
+def _homes(name: str) -> tuple[Path, Path, Path]:
+    """Where files of a release may lie: its card, what is in the package, what is in the checkout."""
+    return CARDS / name, BUNDLED / name, CHECKOUT / name
+
+
+def _check_homes(name: str) -> None:
+    """Raises ValueError for files that are no part of a release: its folders are replaced whole."""
+    for home in _homes(name):
+        if home.is_dir() and not home.is_symlink() and (others := sorted({path.name for path in home.iterdir()} - _FILES)):
+            raise ValueError(f"{home} holds {others[0]}, which is no part of a release: move it to another folder first.")
+
+
+def _check(name: str, folder: Path, known: Release | None, overwrite: bool) -> None:
+    """Raises ValueError unless the folder is an export of the architecture, whose weights may have this name."""
+    if not folder.is_dir():
         raise ValueError(f"{folder} is no folder.")
-    return folder
+    architecture = read_export(folder)[1]["architecture"]
+    if architecture != name.partition(".")[0]:
+        raise ValueError(f"{folder} holds a {architecture}, not {name}.")
+    verify_folder(folder)
+    if known and not overwrite and not _same_weights(known, folder):
+        raise ValueError(f"{name} is released with other weights: choose another name, or replace them with --replace.")
 
 
-def _same(earlier: Release, folder: Path, *files: str) -> bool:
-    """Whether files of the folder are those of the release."""
-    return all(file_sha256(folder / file) == earlier.files.get(file, {}).get("sha256") for file in files)
+def _same_weights(known: Release, folder: Path) -> bool:
+    """Whether the folder has the weights of a release."""
+    return file_sha256(folder / WEIGHTS) == known.files[WEIGHTS]["sha256"]
 
 
-def _in_parts(folders: Mapping[str, Path], earlier: Mapping[str, Release], drafts: ExitStack) -> dict[str, list[Path]]:
-    """By name the parts that weights are made of: drafts, or those of the releases if they give the same weights."""
-    if not folders:
-        return {}
-    store = _draft(CHECKOUT, drafts)
-    parts = {n: [part for part in earlier[n].parts if part.parent == CHECKOUT] if n in earlier else [] for n in folders}
-    with suppress(OSError, ValueError, SafetensorError):  # they are none, not all, or others
-        return _joined(parts, folders, store)
-    parts = {name: [store / file for file in files] for name, files in split(folders, store).items()}
-    return _joined(parts, folders, store)
+def _place(name: str, folder: Path, hub: str | None, parts: list[str] | None) -> tuple[dict[str, Any], Path, tuple[str, ...]]:
+    """What released.json says of where a release lies, the folder that its home is in, and which files that has besides."""
+    if hub:
+        return dict(pushed(hub, folder)), CARDS, ()
+    if parts:
+        return {"hub_id": name, "revision": FIRST_VERSION, "parts": parts}, CHECKOUT, (GOLDEN,)
+    return {"bundled": True}, BUNDLED, (WEIGHTS, GOLDEN)
 
 
-def _joined(parts: dict[str, list[Path]], folders: Mapping[str, Path], store: Path) -> dict[str, list[Path]]:
-    """The parts, after a check that the folders' weights can be made of them."""
-    for name, folder in folders.items():
-        join(parts[name], store / WEIGHTS, file_sha256(folder / WEIGHTS)).unlink()  # which takes a file that is there as it is
-    return parts
+def _with_weights(name: str, folder: Path, known: Release | None, drafts: ExitStack) -> Path:
+    """The folder; or, of a home of the release without weights (in parts, or on the Hub), a copy of it that has them."""
+    if known is None or (folder / WEIGHTS).is_file() or folder.resolve() not in [home.resolve() for home in _homes(name)]:
+        return folder
+    whole = _draft(CARDS, drafts) / name
+    shutil.copytree(folder, whole)
+    for file in (GOLDEN, WEIGHTS):
+        if not (whole / file).is_file():
+            shutil.copyfile(known.fetch(file), whole / file)
+    return whole
 
 
 def _draft(parent: Path, drafts: ExitStack) -> Path:
-    """A new hidden folder, which `drafts` removes at its end."""
+    """A new hidden folder in `parent`, which `drafts` removes at its end."""
     parent.mkdir(parents=True, exist_ok=True)
     return Path(drafts.enter_context(tempfile.TemporaryDirectory(prefix=_DRAFT, dir=parent)))
 
 
-def _copy(files: Mapping[str, Path], draft: Path, home: Path) -> None:
-    """Copies those files that exist to the disk; errors name the home that they are for."""
-    with write_errors(home):
-        for name, path in files.items():
-            if path.is_file():
-                shutil.copyfile(path, draft / name)
-                with (draft / name).open("rb") as file:
-                    sync(file)
+def _remove(path: Path) -> None:
+    """Removes a folder, at once for whoever looks; of a symbolic link the link only."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        hidden = path.with_name(f"{_DRAFT}{path.name}")
+        path.rename(hidden)
+        shutil.rmtree(hidden)
 
 
-def _place(move: _Move) -> None:
-    """Moves the files of a draft to their home, over the earlier ones. A home that is a symbolic link becomes a folder."""
-    try:
-        if move.home.is_symlink():
-            move.home.unlink()
-        move.home.mkdir(exist_ok=True)
-        for file in move.files:
-            (move.draft / file).replace(move.home / file)
-    except OSError as error:
-        raise OSError(f"{move.home} could not be written: {error}. All releases load; the same command goes on.") from error
-
-
-def _remove_earlier(move: _Move) -> None:
-    """Removes the files of a release that are not in its home, and their folders if nothing else is in them."""
-    for home in (CARDS / move.name, BUNDLED / move.name, CHECKOUT / move.name):
-        stays = {*move.files} if home == move.home else set()
-        if home.parent == CARDS:  # which has the card, too, and its picture
-            stays |= {CARD, *({PICTURE} & {*move.files})}
-        if home.is_symlink():
-            home.unlink()
-        elif home.is_dir():
-            for file in _FILES:
-                if file not in stays:
-                    (home / file).unlink(missing_ok=True)
-            with suppress(OSError):  # it is not empty
-                home.rmdir()
-
-
-def _remove_parts(before: set[str], data: Mapping[str, Any]) -> None:
-    """Removes parts that no entry names: of weights that were replaced or pushed, also by a call that was stopped."""
+def _remove_parts(data: Mapping[str, Any]) -> None:
+    """Removes parts that no entry names: of weights that were replaced or pushed."""
+    named = {part for found in data["releases"].values() for part in found.get("parts", ())}
     for path in CHECKOUT.glob("*.safetensors"):
-        made = re.fullmatch(r"(.+)-([0-9a-f]{8})\.safetensors", path.name)  # the digits prove that it is ours
-        ours = made and made[1] in data["releases"] and file_sha256(path).startswith(made[2])
-        if path.name not in _parts(data) and (path.name in before or ours):
+        digits = re.fullmatch(r".+-([0-9a-f]{8})\.safetensors", path.name)  # of its own sha256: they prove that it is ours
+        if path.name not in named and digits and file_sha256(path).startswith(digits[1]):
             path.unlink()
 
 
-def _parts(data: Mapping[str, Any]) -> set[str]:
-    return {part for found in data["releases"].values() for part in found.get("parts", ())}
-
-
-def _remove_drafts() -> None:
-    """Removes what a call left that was killed."""
-    shown = [path for path in CARDS.iterdir() if path.is_dir() and not path.is_symlink()]
-    folders = {CARDS, BUNDLED, CHECKOUT, README.parent, RELEASED.parent, *shown}
-    for path in [path for folder in folders for path in folder.glob(".*")]:
-        if path.name.startswith(_DRAFT) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif _REPLACING.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+def recover() -> None:
+    """Undoes what a call has begun that did not end: of two folders of a release the one stays that released.json describes."""
+    entries = json.loads(RELEASED.read_text(encoding="utf-8"))["releases"]
+    for parent in (CARDS, BUNDLED, CHECKOUT):
+        for draft in parent.glob(f"{_DRAFT}*"):
+            shutil.rmtree(draft)
+        for earlier in parent.glob(f"{_EARLIER}*"):
+            home = parent / earlier.name.removeprefix(_EARLIER)
+            files = entries.get(home.name, {}).get("files", {})
+            described = [file_sha256(home / file) == files[file]["sha256"] for file in files if (home / file).is_file()]
+            if described and all(described):
+                _remove(earlier)
+            else:
+                _remove(home)
+                earlier.rename(home)
 
 
 def release_kept(source: Path, licence: str, notes: Sequence[str], *, overwrite: bool, rehearsal: bool) -> None:
@@ -371,7 +318,7 @@ def main() -> None:
     with script(), (CARDS / "release.py").open(encoding="utf-8") as program:
         if not lock(program):
             raise OSError(f"Another call of this command works in {CARDS}: wait until it has ended.")
-        _remove_drafts()
+        recover()
         if args.folder and (args.folder / kept.FOLDERS).is_file():
             if args.name or args.hub or args.robustbench or not args.licence:
                 raise ValueError("What a plan kept has its name and is not on the Hub yet: give a --licence only.")

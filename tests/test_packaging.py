@@ -73,7 +73,8 @@ from advcl_hub.data import load_data
 from advcl_hub.evaluation import adversarial_images, robustness
 from advcl_hub.hub.cards import add_to_results, card, write_card
 from advcl_hub.pretraining import AdvCL, make_pseudo_labels
-from advcl_hub.records import load_record, report
+from advcl_hub.records import load_record
+from advcl_hub.records.tables import report
 
 assert pathlib.Path(advcl_hub.__file__).parents[1] == pathlib.Path(sys.argv[1])
 assert importlib.util.find_spec("train") is None and importlib.util.find_spec("model_cards") is None

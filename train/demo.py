@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from advcl_hub.cli.common import script
-from advcl_hub.data import ImageData, load_data
+from advcl_hub.data import ImageData, batches, load_data
 from advcl_hub.evaluation import Protocol, Robustness, adversarial_images, robustness
 from advcl_hub.evaluation.pictures import save_adversarial_examples
 from advcl_hub.hub.export import load_folder, verify_folder
@@ -57,6 +57,10 @@ def run_demo(output: Path, overrides: list[str], stop: StopRequest) -> dict[str,
         figures={"test": vars(results["AdvCL"])},
     )
     verify_folder(folder)
+    images = next(batches(test, 50))[0] / 255
+    with torch.no_grad():
+        if not torch.equal(load_folder(folder)(images), models["AdvCL"](images)):
+            raise ValueError(f"The classifier in {folder} computes something else after reloading.")
     log.info("Exported the AdvCL classifier; reloaded through timm, its outputs are equal.")
     log.info(
         "\nPictures:  %s\n           %s/{advcl,simclr}/{views,curves}.png\n"

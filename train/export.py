@@ -20,7 +20,7 @@ from train.network import plain_encoder
 from train.probe import linear_probe
 
 
-def exported_encoder(checkpoint: Checkpoint, branch: str | None = None, ema: bool | None = None) -> nn.Module:
+def encoder_of(checkpoint: Checkpoint, branch: str | None = None, ema: bool | None = None) -> nn.Module:
     """One branch of a checkpoint's encoder as the stock timm model; arguments and errors as of `Checkpoint.encoder_state`."""
     shape = tuple(checkpoint.provenance["data"]["shape"])
     return plain_encoder(checkpoint.recipe, shape, checkpoint.encoder_state(branch, ema))
@@ -44,16 +44,20 @@ def export_checkpoint(
         folder: where to.
         branch, ema: see `Checkpoint.encoder_state`.
         dtype: see `advcl_hub.hub.export.export_folder`.
-        classifier: a linear probe of `exported_encoder` (see `train.probe`), to write in its place.
+        classifier: a linear probe of `encoder_of` (see `train.probe`), to write in its place.
         classes: its class names.
         figures: measured results to record.
 
     Raises:
-        ValueError: no such branch, no averaged weights, or the folder is something else.
+        ValueError: no such branch, no averaged weights, a classifier of another encoder, or the folder is something else.
         OSError: the folder cannot be written.
     """
     recipe = checkpoint.recipe
-    model = exported_encoder(checkpoint, branch, ema) if classifier is None else classifier
+    encoder = encoder_of(checkpoint, branch, ema)
+    model = encoder if classifier is None else classifier
+    state = model.state_dict()
+    if not all(key in state and torch.equal(state[key].cpu(), value) for key, value in encoder.state_dict().items()):
+        raise ValueError("The classifier was not made from this encoder of the run: fit it to `encoder_of`.")
     results = {
         "kind": "encoder" if classifier is None else "classifier",
         "protocol": None if classifier is None else "linear head (L-BFGS) on frozen features without augmentation",
@@ -115,7 +119,7 @@ def main() -> None:
         chosen = {"branch": args.branch, "ema": args.ema}
         classifier, classes = None, tuple[str, ...]()
         if args.linear_head:
-            encoder, (data, _) = exported_encoder(checkpoint, **chosen), load_training_data(checkpoint.recipe)
+            encoder, (data, _) = encoder_of(checkpoint, **chosen), load_training_data(checkpoint.recipe)
             classifier = linear_probe(encoder, data, "cuda" if torch.cuda.is_available() else "cpu").cpu()
             classes = data.classes
         export_checkpoint(checkpoint, output, **chosen, dtype=args.dtype, classifier=classifier, classes=classes)

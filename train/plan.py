@@ -75,7 +75,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         try:
-            check_name(self.name, self.name.partition(".")[0])
+            check_name(self.name)
         except ValueError as error:
             raise ValueError(f"name: {str(error).rstrip('.')}") from None
         require(is_model(self.name.partition(".")[0]), f"name: timm has no architecture {self.name.partition('.')[0]!r}")

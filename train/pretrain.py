@@ -30,12 +30,11 @@ from advcl_hub.cli.common import script
 from advcl_hub.data import batches
 from advcl_hub.evaluation import Robustness, robustness
 from advcl_hub.files import check_writable, comfort, replacing
-from advcl_hub.hub.export import verify_folder
+from advcl_hub.hub.export import check_exportable, verify_folder
 from advcl_hub.models.branch_norm import branch_state_dict
 from advcl_hub.pretraining.advcl import Losses
 from advcl_hub.pretraining.views import make_views
-from advcl_hub.private import config_writer
-from advcl_hub.records import backends
+from advcl_hub.records.environment import backends
 from advcl_hub.training.loop import Loop, open_accelerator
 from advcl_hub.training.runlog import Panel
 from advcl_hub.training.seeds import seed_step
@@ -80,7 +79,7 @@ class Trainer(Loop):
     def __init__(self, recipe: Recipe, output: Path) -> None:
         accelerator = open_accelerator(mixed_precision=recipe.speed.mixed_precision, broadcast_buffers=False)
         check_writable(output)
-        config_writer()  # without it the export at the end would fail
+        check_exportable()
         with self.locked(output, accelerator):
             self.build(recipe, output, accelerator)
 

@@ -15,7 +15,7 @@ import torch
 from advcl_hub.cli.common import script
 from advcl_hub.data import load_data
 from advcl_hub.pretraining import make_pseudo_labels
-from advcl_hub.pretraining.losses import PAPER_KS
+from advcl_hub.pretraining.pseudo_labels import PAPER_KS
 from train.cluster_report import cluster_stats, draw_report, format_stats
 
 

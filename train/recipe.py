@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from advcl_hub.pretraining import Attack, Objective, ViewConfig
-from advcl_hub.pretraining.losses import PAPER_KS
+from advcl_hub.pretraining.pseudo_labels import PAPER_KS
 
 RECIPES = Path(__file__).with_name("recipes")
 

@@ -26,7 +26,7 @@ from advcl_hub.cli.common import script
 from advcl_hub.errors import reason_of
 from advcl_hub.files import check_writable, replacing, without_local_paths
 from advcl_hub.pretraining.views import make_views
-from advcl_hub.records import hardware, versions
+from advcl_hub.records.environment import hardware, versions
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import load_state
 from advcl_hub.training.stop import duration

@@ -17,7 +17,8 @@ from advcl_hub.evaluation.protocol import AUTOATTACKS
 from advcl_hub.evaluation.results import folder_name
 from advcl_hub.evaluation.runner import UNFINISHED
 from advcl_hub.files import slug
-from advcl_hub.records import RESULTS, load_record, report
+from advcl_hub.records import RESULTS, load_record
+from advcl_hub.records.tables import report
 from advcl_hub.training.processes import Processes, leave
 
 

@@ -98,7 +98,7 @@ def decode_image(item: Item, channels: int, fit: Fit | None) -> Tensor:
     return F.pil_to_tensor(image if fit is None else fit(image))
 
 
-def load_images(
+def read_images(
     items: Sequence[Item], names: Sequence[str], channels: int, fit: Fit | None
 ) -> tuple[Tensor | LazyImages, dict[int, str]]:
     """Decodes a small set (or one of pixels), or checks a large one.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from advcl_hub.data.decoding import Fit, Item, LazyImages, Square, load_images
+from advcl_hub.data.decoding import Fit, Item, LazyImages, Square, read_images
 from advcl_hub.data.sources import Source, balanced_holdout, read_source
 from advcl_hub.modes import as_usual
 
@@ -193,7 +193,7 @@ def load_data(
     to_size = fit or (Square(side) if side else None)
     title = f"{stored.name} ({split})"
     _check_labels(stored, title, unlabeled=split == "unlabeled")
-    images, failures = load_images(stored.items, stored.names, channels, to_size)
+    images, failures = read_images(stored.items, stored.names, channels, to_size)
     labels, indices = torch.from_numpy(stored.labels), torch.arange(len(stored.labels))
     data = ImageData(images, labels, indices, stored.classes, stored.name, len(labels), fit is not None)
     if failures:

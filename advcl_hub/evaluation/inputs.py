@@ -1,4 +1,4 @@
-"""What an evaluation reads: images and labels as the model wants them, corrupted copies, a batch that fits the memory."""
+"""What an evaluation measures on besides the images: corrupted copies of them, and a batch size that fits the memory."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Clean and PGD accuracy for use while training: the figures of `evaluate` without checks, record and files; and the images."""
+"""Clean and PGD accuracy, and the attacked images, without checks, record and files: for use while training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +79,8 @@ def adversarial_images(
     """The images that PGD makes of the data when `robustness` or `evaluate` measures.
 
     The random starts belong to the seed and the image (`ImageData.indices`): a picture of some images shows what was measured
-    on all of them. Attacked in other batches, an image differs by the rounding of float32.
+    on all of them. Attacked in other batches, an image differs by the rounding of float32. Labels are taken as they are, where
+    `evaluate` numbers them as the model names its classes.
 
     Args:
         model, data, device, fit: see `robustness`.
@@ -108,7 +109,7 @@ def _measurement(
     """The model borrowed for measurements that leave no files."""
     if not len(data):
         raise ValueError("No images to evaluate on.")
-    original, device = PixelSpace(model, fit=fit), torch.device(device)
+    original, device = PixelSpace(model, fit=fit, precision=protocol.precision), torch.device(device)
     check_computes(original.model)
     with borrowed(original, device):
         classifier = accelerated(original, first_images(data, min(TRIAL, protocol.batch_size), device) / 255, protocol)

@@ -13,8 +13,6 @@ from advcl_hub.evaluation.protocol import Protocol
 from advcl_hub.files import replacing, slug
 from advcl_hub.records import RESULTS, load_record, pixels
 
-FORMAT = 1
-
 
 @dataclass(frozen=True)
 class Evaluation:

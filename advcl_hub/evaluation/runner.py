@@ -17,7 +17,7 @@ from torch import nn
 
 from advcl_hub.data import ImageData, matching
 from advcl_hub.data.corruptions import SEVERITIES
-from advcl_hub.errors import need
+from advcl_hub.errors import how_to_install, need
 from advcl_hub.evaluation import autoattack, checks, inputs
 from advcl_hub.evaluation.acceleration import TRIAL, accelerated
 from advcl_hub.evaluation.borrowing import borrowed, check_computes
@@ -31,7 +31,8 @@ from advcl_hub.models.pixel_space import PixelSpace, unwrapped
 from advcl_hub.models.preprocessing import data_config, pretrained_cfg
 from advcl_hub.modes import as_usual
 from advcl_hub.opening import LoadedModel, load_model, weights_sha256
-from advcl_hub.records import hardware, tables, versions
+from advcl_hub.records import tables
+from advcl_hub.records.environment import hardware, versions
 from advcl_hub.records.reading import FORMAT
 from advcl_hub.training.processes import Processes, join
 
@@ -93,12 +94,12 @@ def evaluate(
     """
     protocol = protocol or Protocol()
     if protocol.autoattack:
-        need("pyautoattack", "AutoAttack")
+        need("pyautoattack", "AutoAttack", "eval")
     folder = None if output is None else Path(output)
     if folder is not None:
         check_writable(folder)
         if find_spec("matplotlib") is None:
-            warn('Pictures need matplotlib: pip install "advcl-hub[eval]". The work goes on without.', stacklevel=3)
+            warn(f"Pictures need matplotlib: {how_to_install('eval')}. The work goes on without.", stacklevel=3)
     device = join(device)
     with _collect_warnings() as messages:  # what is said about the model and the data belongs to the result
         loaded = LoadedModel(_name(unwrapped(model)), model) if isinstance(model, nn.Module) else load_model(model)

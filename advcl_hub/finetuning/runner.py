@@ -12,10 +12,10 @@ from advcl_hub.errors import need
 from advcl_hub.files import check_writable, slug, without_local_paths
 from advcl_hub.finetuning.encoder import Encoder, open_encoder, set_head
 from advcl_hub.finetuning.presets import Settings, choose_settings, fit_batch, without_effect
-from advcl_hub.hub.export import check_replaceable
+from advcl_hub.hub.export import check_exportable, check_replaceable
 from advcl_hub.modes import as_usual
-from advcl_hub.private import config_writer
-from advcl_hub.records import RESULTS, hardware, versions
+from advcl_hub.records import RESULTS
+from advcl_hub.records.environment import hardware, versions
 from advcl_hub.training.state import FILE, differences
 from advcl_hub.training.stop import StopRequest
 
@@ -104,7 +104,7 @@ def finetune(
         ValueError: an unknown name or a value out of range, a model without a head to replace, images that do not fit it,
             one class only, labels out of range, a folder that holds another run.
         OSError: a file that cannot be read or written, or no way to the Hub.
-        ImportError: accelerate is not installed.
+        ImportError: accelerate is not installed, or this version of timm is not known here.
         FloatingPointError: the loss is not finite any more; the last checkpoint is.
     """
     need("accelerate", "Finetuning", "finetune")
@@ -129,7 +129,7 @@ def finetune(
     )
     check_writable(folder)
     check_replaceable(folder / CLASSIFIER)
-    config_writer()  # without it the export at the end would fail
+    check_exportable()
     accelerator = open_accelerator(cpu=cpu)
     with accelerator.main_process_first():  # one process downloads, the others find the files
         encoder = open_encoder(model, size=size, seed=seed)

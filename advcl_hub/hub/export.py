@@ -87,6 +87,11 @@ def export_folder(
     return folder
 
 
+def check_exportable() -> None:
+    """Raises ImportError unless `export_folder` can write what this version of timm opens: asked before long work."""
+    config_writer()
+
+
 def export_again(source: str | Path, folder: str | Path, *, dtype: str) -> Path:
     """Writes an export again with its weights in another dtype, and verifies it.
 

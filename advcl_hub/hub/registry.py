@@ -136,11 +136,11 @@ def organisation(data: Mapping[str, Any]) -> str:
     return os.environ.get("ADVCL_HUB_ORG") or data["organisation"]
 
 
-def check_name(name: str, architecture: str) -> None:
-    """Raises ValueError unless `name` is a tag of an architecture, ARCHITECTURE.TAG, which folders can be called after."""
+def check_name(name: str, architecture: str | None = None) -> None:
+    """Raises ValueError unless `name` is ARCHITECTURE.TAG, of this architecture if one is given: folders are named after it."""
     well_formed = re.fullmatch(r"\w+\.[A-Za-z0-9][\w.-]*", name, re.ASCII) and ".." not in name
-    if not well_formed or name.partition(".")[0] != architecture:
-        known = architecture if re.fullmatch(r"\w+", architecture, re.ASCII) else "an architecture of timm"
+    if not well_formed or architecture not in (None, name.partition(".")[0]):
+        known = architecture if re.fullmatch(r"\w+", architecture or "", re.ASCII) else "an architecture of timm"
         raise ValueError(
             f"{name!r} is not ARCHITECTURE.TAG and so is no name of a release: expected {known}, a dot, and a tag of letters, "
             "digits, dots, - and _ that begins with a letter or digit and has no two dots in a row."
@@ -204,8 +204,9 @@ def register(name: str, source: str | Path, *, cache_dir: str | Path | None = No
     architecture = release.config["architecture"]
     try:
         check_name(name, architecture)
-    except ValueError as error:
-        raise ValueError(f"{source} holds a {architecture}: register it as {architecture}.TAG. {error}") from None
+    except ValueError:
+        how = f"register it as {architecture}.TAG, with a tag of letters, digits, dots, - and _"
+        raise ValueError(f"{source} holds a {architecture}: {how} (got {name!r}).") from None
     if not release.files:
         why = release.unchecked or f"{source} tells no sha256"
         warnings.warn(f"{why}: the weights of {name} are not checked.", stacklevel=2)
@@ -301,9 +302,9 @@ def _entry(release: Release) -> RegistryEntry:
     return RegistryEntry(release.architecture)
 
 
-def _register(release: Release) -> None:
-    """Adds a tag to an architecture that timm has."""
-    entry, cfg = _entry(release), release.cfg
+def _register(release: Release, entry: RegistryEntry | None = None) -> None:
+    """Adds a tag to an architecture that timm has; `entry` is of `_entry`, if that was asked before."""
+    entry = entry or _entry(release)
     architecture, tag = release.architecture, release.name.partition(".")[2]
     if architecture not in _tags:
         # Of an architecture without weights of its own, `pretrained=True` without a tag means one of ours.
@@ -313,7 +314,7 @@ def _register(release: Release) -> None:
         entry.replace_entrypoint(_with_releases(original, _tags.setdefault(architecture, {}), num_classes))
         if ours:
             entry.mark_pretrained(architecture)
-    entry.add_tag(tag, cfg)
+    entry.add_tag(tag, release.cfg)
     _tags[architecture][tag] = _releases[release.name] = release
     if release.robustbench:
         _register_alias(release.robustbench, release.name)
@@ -382,10 +383,9 @@ def _register_released() -> None:
     """Registers the released weights; where timm's registry is not as we know it, none of them, with a warning."""
     found = load_releases()
     try:
-        for release in found:
-            _entry(release)  # all are checked before the first is registered
-        for release in found:
-            _register(release)
+        entries = [_entry(release) for release in found]  # all are checked before the first is registered
+        for release, entry in zip(found, entries, strict=True):
+            _register(release, entry)
     except ImportError as error:
         _releases.update({release.name: release for release in found})  # `pull` needs no name in timm
         works = "`advcl_hub.pull(NAME, FOLDER)`, folders, `hf-hub:ORG/NAME` and the architectures without weights still work"

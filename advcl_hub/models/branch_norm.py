@@ -6,7 +6,7 @@ its own: every `BatchNorm` becomes a set of copies, one a branch, and one switch
     switch = add_branches(encoder, ("clean", "adv"))
     with switch.use("adv"):
         features = encoder(adversarial)
-    plain = branch_state_dict(encoder.state_dict(), "adv")     # loads strictly into the timm model it came from
+    plain = without_branches(encoder, "adv")                   # the timm model that it came from, with trained weights
 """
 
 import copy
@@ -93,6 +93,23 @@ def add_branches(model: nn.Module, names: Sequence[str]) -> BranchSwitch:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, branched.setdefault(norm, BranchNorm(norm, switch)))
     return switch
+
+
+def without_branches(model: nn.Module, branch: str) -> nn.Module:
+    """Returns a copy of the network with plain batch norms, those of one branch.
+
+    Raises:
+        ValueError: the network has branches, but none of this name.
+    """
+    plain = copy.deepcopy(model)
+    for parent in list(plain.modules()):
+        vars(parent).pop("set_grad_checkpointing", None)  # which `add_branches` has put before the class's own
+        for leaf, child in list(parent.named_children()):
+            if isinstance(child, BranchNorm):
+                if branch not in child.bn_branches:
+                    raise ValueError(f"No batch-norm branch {branch!r} in this network; it has {list(child.bn_branches)}.")
+                setattr(parent, leaf, child.bn_branches[branch])
+    return plain
 
 
 def branch_state_dict(state: Mapping[str, Tensor], branch: str) -> dict[str, Tensor]:

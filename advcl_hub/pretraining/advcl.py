@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advcl_hub.attacks import pgd, uniform_start
-from advcl_hub.models.branch_norm import add_branches
+from advcl_hub.models.branch_norm import add_branches, without_branches
 from advcl_hub.models.preprocessing import data_config
-from advcl_hub.pretraining.losses import PAPER_KS, contrastive_loss, pseudo_label_loss
+from advcl_hub.pretraining.losses import contrastive_loss, pseudo_label_loss
+from advcl_hub.pretraining.pseudo_labels import PAPER_KS
 from advcl_hub.pretraining.views import ViewConfig, Views, make_views
 
 
@@ -109,7 +110,8 @@ class AdvCL(nn.Module):
         memory_format: layout of the views (the caller moves the encoder).
 
     Raises:
-        ValueError: the encoder wants normalised images, or the objective wants pseudo-labels and `ks` is empty.
+        ValueError: the encoder has a classifier or wants normalised images, or the objective wants pseudo-labels and `ks` is
+            empty.
     """
 
     def __init__(
@@ -142,14 +144,27 @@ class AdvCL(nn.Module):
             labels: pseudo-labels, int64 (N, len(ks)); None if the objective has no use for them.
 
         Raises:
-            ValueError: images or labels of another kind or shape.
+            ValueError: images or labels of another type or shape.
         """
-        if self.heads and labels is not None and labels.shape != (len(images), len(self.heads)):
-            raise ValueError(
-                f"labels are {tuple(labels.shape)}, expected ({len(images)}, {len(self.heads)}): a pseudo-label of every image "
-                f"for each of ks = {', '.join(self.heads)}."
-            )
+        if self.heads and labels is not None:
+            expected = (len(images), len(self.heads))
+            if labels.shape != expected or labels.dtype != torch.int64:
+                raise ValueError(
+                    f"labels are {labels.dtype} {tuple(labels.shape)}, expected torch.int64 {expected}: a pseudo-label of "
+                    f"every image for each of ks = {', '.join(self.heads)}."
+                )
         return self.losses(make_views(images, self.views), labels)
+
+    def plain_encoder(self, branch: str | None = None) -> nn.Module:
+        """A copy of the encoder as the timm model that it was, in evaluation mode, to finetune or to export.
+
+        Args:
+            branch: whose batch norms it gets; by default those that the paper finetunes, `objective.export_branch`.
+
+        Raises:
+            ValueError: the objective has no such branch.
+        """
+        return without_branches(self.encoder, branch or self.objective.export_branch).eval()
 
     def losses(self, views: Views, labels: Tensor | None = None) -> Losses:
         """The step after the augmentations. The random starts come from torch's global generator."""
@@ -240,13 +255,16 @@ class AdvCL(nn.Module):
 
 
 def _check(encoder: nn.Module, objective: Objective, ks: tuple[int, ...]) -> None:
+    """Raises ValueError for what `AdvCL` would train wrongly, or only refuse at the first step."""
+    if classes := getattr(encoder, "num_classes", 0):
+        raise ValueError(f"The encoder has a classifier of {classes} classes: timm.create_model(..., num_classes=0).")
     config = data_config(encoder)
     mean, std = config.get("mean", (0.0,)), config.get("std", (1.0,))
     if any(mean) or any(value != 1 for value in std):
         raise ValueError(
             f"The encoder's pretrained_cfg asks for images normalised with mean {tuple(mean)} and std {tuple(std)}; AdvCL "
-            "trains on images in [0, 1]: timm.create_model(..., "
-            'pretrained_cfg_overlay={"mean": (0, 0, 0), "std": (1, 1, 1)}).'
+            "trains on images in [0, 1], without that: timm.create_model(..., pretrained_cfg_overlay={'mean': (0, 0, 0), "
+            "'std': (1, 1, 1), 'input_size': (3, H, W), 'crop_pct': 1.0})."
         )
     if objective.pseudo_label_weight and not ks:
         raise ValueError("ks is empty, but the objective has a pseudo-label term: give ks, or set pseudo_label_weight to 0.")

@@ -82,6 +82,7 @@ def _identity(name: str, weights_sha256: str, preprocessing: str) -> dict[str, s
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    # Not `opening.weights_sha256`, which sorts: the keys of label files that people have cached are made with this one.
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

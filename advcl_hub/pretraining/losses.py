@@ -1,4 +1,4 @@
-"""The AdvCL objective: contrastive loss over all views and all processes, and pseudo-label cross-entropy over several K.
+"""The losses of AdvCL: contrastive over all views and all processes, and cross-entropy on pseudo-labels at several K.
 
 Both losses run outside autocast, in float32 or wider: a softmax over thousands of negatives is not for bfloat16.
 """
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PAPER_KS = (2, 10, 50, 100, 500)  # numbers of clusters of the pseudo-labels (AdvCL section 5)
 CHUNK = 2**22  # similarities made at once, 16 MiB in float32: more leave the cache of a CPU; a GPU takes 16 times as many
 
 

@@ -33,9 +33,9 @@ from advcl_hub.data import ImageData, batches
 from advcl_hub.errors import need
 from advcl_hub.files import check_writable, file_sha256, replacing
 from advcl_hub.pretraining.encoder_features import Encoder, open_encoder
-from advcl_hub.pretraining.losses import PAPER_KS
 from advcl_hub.training.progress import progress_bar
 
+PAPER_KS = (2, 10, 50, 100, 500)  # numbers of clusters in the paper (section 5)
 METHOD = "1"  # part of the cache key: raise it with every change that gives other labels for the same input
 NUM_STARTS = 3  # k-means++ starts; the one with the least inertia is kept
 NUM_VERIFIED = 512  # images compared with the digests on load: enough for shifts, cheap for lazy images
@@ -92,10 +92,12 @@ def make_pseudo_labels(
         workers: processes that decode images which are not in memory.
 
     Raises:
+        ImportError: scikit-learn is not installed.
         ValueError: unusable ks or seed, a class without images, fewer distinct images than clusters, or an
             encoder that cannot be opened or does not fit the images.
         FileNotFoundError: the folder of a "local-dir:" encoder does not exist.
     """
+    need("sklearn", "Clustering for pseudo-labels", "pretrain")
     _check_request(data, ks, seed)
     splits = {split: data, **(held_out or {})}
     model = open_encoder(encoder, data, device)
@@ -186,7 +188,6 @@ def _cluster(
     workers: int,
 ) -> dict[str, Tensor]:
     """The tensors of a label file: k-means on the first split, nearest centres for the others."""
-    need("sklearn", "Clustering for pseudo-labels", "pretrain")
     from sklearn.cluster import KMeans  # here, but before its threads are limited: most of a second that cached labels need not
     from threadpoolctl import threadpool_limits
 

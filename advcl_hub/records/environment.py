@@ -1,4 +1,4 @@
-"""What a result names besides its figures: versions of what computed, the hardware, and how its backends round."""
+"""What a result names besides its figures: versions, hardware, and the settings that decide how it rounds."""
 
 import importlib.metadata
 import os

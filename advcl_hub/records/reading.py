@@ -1,4 +1,4 @@
-"""Records of evaluations, results.json: read and checked, and the words for what stands in them."""
+"""Reads results.json, the record of an evaluation, and writes its values as text."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def load_record(path: str | Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         if record["kind"] != "evaluation":
-            raise KeyError("kind")
+            raise ValueError(f"it is that of {record['kind']}; advcl-hub evaluate writes such folders")
         if record["format"] > FORMAT:
             raise ValueError("it was written by a newer advcl-hub")
         (

@@ -1,4 +1,4 @@
-"""Several processes that share one evaluation (torchrun, accelerate launch); a single one needs none of this."""
+"""Several processes that share one task (torchrun, accelerate launch), and the device that each computes on."""
 
 import os
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ def join(device: str | torch.device | None) -> torch.device:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return choose(device)
-    need("accelerate", "Sharing work among processes")
+    need("accelerate", "Sharing work among processes", "eval")
     from accelerate import PartialState
 
     if str(device) not in ("None", "cpu", "cuda"):

@@ -28,7 +28,7 @@ from advcl_hub.evaluation.acceleration import accelerated
 from advcl_hub.evaluation.results import folder_name
 from advcl_hub.models.pixel_space import PixelSpace
 from advcl_hub.opening import weights_sha256
-from advcl_hub.records import report
+from advcl_hub.records.tables import report
 from tests.support.speed import needs_compiler
 from tests.support.tiny_classifiers import TinyNet, labelled_by, shortened
 

@@ -25,6 +25,13 @@ def test_adversarial_images_are_those_that_an_evaluation_measured(steps: int) ->
             assert (model(images).argmax(1) == data.labels).tolist() == expected
 
 
+def test_adversarial_images_are_made_in_the_precision_of_the_protocol() -> None:
+    model = TinyNet()
+    data = labelled_by(model, 20)
+    exact, coarse = (adversarial_images(model, data, Protocol(steps=2, precision=p)) for p in ("float32", "bfloat16"))
+    assert not torch.equal(exact, coarse)
+
+
 def test_there_has_to_be_an_image() -> None:
     model = TinyNet()
     with pytest.raises(ValueError, match="No images"):

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 import advcl_hub
-from advcl_hub.hub import push_pull as hub
+from advcl_hub.hub import push_pull
 from advcl_hub.hub.cards import add_to_results, card, read_export, write_card
 from advcl_hub.hub.export import PICTURE, WEIGHTS, verify_folder
 from advcl_hub.hub.registry import BUNDLED, RELEASED
@@ -178,10 +178,10 @@ def test_released_json_says_what_the_folder_says(name: str, tmp_path: Path) -> N
     found = DATA[name]
     if not found.get("bundled") and not found.get("parts"):
         pytest.skip("its weights are on the Hub")
-    assert hub.verify(name) < 1e-3
+    assert push_pull.verify(name) < 1e-3
     assert found.get("parts") or found["files"][WEIGHTS]["size"] < release.BUNDLED_BYTES
     where = {key: found[key] for key in ("bundled", "hub_id", "revision", "parts") if key in found}
-    folder = hub.pull(name, tmp_path / "export")
+    folder = push_pull.pull(name, tmp_path / "export")
     assert release.entry(folder, where, robustbench=found.get("robustbench")) == found
 
 

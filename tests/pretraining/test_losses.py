@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from advcl_hub.pretraining import losses as objective
+from advcl_hub.pretraining import losses
 from advcl_hub.pretraining.losses import contrastive_loss, pseudo_label_loss
 
 
@@ -85,7 +85,7 @@ def test_contrastive_loss_and_gradient_equal_autograd(
 ) -> None:
     """The closed form, whatever number of rows is made at a time; most of these numbers do not divide."""
     if rows is not None:
-        monkeypatch.setattr(objective, "CHUNK", max(1, rows * v * n + v * n - 1 if rows else 0))
+        monkeypatch.setattr(losses, "CHUNK", max(1, rows * v * n + v * n - 1 if rows else 0))
     data = unit_vectors(v, n, 6)
     ours, reference = data.clone().requires_grad_(), data.clone().requires_grad_()
     loss, expected = contrastive_loss(ours, 0.2, 0.07), dense_contrastive(reference, 0.2, 0.07)
@@ -98,7 +98,7 @@ def test_contrastive_loss_and_gradient_equal_autograd(
 
 @pytest.mark.parametrize("chunk", [2**24, 7 * 12])
 def test_contrastive_gradient_equals_finite_differences(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective, "CHUNK", chunk)
+    monkeypatch.setattr(losses, "CHUNK", chunk)
     views = [v.clone().requires_grad_() for v in unit_vectors(3, 4, 3)]
     assert torch.autograd.gradcheck(lambda *v: contrastive_loss(v, 0.3, 0.1), views)
 
@@ -107,7 +107,7 @@ def test_contrastive_gradient_equals_finite_differences(chunk: int, monkeypatch:
 def test_only_the_views_that_want_a_gradient_cost_one(wanted: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """In the attack the clean views are constant: they get None, and no matrix product is made for them."""
     v, n, rows = 4, 5, 2
-    monkeypatch.setattr(objective, "CHUNK", rows * v * n)
+    monkeypatch.setattr(losses, "CHUNK", rows * v * n)
     data = unit_vectors(v, n, 6)
     views = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(data)]
     with Operations() as forward:
@@ -139,7 +139,7 @@ def test_contrastive_gradient_cannot_be_differentiated_again() -> None:
 def test_contrastive_memory_is_linear_in_the_batch(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor is larger than a chunk, or than the projections: all similarities together are 65 to 1024 thousand."""
     v, d, chunk = 4, 32, 2**12
-    monkeypatch.setattr(objective, "CHUNK", chunk)
+    monkeypatch.setattr(losses, "CHUNK", chunk)
     views = unit_vectors(v, n, d, torch.float32).requires_grad_()
     with Operations() as operations:
         contrastive_loss(views).backward()

@@ -1,5 +1,6 @@
 """The guide beside the methods: its programs run as they stand, and what comes out opens in timm."""
 
+import copy
 import os
 import re
 import subprocess
@@ -11,7 +12,9 @@ import timm
 import torch
 from torch import nn
 
-from advcl_hub.pretraining import AdvCL, Objective
+from advcl_hub.hub import export_folder
+from advcl_hub.models.branch_norm import branch_state_dict
+from advcl_hub.pretraining import AdvCL, Attack, Objective
 from tests.support import ROOT
 
 GUIDE = ROOT / "advcl_hub" / "pretraining" / "README.md"
@@ -34,6 +37,28 @@ def test_the_loop_of_the_guide_trains_and_its_export_opens_in_timm(tmp_path: Pat
     assert not torch.equal(encoder.bn1.running_mean, stock.bn1.running_mean)
 
 
+OVERLAY = {"mean": (0, 0, 0), "std": (1, 1, 1), "input_size": (3, 32, 32), "crop_pct": 1.0}
+
+
+def test_the_export_of_any_architecture_says_how_its_images_were_made(tmp_path: Path) -> None:
+    assert "".join(repr(OVERLAY).replace("'", '"').split()) in "".join(GUIDE.read_text(encoding="utf-8").split())
+    simclr = Objective(clean_views=("strong1", "strong2"), adversarial_views=(), pseudo_label_weight=0)
+    model = timm.create_model("resnet10t", num_classes=0, pretrained_cfg_overlay=OVERLAY)
+    for name, objective in {"simclr": simclr, "advcl": Objective(pseudo_label_weight=0)}.items():
+        network = AdvCL(copy.deepcopy(model), objective, Attack(steps=1))
+        network(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8))
+        plain = network.plain_encoder()
+        folder = export_folder(plain, tmp_path / name, results={"kind": "encoder"})
+        assert plain.state_dict().keys() == model.state_dict().keys() and not plain.training
+        branch = branch_state_dict(network.encoder.state_dict(), objective.export_branch)
+        assert all(torch.equal(value, branch[key]) for key, value in plain.state_dict().items())
+        cfg = timm.create_model(f"local-dir:{folder}", pretrained=True).pretrained_cfg
+        assert {key: tuple(cfg[key]) if key != "crop_pct" else cfg[key] for key in OVERLAY} == OVERLAY
+        plain.set_grad_checkpointing(True)  # it is timm's own again
+    with pytest.raises(ValueError, match=r"No batch-norm branch 'clear'.*'clean', 'adv'"):
+        network.plain_encoder("clear")
+
+
 def test_the_defaults_are_those_of_the_paper() -> None:
     network = AdvCL(timm.create_model("resnet8_cifar", num_classes=0))
     assert list(network.heads) == ["2", "10", "50", "100", "500"]
@@ -54,7 +79,10 @@ def test_what_a_loop_of_ones_own_gets_wrong_is_one_sentence() -> None:
     network, images = AdvCL(encoder(), ks=(2, 10)), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match="pass the labels of the batch"):
         network(images)
-    with pytest.raises(ValueError, match=r"labels are \(4, 5\), expected \(4, 2\)"):
-        network(images, torch.zeros(4, 5, dtype=torch.int64))
+    for labels in (torch.zeros(4, 5, dtype=torch.int64), torch.zeros(4, 2)):
+        with pytest.raises(ValueError, match=r"labels are torch\.\w+ \(4, \d\), expected torch\.int64 \(4, 2\)"):
+            network(images, labels)
+    with pytest.raises(ValueError, match=r"a classifier of 1000 classes: .*num_classes=0"):
+        AdvCL(timm.create_model("resnet10t"))
     with pytest.raises(ValueError, match="expected uint8 images"):
         network(images.float(), torch.zeros(4, 2, dtype=torch.int64))

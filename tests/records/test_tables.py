@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 
 from advcl_hub.evaluation import Protocol, evaluate, pictures
 from advcl_hub.evaluation.results import proportion
-from advcl_hub.records import report
 from advcl_hub.records.literature import quoted
-from advcl_hub.records.tables import FORMATS, page
+from advcl_hub.records.tables import FORMATS, page, report
 from tests.support.tiny_classifiers import TinyNet, labelled_by
 
 ATTACKS = {"apgd-ce": 0.5, "apgd-t": 0.45, "fab-t": 0.45, "square": 0.44}

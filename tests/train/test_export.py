@@ -1,5 +1,6 @@
 """python -m train.export: which weights of a run go where, and what it says."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from advcl_hub.hub.export import WEIGHTS
+from advcl_hub.hub.export import WEIGHTS, load_folder
 from train.checkpoint import load_checkpoint
-from train.export import main
+from train.export import export_checkpoint, main
 from train.pretrain import Trainer
 from train.recipe import load_recipe
 
@@ -45,6 +46,20 @@ def test_any_branch_averaged_or_not(run: Path, tmp_path: Path, export: Callable[
     assert "not finished (step 1)" in said and f'"local-dir:{tmp_path / "e"}"' in said
     expected, stored = load_checkpoint(run).encoder_state(branch, ema), load_file(tmp_path / "e" / WEIGHTS)
     assert expected.keys() == stored.keys() and all(torch.equal(v, stored[k]) for k, v in expected.items())
+
+
+def test_a_linear_head_on_the_branch_that_was_asked_for(run: Path, tmp_path: Path, export: Callable[..., str]) -> None:
+    folder = tmp_path / "c"
+    said = export("--output", str(folder), "--branch", "clean", "--no-ema", "--linear-head")
+    assert f"advcl-hub evaluate {folder} --data fake:120" in said
+    checkpoint, stored = load_checkpoint(run), load_file(folder / WEIGHTS)
+    expected = checkpoint.encoder_state("clean", ema=False)
+    assert expected.keys() < stored.keys() and all(torch.equal(v, stored[k]) for k, v in expected.items())
+    results, config = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("results.json", "config.json"))
+    assert (results["kind"], results["branch"], results["ema"]) == ("classifier", "clean", False)
+    assert config["num_classes"] == 10 and len(config["label_names"]) == 10
+    with pytest.raises(ValueError, match="was not made from this encoder"):
+        export_checkpoint(checkpoint, tmp_path / "other", branch="adv", ema=False, classifier=load_folder(folder))
 
 
 @pytest.mark.parametrize(

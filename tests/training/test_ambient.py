@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import advcl_hub
-from advcl_hub.records import backends, hardware
+from advcl_hub.records.environment import backends, hardware
 from advcl_hub.training.lock import FILE as LOCK
 from advcl_hub.training.lock import RunLock
 from advcl_hub.training.loop import open_accelerator

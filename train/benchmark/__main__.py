@@ -27,7 +27,7 @@ from advcl_hub.data import ImageData, load_data
 from advcl_hub.data.matching import check_fits
 from advcl_hub.files import check_writable, without_local_paths
 from advcl_hub.opening import load_model
-from advcl_hub.records import hardware, versions
+from advcl_hub.records.environment import hardware, versions
 from advcl_hub.training.processes import choose
 from train.benchmark import parts, processes, step, use
 from train.benchmark.report import Section, save

@@ -13,7 +13,8 @@ from advcl_hub.files import replacing
 from advcl_hub.hub.cards.metadata import metadata
 from advcl_hub.hub.cards.results import PROTOCOLS, is_advcl, is_robust, method, pretraining, read_export
 from advcl_hub.hub.export import CARD, PICTURE
-from advcl_hub.records import RESULTS, pixels, report
+from advcl_hub.records import RESULTS, pixels
+from advcl_hub.records.tables import report
 
 _TEMPLATE = Path(__file__).with_name("card.md")
 _ADVCL = """@inproceedings{fan2021advcl,

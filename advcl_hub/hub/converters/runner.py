@@ -16,7 +16,7 @@ from advcl_hub.hub.converters.checkpoint import Checkpoint, read_checkpoint
 from advcl_hub.hub.converters.layouts import LAYOUTS, NORMALIZE, Layout, Outline, detect_layout, outline, place
 from advcl_hub.hub.converters.reference import published_features
 from advcl_hub.hub.export import DTYPES, check_replaceable, export_folder
-from advcl_hub.records import versions
+from advcl_hub.records.environment import versions
 
 _IMAGES, _SEED, _TOLERANCE = 4, 0, 1e-9  # of the output check, which computes in float64
 _PUBLISHED = {"clean": "normal", "adv": "pgd", "adv_ce": "pgd_ce"}
