@@ -181,7 +181,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written, because the disk is full or for other reasons.
     """
-    draft = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")  # others may write the same file
+    draft = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")  # others may write it, too; see `is_draft`
     try:
         with write_errors(path):
             yield draft
@@ -191,6 +191,11 @@ def replacing(path: Path) -> Iterator[Path]:
             draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def is_draft(path: Path) -> bool:
+    """Whether `replacing` has written a file; where it is not being written now, a kill has left it."""
+    return re.fullmatch(r"\.\d+-\d+-.+", path.name) is not None
 
 
 def lock(file: TextIO) -> bool:

@@ -1,4 +1,4 @@
-"""Opening a model with its weights: of the registry, of the Hub, of a folder."""
+"""Opens a model with its weights: from the registry, the Hub or a folder."""
 
 import contextlib
 import difflib

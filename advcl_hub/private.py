@@ -1,7 +1,7 @@
 """timm's private parts that this package uses, each in a function of its own; no other module touches any.
 
-timm may move or change them in any version. Each is looked up and checked before it is used, and one that is not as we know it
-raises an ImportError of one sentence. Importing this module never fails. `tests/test_private.py` has a test for each part.
+timm may move or change them in any version. What is imported is checked before it is used; if it has changed, an ImportError
+says so in one sentence. Importing this module never fails. `tests/test_private.py` has a test for each part.
 Of huggingface_hub nothing private is used.
 """
 

@@ -1,4 +1,4 @@
-"""Releases weights: an entry in advcl_hub/hub/released.json, a place for their files, and their card here.
+"""Releases weights: an entry in advcl_hub/hub/released.json, their files in place, and their card in this folder.
 
 python -m model_cards.release FOLDER resnet8_cifar.advcl_c10
 python -m model_cards.release KEPT --licence apache-2.0                          # all that a plan kept (train/flagship.py)
@@ -6,7 +6,7 @@ python -m model_cards.release FOLDER resnet18_cifar.advcl_c10 --hub ORG/NAME@COM
 python -m model_cards.release                                                    # all cards and the README's table anew
 
 Weights below 1 MB go into the package. Larger ones lie in model_cards/weights, in parts, until somebody has pushed them:
-`advcl-hub push NAME ORG/NAME`, then the third line.
+`advcl-hub push NAME ORG/NAME`, then the third command above.
 
 FOLDER may be where NAME lies now. New files are written beside their places and renamed, then released.json is replaced, and
 only then earlier files are removed. A call that was stopped on the way is undone by the next one.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from advcl_hub.cli.common import script
-from advcl_hub.files import file_sha256, lock, replacing
+from advcl_hub.files import file_sha256, is_draft, lock, replacing
 from advcl_hub.hub.cards import add_to_results, card, pretraining, read_export, summary
 from advcl_hub.hub.export import CARD, CONFIG, GOLDEN, PICTURE, WEIGHTS, load_folder, verify_folder
 from advcl_hub.hub.parts import split
@@ -137,11 +137,13 @@ def release(
             of somebody else where the release is to lie.
         OSError: a folder or a file is missing, or cannot be written.
     """
-    for name in folders:
-        check_name(name)
-        _check_homes(name)
     data = json.loads(RELEASED.read_text(encoding="utf-8"))
     known = {found.name: found for found in load_releases(RELEASED)}
+    for name, folder in folders.items():
+        check_name(name)
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder.")
+        _check_homes(name, known.get(name))
     with ExitStack() as drafts:
         drafts.callback(recover)
         whole = {name: _with_weights(name, folder, known.get(name), drafts) for name, folder in folders.items()}
@@ -163,19 +165,21 @@ def release(
             alias = robustbench or (known[name].robustbench if same else None)
             data["releases"][name] = entry(folder, where, robustbench=alias)
             moves[parent / name] = draft
+        released = _draft(RELEASED.parent, drafts) / RELEASED.name
+        released.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         # All that is new is on the disk: from here on files are renamed, and then removed.
         for path in store.iterdir() if store else ():
             path.replace(CHECKOUT / path.name)
-        for home, draft in moves.items():
+        for home in [home for name in folders for home in _homes(name)]:
+            earlier = home.with_name(f"{_EARLIER}{home.name}")
             if home.is_symlink() or home.exists():
-                home.rename(home.with_name(f"{_EARLIER}{home.name}"))
-            draft.rename(home)
-        with replacing(RELEASED) as text:
-            text.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    for name in folders:
-        for home in set(_homes(name)) - moves.keys():
-            _remove(home)
-    _remove_parts(data)
+                home.rename(earlier)
+            elif home in moves:
+                earlier.mkdir()  # empty: there was none
+            if home in moves:
+                moves[home].rename(home)
+        released.replace(RELEASED)
+    _remove_parts(data["releases"])
 
 
 def _homes(name: str) -> tuple[Path, Path, Path]:
@@ -183,17 +187,37 @@ def _homes(name: str) -> tuple[Path, Path, Path]:
     return CARDS / name, BUNDLED / name, CHECKOUT / name
 
 
-def _check_homes(name: str) -> None:
-    """Raises ValueError for files that are no part of a release: its folders are replaced whole."""
+def _home_of(name: str, entry: Mapping[str, Any]) -> Path:
+    """Where the files of a release lie."""
+    card, package, checkout = _homes(name)
+    return package if entry.get("bundled") else checkout if entry.get("parts") else card
+
+
+def _describes(entry: Mapping[str, Any], folder: Path) -> bool:
+    """Whether a folder holds files whose sha256 released.json tells, and all of these are right."""
+    present = [file for file in entry.get("files", {}) if (folder / file).is_file()]
+    return bool(present) and all(file_sha256(folder / file) == entry["files"][file]["sha256"] for file in present)
+
+
+def _check_homes(name: str, known: Release | None) -> None:
+    """Raises ValueError for files that are not of the release: its folders are replaced whole."""
+    if len({home.parent.resolve() for home in _homes(name)}) < 3:
+        raise ValueError(
+            f"Of {', '.join(str(home.parent) for home in _homes(name))} two are the same folder: remove that link."
+        )
     for home in _homes(name):
-        if home.is_dir() and not home.is_symlink() and (others := sorted({path.name for path in home.iterdir()} - _FILES)):
-            raise ValueError(f"{home} holds {others[0]}, which is no part of a release: move it to another folder first.")
+        if home.is_symlink() or not home.exists():
+            continue
+        strangers = {path.name for path in home.iterdir() if not is_draft(path)} - _FILES if home.is_dir() else {home.name}
+        weights = home / WEIGHTS
+        if not known or (weights.is_file() and not _same_weights(known, home)):
+            strangers.add(home.name)
+        if strangers:
+            raise ValueError(f"{home} holds {min(strangers)}, which is no part of a release: move it to another folder first.")
 
 
 def _check(name: str, folder: Path, known: Release | None, overwrite: bool) -> None:
     """Raises ValueError unless the folder is an export of the architecture, whose weights may have this name."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder.")
     architecture = read_export(folder)[1]["architecture"]
     if architecture != name.partition(".")[0]:
         raise ValueError(f"{folder} holds a {architecture}, not {name}.")
@@ -235,18 +259,16 @@ def _draft(parent: Path, drafts: ExitStack) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder, at once for whoever looks; of a symbolic link the link only."""
+    """Removes a folder; of a symbolic link the link only."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():
-        hidden = path.with_name(f"{_DRAFT}{path.name}")
-        path.rename(hidden)
-        shutil.rmtree(hidden)
+        shutil.rmtree(path)
 
 
-def _remove_parts(data: Mapping[str, Any]) -> None:
+def _remove_parts(entries: Mapping[str, Any]) -> None:
     """Removes parts that no entry names: of weights that were replaced or pushed."""
-    named = {part for found in data["releases"].values() for part in found.get("parts", ())}
+    named = {part for found in entries.values() for part in found.get("parts", ())}
     for path in CHECKOUT.glob("*.safetensors"):
         digits = re.fullmatch(r".+-([0-9a-f]{8})\.safetensors", path.name)  # of its own sha256: they prove that it is ours
         if path.name not in named and digits and file_sha256(path).startswith(digits[1]):
@@ -254,20 +276,24 @@ def _remove_parts(data: Mapping[str, Any]) -> None:
 
 
 def recover() -> None:
-    """Undoes what a call has begun that did not end: of two folders of a release the one stays that released.json describes."""
+    """Ends or undoes what an earlier call has begun: it was done if released.json describes the files in their home."""
     entries = json.loads(RELEASED.read_text(encoding="utf-8"))["releases"]
-    for parent in (CARDS, BUNDLED, CHECKOUT):
-        for draft in parent.glob(f"{_DRAFT}*"):
-            shutil.rmtree(draft)
-        for earlier in parent.glob(f"{_EARLIER}*"):
-            home = parent / earlier.name.removeprefix(_EARLIER)
-            files = entries.get(home.name, {}).get("files", {})
-            described = [file_sha256(home / file) == files[file]["sha256"] for file in files if (home / file).is_file()]
-            if described and all(described):
-                _remove(earlier)
-            else:
-                _remove(home)
-                earlier.rename(home)
+    for path in filter(is_draft, [*README.parent.iterdir(), *CARDS.glob("*/.*")]):
+        path.unlink()
+    parents = (CARDS, BUNDLED, CHECKOUT)
+    for earlier in [path for parent in parents for path in parent.glob(f"{_EARLIER}*")]:
+        home = earlier.with_name(earlier.name.removeprefix(_EARLIER))
+        entry = entries.get(home.name, {})
+        if not _describes(entry, _home_of(home.name, entry)):
+            _remove(home)
+            earlier.rename(home)
+            if not home.is_symlink() and not any(home.iterdir()):
+                home.rmdir()
+    for path in [path for parent in (*parents, RELEASED.parent) for path in parent.glob(f"{_DRAFT}????????")]:
+        shutil.rmtree(path)
+    for path in [path for parent in parents for path in parent.glob(f"{_EARLIER}*")]:
+        _remove(path)
+    _remove_parts(entries)
 
 
 def release_kept(source: Path, licence: str, notes: Sequence[str], *, overwrite: bool, rehearsal: bool) -> None:
@@ -303,7 +329,9 @@ def release_kept(source: Path, licence: str, notes: Sequence[str], *, overwrite:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m model_cards.release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "folder", nargs="?", type=Path, help="exported, with its evaluations (advcl-hub card); or kept by a plan"
     )
@@ -340,6 +368,8 @@ def main() -> None:
             if found.folder and (found.folder / PICTURE).is_file():
                 with replacing(CARDS / found.name / PICTURE) as draft:
                     shutil.copyfile(found.folder / PICTURE, draft)
+            elif found.folder:
+                (CARDS / found.name / PICTURE).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The house: imports run down its floors, every room stands in the README, and tests lie as what they test."""
+"""The layout: imports run down the floors, the README names every file, and every test file has the name of a module."""
 
 import ast
 import functools
 import graphlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -120,23 +121,32 @@ def test_the_library_sends_nobody_to_files_of_a_checkout() -> None:
     assert naming == {"advcl_hub/hub/registry.py"}
 
 
-def test_every_room_stands_in_the_readme() -> None:
+def named_in_the_readme() -> Iterator[Path]:
+    """Yields every path that the README's tree names. A line's own folder, if it begins with one, holds what it names."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = text.partition("\n## Where things are\n")[2].split("```")[1]
-    shown = set(re.findall(r"^ {2}([\w.]+?)(?:\.py|/)? {2,}\S", tree, re.MULTILINE))
-    tops = {path.stem for path in ROOT.glob("advcl_hub/*") if path.suffix in ("", ".py") and not path.stem.startswith("__")}
-    assert tops <= shown, f"the README's tree lacks {sorted(tops - shown)}"
-    for path in re.findall(r"[\w/]+\.(?:py|yaml|md|json)\b", tree):
-        places = [place for top in ("advcl_hub", "train", "model_cards", "tests") for place in ROOT.glob(f"{top}/**/{path}")]
-        assert places, f"the README's tree names {path}, which is nowhere"
+    folders = [ROOT]
+    for line in text.partition("\n## Where things are\n")[2].split("```")[1].strip("\n").splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        first, *others = re.findall(r"[\w/]+(?:\.(?:py|yaml|md|json)\b|/(?=[\s,)]))", line)
+        folders[depth + 1 :] = [folders[depth] / first] if first.endswith("/") else []
+        yield folders[depth] / first
+        yield from (folders[-1] / name for name in others)
 
 
-def test_tests_lie_as_what_they_test() -> None:
+def test_the_readme_names_every_file_of_the_library_in_its_place() -> None:
+    named = list(named_in_the_readme())
+    assert not [str(path.relative_to(ROOT)) for path in named if not path.exists()]
+    modules = [path for path in ROOT.glob("advcl_hub/**/*.py") if not path.stem.startswith("__")]
+    assert not [str(path.relative_to(ROOT)) for path in modules if path not in named]
+
+
+def test_every_test_file_has_the_name_of_a_module() -> None:
     """tests/ROOM/test_MODULE.py or test_MODULE_aspect.py, or, of several modules, test_ROOM_aspect.py."""
     strangers = []
     for path in sorted(ROOT.glob("tests/*/**/test_*.py")):
         room = path.relative_to(ROOT / "tests").parts[0]
-        home = next(place for place in (ROOT / "advcl_hub" / room, ROOT / room, ROOT / "tests" / room) if place.is_dir())
+        places = [ROOT / "advcl_hub" / room, ROOT / room, *([path.parent] if room == "support" else [])]
+        home = next(place for place in places if place.is_dir())
         names = {room, *(inside.stem for inside in home.rglob("*") if inside.suffix == ".py" or inside.is_dir())}
         if not any(re.match(rf"test_{re.escape(name)}(_|$)", path.stem) for name in names):
             strangers.append(str(path.relative_to(ROOT)))

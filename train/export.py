@@ -105,7 +105,7 @@ def classifier_lines(folder: Path, checkpoint: Checkpoint) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m train.export", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m train.export", description=__doc__.split("\n")[0].rstrip(":") + ".")
     parser.add_argument("run", type=Path, help="folder of a pretraining run")
     parser.add_argument("--output", type=Path, help="folder to write (default: RUN/export, RUN/classifier)")
     parser.add_argument("--branch", help="batch-norm branch (default: the one the recipe's objective exports)")

@@ -232,7 +232,7 @@ class Trainer(Loop):
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m train.pretrain", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m train.pretrain", description=__doc__.split("\n")[0].rstrip(":") + ".")
     parser.add_argument("recipe", help="name of a file in train/recipes, or a path")
     parser.add_argument(
         "overrides",

@@ -20,7 +20,7 @@ from train.cluster_report import cluster_stats, draw_report, format_stats
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary = (__doc__ or "").split("\n")[0]
+    summary = (__doc__ or "").split("\n")[0].rstrip(":") + "."
     parser = argparse.ArgumentParser(prog="python -m train.pseudo_labels", description=summary)
     add = parser.add_argument
     add("--data", required=True, help="source as in advcl_hub.data.load_data: cifar10, folder:PATH, ...")

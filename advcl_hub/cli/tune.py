@@ -20,15 +20,15 @@ from advcl_hub.training.processes import Processes, leave
 _PRESET_NAMES = tuple(dict.fromkeys(name for name, _ in PRESETS))
 _OVERRIDES = (
     click.option("--objective", type=click.Choice(["trades", "pgd"]), help="Of aff: TRADES or PGD adversarial training."),
-    click.option("--epochs", type=int, help="Milestones move in proportion."),
+    click.option("--epochs", type=int, help="Number of epochs; the milestones scale with it."),
     click.option("--batch-size", type=int, help="Over all processes.  [default: the preset's, of small sets an eighth]"),
     click.option("--lr", type=float, help="Learning rate of SGD."),
-    click.option("--milestones", type=numbers, help="Epochs after which it is divided by 10, such as 15,20."),
+    click.option("--milestones", type=numbers, help="Epochs after which the learning rate is divided by 10, such as 15,20."),
     click.option("--momentum", type=float),
     click.option("--weight-decay", type=float),
     click.option("--eps", type=length, help="Radius of the attack in training, l_inf, such as 8/255."),
-    click.option("--step-size", type=length, help="Length of its steps.  [default: eps / 4]"),
-    click.option("--steps", type=int, help="Number of its steps."),
+    click.option("--step-size", type=length, help="Length of a step of the attack.  [default: eps / 4]"),
+    click.option("--steps", type=int, help="Number of steps of the attack."),
     click.option("--beta", type=float, help="Weight of the robust term of TRADES."),
     click.option("--branches", type=words, help="Batch-norm branches of aff: adv, or clean,adv of which adv is exported."),
     click.option("--zero-head/--default-head", default=None, help="How the new head starts."),
@@ -69,7 +69,7 @@ def _overrides(function: Callable[..., None]) -> Callable[..., None]:
 @_overrides
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/finetuned/MODEL/...]")
 @click.option("--cpu", is_flag=True, help="Compute on the CPU even where there is a GPU.")
-@click.option("--time-budget", type=seconds, help="Stop with a checkpoint after so long: 90s, 9m, 2h.")
+@click.option("--time-budget", type=seconds, metavar="TIME", help="Stop with a checkpoint after so long: 90s, 9m, 2h.")
 @click.option("--checkpoint-minutes", type=float, default=5.0, show_default=True)
 @user_errors
 def finetune(model: str, root: Path | None, overrides: dict[str, Any], **options: Any) -> None:
@@ -128,7 +128,7 @@ def presets() -> None:
 @_overrides
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/transfer"), show_default=True)
 @click.option("--cpu", is_flag=True, help="Compute on the CPU even where there is a GPU.")
-@click.option("--time-budget", type=seconds, help="Stop with a checkpoint after so long: 90s, 9m, 2h.")
+@click.option("--time-budget", type=seconds, metavar="TIME", help="Stop with a checkpoint after so long: 90s, 9m, 2h.")
 @user_errors
 def transfer(
     models: tuple[str, ...], shots: tuple[str, ...], n: int, check_images: int, overrides: dict[str, Any], **options: Any

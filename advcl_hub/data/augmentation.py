@@ -1,4 +1,4 @@
-"""Random crops and flips of whole batches, where they lie, CPU or GPU.
+"""Random crops and flips of whole batches, on the device where these are.
 
 Given the same choices, torchvision makes the same image bit for bit. Nothing waits for the device, and `torch.compile` sees no
 graph break.

@@ -1,4 +1,4 @@
-"""Every dataset becomes the same thing: uint8 images, labels, indices and class names.
+"""`ImageData`, the form that every data set gets, and what is done with it: loading, splitting, batches.
 
     data = load_data("cifar10", "train", root="data")
     train, val = train_val_split(data)

@@ -1,4 +1,4 @@
-"""Data as a model wants them: its size, its channels, and the numbers that it gives to classes."""
+"""Data as a model wants them: its size, its channels, and its order of classes."""
 
 import warnings
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Where images come from: one string names a source, `read_source` gives its split as it is stored.
+"""Where images come from: a string names a source, and `read_source` returns one of its splits, not decoded.
 
 Nothing is decoded here (`advcl_hub.data.decoding` does that), and the order of the images never depends on the
 machine: files are sorted by name, rows keep their order, and every random choice is seeded.
@@ -52,7 +52,10 @@ class Source:
 
 
 def read_source(source: str, split: str, root: str | Path | None, download: bool) -> Source:
-    """Reads one split of a source. See `advcl_hub.data.load_data` for the sources and the errors."""
+    """Reads one split of a source. See `advcl_hub.data.load_data` for the sources and the errors.
+
+    A new source is a case here, a word in `FORMS`, and a line in the docstring of `load_data`.
+    """
     base = None if root is None else Path(root).expanduser()
     match source.partition(":"):
         case ("digits", "", _):

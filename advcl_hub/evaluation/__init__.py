@@ -1,4 +1,4 @@
-"""Accuracy on clean, adversarial and corrupted images, with everything needed to repeat it and signs that speak against it."""
+"""Accuracy on clean, adversarial and corrupted images, all that is needed to repeat it, and warnings of false robustness."""
 
 from advcl_hub.evaluation.protocol import Protocol
 from advcl_hub.evaluation.quick import Robustness, adversarial_images, robustness

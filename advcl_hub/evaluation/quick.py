@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from advcl_hub.data import ImageData
+from advcl_hub.data.matching import check_fits
 from advcl_hub.evaluation.acceleration import TRIAL, accelerated
 from advcl_hub.evaluation.borrowing import borrowed, check_computes
 from advcl_hub.evaluation.inputs import first_images
 from advcl_hub.evaluation.journal import Journal
 from advcl_hub.evaluation.measure import Measurement
 from advcl_hub.evaluation.protocol import Protocol
-from advcl_hub.models.pixel_space import PixelSpace
+from advcl_hub.models.pixel_space import PixelSpace, unwrapped
 from advcl_hub.modes import as_usual
-from advcl_hub.training.processes import ALONE
+from advcl_hub.training.processes import ALONE, choose
 
 
 @dataclass(frozen=True)
@@ -84,21 +85,24 @@ def adversarial_images(
 
     Args:
         model, data, device, fit: see `robustness`.
-        protocol: how to attack; of several restarts the first is made.
+        protocol: how to attack; of several restarts the first is made. Without steps or eps the images stay as they are.
 
     Returns:
         Images float (N, C, H, W) in [0, 1], on the CPU.
 
     Raises:
-        ValueError: no images.
+        ValueError: no images, images without a label, classes that the model does not have, or no such device.
     """
+    check_fits(unwrapped(model), data)
     found = []
-    with _measurement(model, data, protocol, device, fit) as measurement:
+    with _measurement(model, data, protocol, choose(device), fit) as measurement:
         for start in range(0, len(data), protocol.batch_size):
             positions = list(range(start, min(start + protocol.batch_size, len(data))))
             images, labels = measurement.load(positions)
             indices = [measurement.indices[p] for p in positions]
-            found.append(measurement.adversarial(images, labels, indices, protocol, restart=0).cpu())
+            if protocol.attacks_with_pgd:
+                images = measurement.adversarial(images, labels, indices, protocol, restart=0)
+            found.append(images.cpu())
     return torch.cat(found)
 
 

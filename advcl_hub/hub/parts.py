@@ -1,6 +1,6 @@
 """Weights in parts: files small enough for any transport, in which what several models share is stored once.
 
-A model is the union of the tensors in its parts. A linear head on a frozen encoder is the encoder's parts and one more. Files
+A model is the union of the tensors in its parts. A linear head on a frozen encoder adds one part to those of the encoder. Files
 are named after their content, so that a part never replaces another one.
 """
 

@@ -1,4 +1,4 @@
-"""Exported folders to the Hugging Face Hub and back: all is checked, and nothing half-finished is visible on either side.
+"""Exported folders to the Hugging Face Hub and back: all is checked, and neither side ever shows an incomplete copy.
 
 push    verify the folder -> one commit -> download what the Hub now has -> verify that -> tag the version
 pull    download to the cache, each file against its sha256 -> a draft beside the folder -> verify -> rename

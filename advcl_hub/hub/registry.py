@@ -1,7 +1,7 @@
 """Released weights under timm's names: `timm.create_model("resnet8_cifar.advcl_c10", pretrained=True)`.
 
 `released.json` beside this file is the only source: timm's tags and `advcl-hub list` are made from it (in a checkout,
-`model_cards/release.py` writes it). `register` adds weights of one's own for as long as Python runs.
+`model_cards/release.py` writes it). `register` adds weights of one's own for this process.
 """
 
 import functools
@@ -138,12 +138,12 @@ def organisation(data: Mapping[str, Any]) -> str:
 
 def check_name(name: str, architecture: str | None = None) -> None:
     """Raises ValueError unless `name` is ARCHITECTURE.TAG, of this architecture if one is given: folders are named after it."""
-    well_formed = re.fullmatch(r"\w+\.[A-Za-z0-9][\w.-]*", name, re.ASCII) and ".." not in name
+    well_formed = re.fullmatch(r"\w+\.[A-Za-z0-9]([\w.-]*\w)?", name, re.ASCII) and ".." not in name
     if not well_formed or architecture not in (None, name.partition(".")[0]):
         known = architecture if re.fullmatch(r"\w+", architecture or "", re.ASCII) else "an architecture of timm"
         raise ValueError(
             f"{name!r} is not ARCHITECTURE.TAG and so is no name of a release: expected {known}, a dot, and a tag of letters, "
-            "digits, dots, - and _ that begins with a letter or digit and has no two dots in a row."
+            "digits, dots, - and _ that begins with a letter or digit, ends with one or _, and has no two dots in a row."
         )
 
 

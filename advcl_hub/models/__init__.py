@@ -1,4 +1,4 @@
-"""Image encoders for small images. Importing this package registers them with timm."""
+"""Image encoders for small images, registered with timm by this import; and what any timm model needs around it."""
 
 from advcl_hub.models.preact_resnet_cifar import PreActResNetCifar, preact_resnet18_cifar, wrn28_10_cifar, wrn34_10_cifar
 from advcl_hub.models.resnet_cifar import (

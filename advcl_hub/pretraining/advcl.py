@@ -126,7 +126,7 @@ class AdvCL(nn.Module):
         super().__init__()
         _check(encoder, objective, ks)
         self.objective, self.attack, self.views = objective, attack, views
-        self.memory_format = memory_format
+        self._channels_last = memory_format is torch.channels_last  # a memory_format itself cannot be pickled by torch.save
         self.encoder = encoder
         self.branch = add_branches(encoder, objective.branches)
         dim: int = getattr(encoder, "head_hidden_size", None) or encoder.num_features  # type: ignore[assignment]
@@ -135,6 +135,11 @@ class AdvCL(nn.Module):
         )
         heads = ks if objective.pseudo_label_weight else ()
         self.heads = nn.ModuleDict({str(k): nn.Linear(dim, k) for k in heads})
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Layout of the views."""
+        return torch.channels_last if self._channels_last else torch.contiguous_format
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Losses:
         """One step's losses.
@@ -146,6 +151,9 @@ class AdvCL(nn.Module):
         Raises:
             ValueError: images or labels of another type or shape.
         """
+        views = make_views(images, self.views)
+        if len(images) < 2:
+            raise ValueError("A batch of one image has nothing to contrast it with: leave out the last, incomplete batch.")
         if self.heads and labels is not None:
             expected = (len(images), len(self.heads))
             if labels.shape != expected or labels.dtype != torch.int64:
@@ -153,7 +161,7 @@ class AdvCL(nn.Module):
                     f"labels are {labels.dtype} {tuple(labels.shape)}, expected torch.int64 {expected}: a pseudo-label of "
                     f"every image for each of ks = {', '.join(self.heads)}."
                 )
-        return self.losses(make_views(images, self.views), labels)
+        return self.losses(views, labels)
 
     def plain_encoder(self, branch: str | None = None) -> nn.Module:
         """A copy of the encoder as the timm model that it was, in evaluation mode, to finetune or to export.
@@ -266,8 +274,12 @@ def _check(encoder: nn.Module, objective: Objective, ks: tuple[int, ...]) -> Non
             "trains on images in [0, 1], without that: timm.create_model(..., pretrained_cfg_overlay={'mean': (0, 0, 0), "
             "'std': (1, 1, 1), 'input_size': (3, H, W), 'crop_pct': 1.0})."
         )
-    if objective.pseudo_label_weight and not ks:
+    if not objective.pseudo_label_weight:
+        return
+    if not ks:
         raise ValueError("ks is empty, but the objective has a pseudo-label term: give ks, or set pseudo_label_weight to 0.")
+    if len(set(ks)) < len(ks) or not all(isinstance(k, int) and k >= 2 for k in ks):
+        raise ValueError(f"ks are {ks}, expected distinct numbers of clusters, each at least 2.")
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""What pretraining and finetuning have in common: the loop, its log, its checkpoints, its random numbers, its end."""
+"""What long work shares: the training loop, its log, checkpoints, seeds and stops; progress and several processes."""

@@ -1,4 +1,4 @@
-"""Lets neither the environment nor an earlier Accelerator of this process change how accelerate runs a training."""
+"""Keeps the environment and earlier Accelerators of this process from changing how accelerate runs a training."""
 
 import os
 from collections.abc import Iterator

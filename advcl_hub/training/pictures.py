@@ -1,4 +1,4 @@
-"""Pictures: what a step trains on, and files of pictures that are there whole or not at all."""
+"""Pictures of what a step trains on, and a way to save any figure whole or not at all."""
 
 import warnings
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Random numbers that belong to a place in a run, so that no random state has to survive a stop."""
+"""Seeds that follow from the position in a run, so that a checkpoint needs no random state."""
 
 import numpy as np
 import torch

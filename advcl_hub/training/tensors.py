@@ -1,4 +1,4 @@
-"""Tensors as a file of weights needs them."""
+"""Prepares tensors for a file of weights: contiguous, each in memory of its own."""
 
 from collections.abc import Mapping
 

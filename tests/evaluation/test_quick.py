@@ -1,5 +1,7 @@
 """The figures and images for use while training are those of an evaluation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,7 +19,8 @@ def test_adversarial_images_are_those_that_an_evaluation_measured(steps: int) ->
         assert 5 < sum(expected) < 55
     images = adversarial_images(model, data, attack)
     distance = (images - data.images / 255).abs()
-    assert distance.max() <= 0.02 + 1e-6 and distance.mean() > 0.005 and images.min() >= 0 and images.max() <= 1
+    assert distance.max() <= 0.02 + 1e-6 and images.min() >= 0 and images.max() <= 1
+    assert distance.mean() > 0.01 if steps else not distance.any()
     few = adversarial_images(model, data.subset(torch.arange(20, 30)), attack)
     assert torch.allclose(few, images[20:30], atol=1e-6)  # the starts belong to images, not to batches
     if steps:
@@ -32,7 +35,14 @@ def test_adversarial_images_are_made_in_the_precision_of_the_protocol() -> None:
     assert not torch.equal(exact, coarse)
 
 
-def test_there_has_to_be_an_image() -> None:
+def test_what_cannot_be_attacked() -> None:
     model = TinyNet()
+    data = labelled_by(model, 3)
     with pytest.raises(ValueError, match="No images"):
-        adversarial_images(model, labelled_by(model, 3).subset(torch.arange(0)), Protocol())
+        adversarial_images(model, data.subset(torch.arange(0)), Protocol())
+    with pytest.raises(ValueError, match="has images without a label"):
+        adversarial_images(model, replace(data, labels=torch.tensor([0, -1, 2])), Protocol())
+    with pytest.raises(ValueError, match="The model tells 10 classes apart, random has 2"):
+        adversarial_images(model, replace(data, classes=("a", "b")), Protocol())
+    with pytest.raises(ValueError, match="The device nowhere cannot be used"):
+        adversarial_images(model, data, Protocol(), device="nowhere")

@@ -1,67 +1,25 @@
 """Releasing weights: what model_cards/release.py writes, in a copy of the package."""
 
-import errno
-import itertools
 import json
 import os
 import shutil
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
 
 import advcl_hub
-from advcl_hub.files import lock
 from advcl_hub.hub import registry
 from advcl_hub.hub.cards import add_to_results
 from advcl_hub.hub.export import GOLDEN, PICTURE, WEIGHTS, load_folder
 from model_cards import release
-from tests.support import ROOT
+from tests.support.checkouts import CARD, DESCRIBED, NAME, PACKAGE, files, homes, loaded, released, run
 from tests.support.hub_client import TOKENS, Client, open_client
 from tests.support.hub_server import Hub
 from tests.support.small_encoders import SMALL_RESNET, export_encoder
 from train.kept import keep
-
-NAME = "resnet20_cifar.test"
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    folder = tmp_path / "checkout"
-    for part in ("advcl_hub", "model_cards"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.rmtree(folder / "model_cards" / "weights", ignore_errors=True)  # large weights, where there are any
-    released = folder / "advcl_hub" / "hub" / "released.json"
-    data = json.loads(released.read_text(encoding="utf-8"))
-    data["releases"] = {name: entry for name, entry in data["releases"].items() if "parts" not in entry}
-    released.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    shutil.copy(ROOT / "README.md", folder)
-    return folder
-
-
-def run(checkout: Path, *arguments: object) -> str:
-    """What the script says when it refuses; called in the client's process, on a copy."""
-    registry.BUNDLED = release.BUNDLED = checkout / "advcl_hub/hub/weights"
-    registry.CHECKOUT = release.CHECKOUT = checkout / "model_cards/weights"
-    release.RELEASED = checkout / "advcl_hub/hub/released.json"
-    release.ROOT, release.CARDS, release.README = checkout, checkout / "model_cards", checkout / "README.md"
-    sys.argv = ["release.py", *map(str, arguments)]
-    try:
-        release.main()
-    except SystemExit as refused:
-        return str(refused.code)
-    return ""
-
-
-def released(checkout: Path) -> dict[str, dict[str, Any]]:
-    return json.loads((checkout / "advcl_hub/hub/released.json").read_text(encoding="utf-8"))["releases"]
 
 
 def test_bundled_first_and_on_the_hub_later(checkout: Path, tmp_path: Path) -> None:
@@ -156,58 +114,6 @@ def test_what_a_plan_kept_needs_a_licence_and_an_encoder(checkout: Path, tmp_pat
 # ---------------------------------------------------------------------------------- from where a release lies, and names
 
 
-def files(folder: Path) -> dict[str, bytes | str]:
-    """Everything in a folder by path: of files their bytes, of links where they point."""
-    found = sorted(path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
-    return {str(p.relative_to(folder)): str(p.readlink()) if p.is_symlink() else p.read_bytes() for p in found}
-
-
-def homes(checkout: Path) -> dict[str, set[str]]:
-    """The names of the files of the release, by the room of the home."""
-    rooms = {"card": "model_cards", "package": "advcl_hub/hub/weights", "checkout": "model_cards/weights"}
-    found = {name: checkout / room / NAME for name, room in rooms.items() if (checkout / room / NAME).is_dir()}
-    return {name: {path.name for path in home.iterdir()} for name, home in found.items()}
-
-
-def bytes_of_the_package(limit: int) -> None:
-    release.BUNDLED_BYTES = limit
-
-
-@pytest.fixture
-def limit(client: Client) -> Iterator[Callable[[int], None]]:
-    """Sets the largest size of weights in the package, in the client's process."""
-    yield lambda number: client(bytes_of_the_package, number)
-    client(bytes_of_the_package, release.BUNDLED_BYTES)
-
-
-@pytest.fixture
-def small(checkout: Path, tmp_path: Path, client: Client) -> Path:
-    """A checkout with one release, in the package, which RobustBench knows, too."""
-    shutil.rmtree(checkout / "advcl_hub/hub/weights")
-    for card in (checkout / "model_cards").glob("resnet8_cifar.*"):
-        shutil.rmtree(card)
-    (checkout / "advcl_hub/hub/released.json").write_text('{"organisation": "acme", "releases": {}}\n', encoding="utf-8")
-    folder = export_encoder(tmp_path / "encoder", "resnet20_cifar", **SMALL_RESNET)
-    (folder / PICTURE).write_bytes(b"a picture")
-    assert client(run, checkout, folder, NAME, "--robustbench", "advcl_test_linf") == ""
-    assert homes(checkout) == {"card": CARD, "package": PACKAGE}
-    return checkout
-
-
-CARD = {"README.md", PICTURE}
-DESCRIBED = {"results.json", "config.json", PICTURE}
-PACKAGE = {*DESCRIBED, WEIGHTS, GOLDEN}
-
-
-def loaded(checkout: Path, cache: Path) -> torch.Tensor:
-    """What the release computes, from nothing but the checkout."""
-    shutil.rmtree(cache, ignore_errors=True)
-    found = next(found for found in registry.load_releases(release.RELEASED) if found.name == NAME)
-    registry._register(replace(found, robustbench=None))  # whose name can be given once only
-    model = timm.create_model(NAME, pretrained=True, cache_dir=cache)
-    return model.eval()(torch.linspace(0, 1, 768).reshape(1, 3, 16, 16)).detach()
-
-
 @pytest.mark.parametrize("given", ["as it is", "relative", "link", "link in its place"])
 def test_a_release_is_made_again_from_its_own_folder(given: str, small: Path, client: Client, tmp_path: Path) -> None:
     home, before = small / "advcl_hub/hub/weights" / NAME, files(small)
@@ -250,8 +156,8 @@ def test_from_its_own_folder_to_the_hub(
     assert homes(small) == {"card": {*DESCRIBED, "README.md"}} and not list((small / "model_cards/weights").glob("*"))
     assert torch.equal(client(loaded, small, tmp_path / "cache"), expected)
     before = files(small)
-    for folder in (home, cards):  # the first is gone: the same command again
-        assert client(run, small, folder, NAME, "--hub", f"{name}@{commit}") == "" and files(small) == before
+    assert "is no folder" in client(run, small, home, NAME, "--hub", f"{name}@{commit}")  # it has moved there
+    assert client(run, small, cards, NAME, "--hub", f"{name}@{commit}") == "" and files(small) == before
     assert "Added later." in (cards / "README.md").read_text(encoding="utf-8")
     assert released(small)[NAME]["robustbench"] == "advcl_test_linf"
     assert client(run, small, cards, NAME) == ""  # and back
@@ -270,12 +176,35 @@ def test_of_a_link_in_the_place_of_a_home_only_the_link_is_removed(small: Path, 
     (small / "model_cards/weights").mkdir()
     for room in ("model_cards", "model_cards/weights"):
         (small / room / NAME).symlink_to(outside)
-    (small / "advcl_hub/hub/weights" / NAME / "notes.txt").write_text("mine", encoding="utf-8")
     assert client(run, small, other, NAME, "--replace") == ""
     assert files(outside) == before
-    assert homes(small) == {"card": {"README.md"}, "package": {*PACKAGE, "notes.txt"} - {PICTURE}}  # which has no picture
+    assert homes(small) == {"card": {"README.md"}, "package": PACKAGE - {PICTURE}}  # which has no picture
     assert (small / "advcl_hub/hub/weights" / NAME / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
     assert not any((small / room / NAME).is_symlink() for room in ("model_cards", "model_cards/weights"))
+
+
+def test_files_of_somebody_else_in_the_places_of_a_release_stay(small: Path, client: Client, tmp_path: Path) -> None:
+    other = export_encoder(tmp_path / "other", "resnet20_cifar", seed=1, **SMALL_RESNET)
+    for place in (small / "advcl_hub/hub/weights" / NAME / "notes.txt", small / "model_cards/weights" / NAME):
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("mine", encoding="utf-8")
+        before = files(small)
+        assert "which is no part of a release: move it" in client(run, small, other, NAME, "--replace")
+        assert files(small) == before
+        place.unlink()
+    for room in ("model_cards", "advcl_hub/hub/weights", "model_cards/weights"):  # an export that was never released
+        mine = small / room / "resnet20_cifar.mine"
+        shutil.copytree(other, mine)
+        before = files(small)
+        for folder in (other, mine):
+            assert f"{mine} holds" in client(run, small, folder, "resnet20_cifar.mine", "--replace")
+        assert files(small) == before
+        shutil.rmtree(mine)
+    shutil.rmtree(small / "model_cards/weights")
+    (small / "model_cards/weights").symlink_to("../advcl_hub/hub/weights")
+    assert "two are the same folder" in client(run, small, other, NAME, "--replace")
+    (small / "model_cards/weights").unlink()
+    assert client(run, small, other, NAME, "--replace") == ""
 
 
 def test_a_name_that_is_no_name_touches_nothing(small: Path, client: Client, tmp_path: Path) -> None:
@@ -291,105 +220,3 @@ def test_a_name_that_is_no_name_touches_nothing(small: Path, client: Client, tmp
     before = files(tmp_path)
     assert "the entry resnet20_cifar./../../x is damaged" in client(run, small, tmp_path / "encoder", NAME)
     assert files(tmp_path) == before
-
-
-# ---------------------------------------------------------------------------------------------- full disks and kills
-
-
-def cut_off(checkout: Path, how: str, moment: float, *arguments: object) -> bool:
-    """Whether the script, in a copy of this process, ended by itself and not at a moment.
-
-    Args:
-        checkout, arguments: see `run`.
-        how: "exit" without a trace or with "full" as the answer of the file system, at the change of a file with number
-            `moment`; or "kill -9" after `moment` seconds.
-    """
-    if child := os.fork():
-        if how == "kill -9":
-            time.sleep(moment)
-            os.kill(child, signal.SIGKILL)
-        return os.waitpid(child, 0)[1] == 0
-    changes, watched = 0, {"full": ("shutil.copyfile", "os.rename"), "exit": ("shutil.copyfile", "os.rename", "os.remove")}
-
-    def watch(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal changes
-        if event in watched.get(how, ()) and str(checkout) in str(args):
-            changes += 1
-            if changes == moment and how == "exit":
-                os._exit(1)
-            if changes == moment:
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-    try:
-        sys.addaudithook(watch)
-        os._exit(1 if run(checkout, *arguments) or changes >= moment else 0)
-    finally:
-        os._exit(2)
-
-
-def hidden(checkout: Path) -> list[Path]:
-    return [path for path in checkout.rglob("*") if path.name.startswith(".")]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize(
-    ("what", "how"),
-    [
-        *[(what, "exit") for what in ("other weights", "other weights in parts", "out of its folder", "into its folder")],
-        *[(what, "full") for what in ("other weights", "out of its folder")],
-        ("other weights", "kill -9"),
-    ],
-)
-def test_whenever_it_stops_a_release_loads_and_the_same_command_goes_on(
-    what: str, how: str, small: Path, client: Client, tmp_path: Path, limit: Callable[[int], None]
-) -> None:
-    home, other = small / "advcl_hub/hub/weights" / NAME, tmp_path / "encoder"
-    if what.startswith("other"):
-        other = export_encoder(tmp_path / "other", "resnet20_cifar", seed=1, **SMALL_RESNET)
-    if what in ("other weights in parts", "into its folder"):
-        limit(0)
-        assert client(run, small, home, NAME) == ""
-        home = small / "model_cards/weights" / NAME
-    if what.endswith("its folder"):
-        limit(0 if what == "out of its folder" else 1_000_000)
-    command = (home if what.endswith("its folder") else other, NAME, "--replace")
-    shutil.copytree(small, tmp_path / "before")
-    outputs = [client(loaded, small, tmp_path / "cache")]
-    start = time.monotonic()
-    assert client(run, small, *command) == ""
-    seconds, after = time.monotonic() - start, files(small)
-    outputs.append(client(loaded, small, tmp_path / "cache"))
-    assert torch.equal(*outputs) == what.endswith("its folder")
-    every = itertools.count(1, 1 if what == "other weights" else 2)  # second moment: they take long
-    moments: Iterable[float] = [seconds * k / 7 for k in range(1, 7)] if how == "kill -9" else every
-    for moment in moments:
-        shutil.rmtree(small)
-        shutil.copytree(tmp_path / "before", small)
-        ended = client(cut_off, small, how, moment, *command)
-        assert any(torch.equal(client(loaded, small, tmp_path / "cache"), output) for output in outputs), moment
-        assert how != "full" or not hidden(small), moment
-        if ended and how != "kill -9":
-            break
-        assert client(run, small, *command) == "" and files(small) == after and not hidden(small), moment
-    assert how == "kill -9" or moment > 12
-
-
-def test_what_a_killed_call_left_is_removed_and_two_calls_do_not_meet(small: Path, client: Client) -> None:
-    before = files(small)
-    left = [
-        small / "model_cards" / NAME / ".1-2-README.md",
-        small / "advcl_hub/hub/.1-2-released.json",
-        small / ".1-2-README.md",
-    ]
-    left += [small / room / ".release-draft-ab_12/file" for room in ("model_cards", "advcl_hub/hub/weights")]
-    others = [small / "model_cards/.release-notes", small / "model_cards/.1-README.md", small / ".hidden/README.md"]
-    for path in left + others:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("x", encoding="utf-8")
-    with (small / "model_cards/release.py").open(encoding="utf-8") as program:
-        assert lock(program)
-        assert "Another call of this command works in" in client(run, small)
-    assert all(path.is_file() for path in left)
-    assert client(run, small) == ""
-    assert files(small) == before | {str(path.relative_to(small)): b"x" for path in others}
-    assert sorted(hidden(small)) == sorted([*others[:2], others[2].parent])

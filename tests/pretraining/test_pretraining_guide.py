@@ -1,6 +1,7 @@
 """The guide beside the methods: its programs run as they stand, and what comes out opens in timm."""
 
 import copy
+import io
 import os
 import re
 import subprocess
@@ -73,6 +74,9 @@ def encoder() -> nn.Module:
 def test_what_a_loop_of_ones_own_gets_wrong_is_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"mean \(0\.485, 0\.456, 0\.406\).*pretrained_cfg_overlay"):
         AdvCL(timm.create_model("resnet10t", num_classes=0))
+    for ks in ((2, 2), (1,), (2.0,)):
+        with pytest.raises(ValueError, match="expected distinct numbers of clusters"):
+            AdvCL(encoder(), ks=ks)
     with pytest.raises(ValueError, match=r"ks is empty.*pseudo_label_weight"):
         AdvCL(encoder(), ks=())
     AdvCL(encoder(), Objective(pseudo_label_weight=0), ks=())
@@ -84,5 +88,8 @@ def test_what_a_loop_of_ones_own_gets_wrong_is_one_sentence() -> None:
             network(images, labels)
     with pytest.raises(ValueError, match=r"a classifier of 1000 classes: .*num_classes=0"):
         AdvCL(timm.create_model("resnet10t"))
+    with pytest.raises(ValueError, match="A batch of one image"):
+        network(images[:1], torch.zeros(1, 2, dtype=torch.int64))
+    torch.save(network, io.BytesIO())
     with pytest.raises(ValueError, match="expected uint8 images"):
         network(images.float(), torch.zeros(4, 2, dtype=torch.int64))

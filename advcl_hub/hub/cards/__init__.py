@@ -1,4 +1,4 @@
-"""Model cards from results.json, made anew whenever they are needed: nothing in them is typed by hand but the notes."""
+"""Model cards from results.json, made anew whenever they are needed: only the notes are written by hand."""
 
 from advcl_hub.hub.cards.results import add_to_results, pretraining, read_export
 from advcl_hub.hub.cards.text import card, summary, write_card

@@ -1,4 +1,4 @@
-"""The text of a model card: what weights are, how they were made, what was measured, and how far that goes."""
+"""The text of a model card: what weights are, how they were made, what was measured, and the limits of that."""
 
 import json
 import re

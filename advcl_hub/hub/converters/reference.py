@@ -1,4 +1,4 @@
-"""The published networks once more, computed straight from their own keys: what a converted model has to agree with."""
+"""A second implementation of the published networks, from their own keys: a converted model has to agree with it."""
 
 from collections.abc import Mapping
 

@@ -1,0 +1,127 @@
+"""Releasing weights when the disk is full or the process is killed: nothing is lost, and the same command goes on."""
+
+import errno
+import itertools
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from advcl_hub.files import is_draft, lock, replacing
+from tests.support.checkouts import NAME, files, loaded, run
+from tests.support.hub_client import Client
+from tests.support.small_encoders import SMALL_RESNET, export_encoder
+
+
+def cut_off(checkout: Path, how: str, moment: float, *arguments: object) -> bool:
+    """Whether the script, in a copy of this process, ended by itself and not at a moment.
+
+    Args:
+        checkout, arguments: see `run`.
+        how: "exit" without a trace or with "full" as the answer of the file system, at the change of a file with number
+            `moment`; or "kill -9" after `moment` seconds.
+    """
+    if child := os.fork():
+        if how == "kill -9":
+            time.sleep(moment)
+            os.kill(child, signal.SIGKILL)
+        return os.waitpid(child, 0)[1] == 0
+    changes, watched = 0, {"full": ("shutil.copyfile", "os.rename"), "exit": ("shutil.copyfile", "os.rename", "os.remove")}
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal changes
+        if event in watched.get(how, ()) and str(checkout) in str(args):
+            changes += 1
+            if changes == moment and how == "exit":
+                os._exit(1)
+            if changes == moment:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    try:
+        sys.addaudithook(watch)
+        os._exit(1 if run(checkout, *arguments) or changes >= moment else 0)
+    finally:
+        os._exit(2)
+
+
+def hidden(checkout: Path) -> list[Path]:
+    return [path for path in checkout.rglob(".*") if path.name.startswith(".release-") or is_draft(path)]
+
+
+def output_or_refusal(checkout: Path, cache: Path) -> torch.Tensor | None:
+    """What the release computes; None if its files are refused because they are not those of released.json."""
+    try:
+        return loaded(checkout, cache)
+    except (ValueError, OSError):
+        return None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("what", ["other weights", "other weights in parts", "out of its folder", "into its folder"])
+@pytest.mark.parametrize("how", ["exit", "full", "kill -9"])
+def test_wherever_it_stops_nothing_is_lost_and_the_same_command_goes_on(
+    what: str, how: str, small: Path, client: Client, tmp_path: Path, limit: Callable[[int], None]
+) -> None:
+    """A call that is killed leaves the old release, the new one or, between two renames, one that is refused, and the next call
+    puts that right. A call that the file system refuses leaves the old one or the new one itself."""
+    home, other = small / "advcl_hub/hub/weights" / NAME, tmp_path / "encoder"
+    if what.startswith("other"):
+        other = export_encoder(tmp_path / "other", "resnet20_cifar", seed=1, **SMALL_RESNET)
+    if what in ("other weights in parts", "into its folder"):
+        limit(0)
+        assert client(run, small, home, NAME) == ""
+        home = small / "model_cards/weights" / NAME
+    if what.endswith("its folder"):
+        limit(0 if what == "out of its folder" else 1_000_000)
+    command = (home if what.endswith("its folder") else other, NAME, "--replace")
+    shutil.copytree(small, tmp_path / "before")
+    old = client(loaded, small, tmp_path / "cache")
+    start = time.monotonic()
+    assert client(run, small, *command) == ""
+    seconds, after = time.monotonic() - start, files(small)
+    new = client(loaded, small, tmp_path / "cache")
+    assert torch.equal(old, new) == what.endswith("its folder")
+    moments: Iterable[float] = [seconds * k / 4 for k in range(1, 4)] if how == "kill -9" else itertools.count(1)
+    for moment in moments:
+        shutil.rmtree(small)
+        shutil.copytree(tmp_path / "before", small)
+        ended = client(cut_off, small, how, moment, *command)
+        found = client(output_or_refusal, small, tmp_path / "cache")
+        assert how != "full" if found is None else any(torch.equal(found, output) for output in (old, new)), moment
+        assert how != "full" or not hidden(small), moment
+        if ended and how != "kill -9":
+            break
+        assert client(run, small) == "" and not hidden(small), moment  # any next call
+        found = client(loaded, small, tmp_path / "cache")
+        assert torch.equal(found, old) or torch.equal(found, new), moment
+        if command[0].is_dir():  # else all was done, and its source has gone
+            assert client(run, small, *command) == "", moment
+        assert files(small) == after and not hidden(small), moment
+    assert how == "kill -9" or moment > 7
+
+
+def test_what_a_killed_call_left_is_removed_and_two_calls_do_not_meet(small: Path, client: Client) -> None:
+    before = files(small)
+    rooms = ("model_cards", "advcl_hub/hub/weights", "advcl_hub/hub")
+    left = [small / room / ".release-draft-ab_12xyz/file" for room in rooms]
+    readme = small / "model_cards" / NAME / "README.md"
+    with replacing(readme) as draft:
+        shutil.copyfile(readme, draft)
+    left.append(draft)
+    others = [small / "model_cards/.release-notes", small / ".hidden/README.md"]
+    for path in left + others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x", encoding="utf-8")
+    with (small / "model_cards/release.py").open(encoding="utf-8") as program:
+        assert lock(program)
+        assert "Another call of this command works in" in client(run, small)
+    assert all(path.is_file() for path in left)
+    assert client(run, small) == ""
+    assert files(small) == before | {str(path.relative_to(small)): b"x" for path in others}
