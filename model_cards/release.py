@@ -208,12 +208,11 @@ def _check_homes(name: str, known: Release | None) -> None:
     for home in _homes(name):
         if home.is_symlink() or not home.exists():
             continue
-        strangers = {path.name for path in home.iterdir() if not is_draft(path)} - _FILES if home.is_dir() else {home.name}
         weights = home / WEIGHTS
-        if not known or (weights.is_file() and not _same_weights(known, home)):
-            strangers.add(home.name)
-        if strangers:
-            raise ValueError(f"{home} holds {min(strangers)}, which is no part of a release: move it to another folder first.")
+        if not known or not home.is_dir() or (weights.is_file() and not _same_weights(known, home)):
+            raise ValueError(f"{home} is in the way, and no part of a release: move it to another folder first.")
+        for stranger in sorted({path.name for path in home.iterdir() if not is_draft(path)} - _FILES):
+            raise ValueError(f"{home} holds {stranger}, which is no part of a release: move it to another folder first.")
 
 
 def _check(name: str, folder: Path, known: Release | None, overwrite: bool) -> None:
@@ -281,18 +280,20 @@ def recover() -> None:
     for path in filter(is_draft, [*README.parent.iterdir(), *CARDS.glob("*/.*")]):
         path.unlink()
     parents = (CARDS, BUNDLED, CHECKOUT)
-    for earlier in [path for parent in parents for path in parent.glob(f"{_EARLIER}*")]:
-        home = earlier.with_name(earlier.name.removeprefix(_EARLIER))
-        entry = entries.get(home.name, {})
-        if not _describes(entry, _home_of(home.name, entry)):
+    replaced = [path for parent in parents for path in parent.glob(f"{_EARLIER}*")]
+    names = {path: path.name.removeprefix(_EARLIER) for path in replaced}
+    done = {name: _describes(entries.get(name, {}), _home_of(name, entries.get(name, {}))) for name in names.values()}
+    for earlier, name in names.items():
+        home = earlier.with_name(name)
+        if done[name]:
+            _remove(earlier)
+        else:
             _remove(home)
             earlier.rename(home)
-            if not home.is_symlink() and not any(home.iterdir()):
+            if not home.is_symlink() and not any(home.iterdir()):  # there was none
                 home.rmdir()
     for path in [path for parent in (*parents, RELEASED.parent) for path in parent.glob(f"{_DRAFT}????????")]:
         shutil.rmtree(path)
-    for path in [path for parent in parents for path in parent.glob(f"{_EARLIER}*")]:
-        _remove(path)
     _remove_parts(entries)
 
 

@@ -194,7 +194,6 @@ backend-path = ["."]
 """
 SMALL_BACKEND = """
 import zipfile
-from tests.support import ROOT
 def build_editable(folder, config_settings=None, metadata_directory=None):
     with zipfile.ZipFile(f"{folder}/small-1-py3-none-any.whl", "w") as wheel:
         info = "small-1.dist-info/"

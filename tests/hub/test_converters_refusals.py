@@ -332,7 +332,10 @@ def renamed(state: State, old: str, new: str) -> State:
             lambda: without(kuangliu().state_dict(), *(k for k in kuangliu().state_dict() if ".shortcut.1." in k)),
             "pre-activation",
         ),
-        (lambda: renamed(acl().state_dict(), "bn_list.0", "bn_branches.clean"), r"python -m train\.export"),
+        (
+            lambda: renamed(acl().state_dict(), "bn_list.0", "bn_branches.clean"),
+            "checkpoint of a run of advcl-hub: take the folder export",
+        ),
         (lambda: timm.create_model("resnet8_cifar").state_dict(), r"basic blocks, \(1, 1, 1, 0\) in its stages"),
         (
             lambda: {"features.0.weight": torch.ones(4, 3, 3, 3)},

@@ -240,7 +240,7 @@ def test_images_decoded_when_needed_train_the_same_weights(tmp_path: Path, monke
 def test_sigterm_to_the_whole_group_stops_a_streaming_run_cleanly(tmp_path: Path) -> None:
     """Batch schedulers signal every process of a job, the workers that decode images too."""
     write_images(tmp_path / "images")
-    program = "from advcl_hub import decoding; decoding.IN_MEMORY_BYTES = 0; from train.pretrain import main; main()"
+    program = "from advcl_hub.data import decoding; decoding.IN_MEMORY_BYTES = 0; from train.pretrain import main; main()"
     settings = [*TINY, f"data.source=folder:{tmp_path / 'images'}", "batch_size=8", "epochs=500", "data.workers=2"]
     command = [sys.executable, "-c", program, "digits_demo", *settings, "checkpoint_minutes=60"]
     command += [f"pseudo_labels.cache={tmp_path}", "--output", str(tmp_path / "run")]

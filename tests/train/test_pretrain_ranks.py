@@ -69,9 +69,9 @@ def test_loss_and_gradient_equal_one_process() -> None:
 def whole_step(rank: int, world: int) -> dict[str, Tensor]:
     """The attack and the loss of a network with layer norm only, in float64, on this rank's share."""
     torch.manual_seed(0)
-    encoder = timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=0
-    )
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    pixels = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, pretrained_cfg_overlay=pixels, **small)
     network = AdvCL(encoder, Objective(), Attack(steps=3), ViewConfig(padding=2, hfc_radius=2), ks=(3,))
     network.projector[1] = nn.Identity()
     network.double()
