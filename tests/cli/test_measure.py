@@ -25,6 +25,7 @@ from advcl_hub.hub.export import export_folder
 from advcl_hub.models import resnet_cifar  # noqa: F401
 from advcl_hub.training.processes import ALONE
 from tests.support import ROOT
+from tests.support.commands import finish, start
 from tests.support.hub_client import nobody, open_client
 from tests.support.hub_server import serve_hub
 from train.probe import linear_probe
@@ -50,29 +51,6 @@ def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def start(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
-    launcher = [] if processes == 1 else ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    command = [sys.executable, "-m", *launcher, "advcl_hub.cli", "evaluate", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command,
-        stdout=pipe,
-        stderr=pipe,
-        env=environment,
-        start_new_session=True,
-        encoding="utf-8",
-        # A shell's background jobs inherit it as ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err[-3000:]
-    return out
-
-
 def what_was_measured(folder: Path) -> tuple[str, dict[str, Any]]:
     """images.csv and results.json without what differs from run to run."""
     record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -85,7 +63,7 @@ def what_was_measured(folder: Path) -> tuple[str, dict[str, Any]]:
 def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process measures that nobody disturbs."""
     output = tmp_path_factory.mktemp("whole") / "evaluation"
-    finish(start(model, *ATTACKED, "--output", output))
+    finish(start("evaluate", model, *ATTACKED, "--output", output))
     return output
 
 
@@ -138,7 +116,7 @@ def kill(output: Path) -> None:
 def test_after_kills_it_ends_as_if_nothing_had_happened(model: Path, uninterrupted: Path, tmp_path: Path) -> None:
     output = tmp_path / "evaluation"
     for units, processes in ((2, 1), (6, 2)):
-        process = start(model, *ATTACKED, "--output", output, processes=processes)
+        process = start("evaluate", model, *ATTACKED, "--output", output, processes=processes)
         wait_for_units(output, units, process)
         kill(output)
         process.communicate()
@@ -147,13 +125,13 @@ def test_after_kills_it_ends_as_if_nothing_had_happened(model: Path, uninterrupt
         path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")  # cut short in the middle of a line
     refused = run("evaluate", model, *ATTACKED, "--seed", "1", "--output", output)
     assert refused.exit_code == 1 and "unfinished evaluation with another protocol" in refused.output
-    finish(start(model, *ATTACKED, "--output", output))
+    finish(start("evaluate", model, *ATTACKED, "--output", output))
     assert what_was_measured(output) == what_was_measured(uninterrupted)
     assert not (output / "unfinished").exists()
 
 
 def test_ctrl_c_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
-    process = start(model, *ATTACKED, "--output", tmp_path / "e")
+    process = start("evaluate", model, *ATTACKED, "--output", tmp_path / "e")
     wait_for_units(tmp_path / "e", 5, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -161,7 +139,7 @@ def test_ctrl_c_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_share_the_images_and_say_it_once(model: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    said = finish(start(model, *ATTACKED, "--output", tmp_path / "e", processes=2))
+    said = finish(start("evaluate", model, *ATTACKED, "--output", tmp_path / "e", processes=2))
     assert said.count("PGD-20") == 2  # the header and the line below the table
     assert what_was_measured(tmp_path / "e") == what_was_measured(uninterrupted)
     assert json.loads((tmp_path / "e" / "results.json").read_text(encoding="utf-8"))["hardware"]["processes"] == 2

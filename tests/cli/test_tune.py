@@ -19,6 +19,7 @@ from advcl_hub.hub.export import load_folder
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
 from tests.support import ROOT
+from tests.support.commands import finish, start
 from tests.support.hub_server import serve_hub
 from tests.support.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder
 
@@ -35,30 +36,6 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_encoder(tmp_path_factory.mktemp("encoders") / "vit", "vit_tiny_patch16_224", **SMALL_VIT)
 
 
-def start(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
-    """One process of the command, or several under torchrun."""
-    launcher = ["-m", "advcl_hub.cli", "finetune"]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *launcher, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        encoding="utf-8",
-        # A shell's background jobs inherit it as ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err[-3000:]
-    return out
-
-
 def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
@@ -69,12 +46,12 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 def test_killed_twice_it_ends_as_if_nothing_had_happened(resnet: Path, tmp_path: Path) -> None:
     arguments = (resnet, *QUICK, "--protocol", "aff", "--checkpoint-minutes", "0", "--ema-decay", "0.5", "--steps", "20")
-    said = finish(start(*arguments, "--output", tmp_path / "whole"))
+    said = finish(start("finetune", *arguments, "--output", tmp_path / "whole"))
     assert f'timm.create_model("local-dir:{tmp_path / "whole" / "classifier"}", pretrained=True)' in said
     assert f"advcl-hub evaluate {tmp_path / 'whole' / 'classifier'} --data fake:80" in said
     killed = tmp_path / "killed"
     for step, how in ((2, signal.SIGKILL), (5, signal.SIGINT)):
-        process = start(*arguments, "--output", killed)
+        process = start("finetune", *arguments, "--output", killed)
         for _ in range(3000):
             if any(r["step"] >= step for r in read_log(killed)):
                 break
@@ -85,7 +62,7 @@ def test_killed_twice_it_ends_as_if_nothing_had_happened(resnet: Path, tmp_path:
         assert (killed / FILE).is_file() and not (killed / "classifier").exists()
         assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 0)
         assert how == signal.SIGKILL or "Stopped with a checkpoint" in out
-    process = start(*arguments, "--checkpoint-minutes", "5", "--output", killed)  # how it is watched may change
+    process = start("finetune", *arguments, "--checkpoint-minutes", "5", "--output", killed)  # how it is watched may change
     assert "Note:" not in process.communicate(timeout=200)[1] and process.returncode == 0
     a, b = weights(tmp_path / "whole"), weights(killed)
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
@@ -106,7 +83,7 @@ def test_two_processes_equal_one(
     arguments = (request.getfixturevalue(encoder), *QUICK, *options)
     results = []
     for count in (1, 2):
-        said = finish(start(*arguments, "--output", tmp_path / str(count), processes=count))
+        said = finish(start("finetune", *arguments, "--output", tmp_path / str(count), processes=count))
         assert said.count("Use it:") == 1, "one process speaks"
         results.append(weights(tmp_path / str(count)))
     record = json.loads((tmp_path / "2" / "classifier" / "results.json").read_text(encoding="utf-8"))
