@@ -54,7 +54,8 @@ class Source:
 def read_source(source: str, split: str, root: str | Path | None, download: bool) -> Source:
     """Reads one split of a source. See `advcl_hub.data.load_data` for the sources and the errors.
 
-    A new source is a case here, a word in `FORMS`, and a line in the docstring of `load_data`.
+    A new source is a case here, a word in `FORMS`, a line in the docstring of `load_data`, in `DATA` of `advcl_hub.cli.common`
+    and, if the Hub has the set, in `_DATASETS` of `advcl_hub.hub.cards.metadata`.
     """
     base = None if root is None else Path(root).expanduser()
     match source.partition(":"):
