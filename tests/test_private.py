@@ -60,7 +60,7 @@ def add_a_tag() -> dict[str, Any]:
         return original(**options)
 
     entry.replace_entrypoint(replaced)
-    imported = (advcl_hub.models.resnet20_cifar, sys.modules["advcl_hub.models.resnet_cifar"].resnet20_cifar)  # type: ignore
+    imported = (advcl_hub.models.resnet20_cifar, sys.modules["advcl_hub.models.resnet_cifar"].resnet20_cifar)  # type: ignore[attr-defined]
     found["_model_entrypoints"] = timm.model_entrypoint(name) is replaced and all(here is replaced for here in imported)
     with warnings.catch_warnings(action="ignore"):  # timm says that it overwrites the architecture
         timm.models.register_model(original)

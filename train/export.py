@@ -54,10 +54,10 @@ def export_checkpoint(
     """
     recipe = checkpoint.recipe
     encoder = encoder_of(checkpoint, branch, ema)
-    model = encoder if classifier is None else classifier
-    state = model.state_dict()
-    if not all(key in state and torch.equal(state[key].cpu(), value) for key, value in encoder.state_dict().items()):
-        raise ValueError("The classifier was not made from this encoder of the run: fit it to `encoder_of`.")
+    if classifier is not None:
+        state = classifier.state_dict()
+        if not all(key in state and torch.equal(state[key].cpu(), value) for key, value in encoder.state_dict().items()):
+            raise ValueError("The classifier was not made from this encoder of the run: fit it to `encoder_of`.")
     results = {
         "kind": "encoder" if classifier is None else "classifier",
         "protocol": None if classifier is None else "linear head (L-BFGS) on frozen features without augmentation",
@@ -71,7 +71,7 @@ def export_checkpoint(
         "figures": figures or {},
     }
     return export_folder(
-        model,
+        encoder if classifier is None else classifier,
         folder,
         results=results,
         model_args=recipe.model_kwargs,

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from advcl_hub.errors import reason_of
+
 RESULTS = "results.json"  # of an evaluation, and of an exported folder
 FORMAT = 1  # of an evaluation's record
 ATTACK_NAMES = {"apgd-ce": "APGD-CE", "apgd-dlr": "APGD-DLR", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
@@ -35,7 +37,7 @@ def load_record(path: str | Path) -> dict[str, Any]:
             record["batch_size"],
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not the result of an evaluation ({error!r}).") from None
+        raise ValueError(f"{file} is not the result of an evaluation ({reason_of(error)}).") from None
     return record
 
 
