@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from advcl_hub.evaluation import Protocol as Protocol
     from advcl_hub.evaluation import evaluate as evaluate
     from advcl_hub.finetuning import finetune as finetune
+    from advcl_hub.finetuning.lp_aff import lp_aff as lp_aff
     from advcl_hub.finetuning.transfer import transfer as transfer
     from advcl_hub.hub.converters import convert as convert
     from advcl_hub.hub.push_pull import pull as pull
@@ -27,6 +28,7 @@ _LAZY = {
     "convert": "hub.converters",
     "evaluate": "evaluation",
     "finetune": "finetuning",
+    "lp_aff": "finetuning",
     "pull": "hub.push_pull",
     "push": "hub.push_pull",
     "transfer": "finetuning",

@@ -27,6 +27,7 @@ from advcl_hub.files import file_sha256, is_draft, lock, replacing
 from advcl_hub.hub.cards import add_to_results, card, pretraining, read_export, summary
 from advcl_hub.hub.export import CARD, CONFIG, GOLDEN, PICTURE, WEIGHTS, load_folder, verify_folder
 from advcl_hub.hub.parts import split
+from advcl_hub.hub.projector import PROJECTOR
 from advcl_hub.hub.push_pull import FIRST_VERSION, verify
 from advcl_hub.hub.registry import BUNDLED as BUNDLED
 from advcl_hub.hub.registry import CHECKOUT as CHECKOUT
@@ -41,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 CARDS = Path(__file__).parent
 README = ROOT / "README.md"
 BUNDLED_BYTES = 1_000_000  # larger weights do not go into the package
-_FILES = {RESULTS, CONFIG, PICTURE, CARD, GOLDEN, WEIGHTS}
+_FILES = {RESULTS, CONFIG, PICTURE, CARD, GOLDEN, WEIGHTS, PROJECTOR}
 # How hidden folders begin beside the folders of releases: those not finished yet, and those that a new one replaces.
 _DRAFT, _EARLIER = ".release-draft-", ".release-earlier-"
 _MARKS = ("<!-- released weights: made by model_cards/release.py -->\n", "<!-- end of released weights -->")
@@ -58,7 +59,7 @@ def entry(folder: Path, where: Mapping[str, Any], *, robustbench: str | None = N
     results, config = read_export(folder)
     made = pretraining(results)
     found: dict[str, Any] = {"config": config, **where}
-    files = [name for name in (WEIGHTS, CONFIG, GOLDEN) if (folder / name).is_file()]
+    files = [name for name in (WEIGHTS, CONFIG, GOLDEN, PROJECTOR) if (folder / name).is_file()]
     found["files"] = {f: {"sha256": file_sha256(folder / f), "size": (folder / f).stat().st_size} for f in files}
     evaluations = results.get("evaluations", [])
     found["facts"] = {
@@ -234,9 +235,10 @@ def _place(name: str, folder: Path, hub: str | None, parts: list[str] | None) ->
     """What released.json says of where a release lies, the folder that its home is in, and which files that has besides."""
     if hub:
         return dict(pushed(hub, folder)), CARDS, ()
+    more = (PROJECTOR,) if (folder / PROJECTOR).is_file() else ()
     if parts:
-        return {"hub_id": name, "revision": FIRST_VERSION, "parts": parts}, CHECKOUT, (GOLDEN,)
-    return {"bundled": True}, BUNDLED, (WEIGHTS, GOLDEN)
+        return {"hub_id": name, "revision": FIRST_VERSION, "parts": parts}, CHECKOUT, (GOLDEN, *more)
+    return {"bundled": True}, BUNDLED, (WEIGHTS, GOLDEN, *more)
 
 
 def _with_weights(name: str, folder: Path, known: Release | None, drafts: ExitStack) -> Path:
@@ -245,8 +247,8 @@ def _with_weights(name: str, folder: Path, known: Release | None, drafts: ExitSt
         return folder
     whole = _draft(CARDS, drafts) / name
     shutil.copytree(folder, whole)
-    for file in (GOLDEN, WEIGHTS):
-        if not (whole / file).is_file():
+    for file in (GOLDEN, WEIGHTS, PROJECTOR):
+        if file in known.files and not (whole / file).is_file():
             shutil.copyfile(known.fetch(file), whole / file)
     return whole
 

@@ -41,14 +41,33 @@ class Checkpoint:
         Raises:
             ValueError: no such branch, or averaged weights asked for that the run did not keep.
         """
-        averaged = bool(self.recipe.ema_decay) if ema is None else ema
-        if averaged and not self.recipe.ema_decay:
-            raise ValueError("This run kept no averaged weights (ema_decay is 0).")
+        weights = self._weights(ema)
         branches = self.recipe.objective.branches
         if branch is not None and branch not in branches:  # of a network without batch norm, none would be missing
             raise ValueError(f"No batch-norm branch {branch!r}: this run's objective has {', '.join(branches)}.")
-        encoder = group(self.tensors, "ema.encoder" if averaged else "model.encoder")
+        encoder = group(self.tensors, f"{weights}.encoder")
         return branch_state_dict(encoder, branch or self.recipe.objective.export_branch)
+
+    def projector_state(self, ema: bool | None = None) -> dict[str, Tensor]:
+        """The state dict of the projection head.
+
+        Args:
+            ema: see `encoder_state`.
+
+        Raises:
+            ValueError: the run has none, or averaged weights asked for that the run did not keep.
+        """
+        state = group(self.tensors, f"{self._weights(ema)}.projector")
+        if not state:
+            raise ValueError("This run has no projection head, its method trains none: export it without --keep-projector.")
+        return state
+
+    def _weights(self, ema: bool | None) -> str:
+        """Where the weights stand in the file: `ema` for the averaged ones, or `model`."""
+        averaged = bool(self.recipe.ema_decay) if ema is None else ema
+        if averaged and not self.recipe.ema_decay:
+            raise ValueError("This run kept no averaged weights (ema_decay is 0).")
+        return "ema" if averaged else "model"
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

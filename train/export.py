@@ -14,6 +14,7 @@ from torch import nn
 
 from advcl_hub.cli.common import script
 from advcl_hub.hub.export import export_folder, verify_folder
+from advcl_hub.hub.projector import projector_from_state
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.inputs import load_training_data
 from train.network import plain_encoder
@@ -23,7 +24,7 @@ from train.probe import linear_probe
 def encoder_of(checkpoint: Checkpoint, branch: str | None = None, ema: bool | None = None) -> nn.Module:
     """One branch of a checkpoint's encoder as the stock timm model; arguments and errors as of `Checkpoint.encoder_state`."""
     shape = tuple(checkpoint.provenance["data"]["shape"])
-    return plain_encoder(checkpoint.recipe, shape, checkpoint.encoder_state(branch, ema))
+    return plain_encoder(checkpoint.recipe, shape, checkpoint.encoder_state(branch, ema), checkpoint.provenance)
 
 
 def export_checkpoint(
@@ -36,6 +37,7 @@ def export_checkpoint(
     classifier: nn.Module | None = None,
     classes: Sequence[str] = (),
     figures: dict[str, Any] | None = None,
+    projector: bool = False,
 ) -> Path:
     """Writes one branch of a checkpoint's encoder, or a classifier made from it, as a timm folder.
 
@@ -47,9 +49,11 @@ def export_checkpoint(
         classifier: a linear probe of `encoder_of` (see `train.probe`), to write in its place.
         classes: its class names.
         figures: measured results to record.
+        projector: write the run's projection head, too, averaged or not as the encoder.
 
     Raises:
-        ValueError: no such branch, no averaged weights, a classifier of another encoder, or the folder is something else.
+        ValueError: no such branch, no averaged weights, no projection head (or one wanted with a classifier), a classifier of
+            another encoder, or the folder is something else.
         OSError: the folder cannot be written.
     """
     recipe = checkpoint.recipe
@@ -58,6 +62,7 @@ def export_checkpoint(
         state = classifier.state_dict()
         if not all(key in state and torch.equal(state[key].cpu(), value) for key, value in encoder.state_dict().items()):
             raise ValueError("The classifier was not made from this encoder of the run: fit it to `encoder_of`.")
+    head = projector_from_state(checkpoint.projector_state(ema)) if projector else None
     results = {
         "kind": "encoder" if classifier is None else "classifier",
         "protocol": None if classifier is None else "linear head (L-BFGS) on frozen features without augmentation",
@@ -77,6 +82,7 @@ def export_checkpoint(
         model_args=recipe.model_kwargs,
         label_names=classes,
         dtype=dtype,
+        projector=head,
     )
 
 
@@ -111,8 +117,11 @@ def main() -> None:
     parser.add_argument("--branch", help="batch-norm branch (default: the one the recipe's objective exports)")
     parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: if there are any)")
     parser.add_argument("--linear-head", action="store_true", help="a classifier: a linear head fitted to the frozen features")
+    parser.add_argument("--keep-projector", action="store_true", help="write the projection head, too: projector.safetensors")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     args = parser.parse_args()
+    if args.linear_head and args.keep_projector:
+        parser.error("--keep-projector goes with the encoder, not with --linear-head: export both, to two folders")
     output = args.output or args.run / ("classifier" if args.linear_head else "export")
     with script():
         checkpoint = load_checkpoint(args.run)
@@ -122,7 +131,15 @@ def main() -> None:
             encoder, (data, _) = encoder_of(checkpoint, **chosen), load_training_data(checkpoint.recipe)
             classifier = linear_probe(encoder, data, "cuda" if torch.cuda.is_available() else "cpu").cpu()
             classes = data.classes
-        export_checkpoint(checkpoint, output, **chosen, dtype=args.dtype, classifier=classifier, classes=classes)
+        export_checkpoint(
+            checkpoint,
+            output,
+            **chosen,
+            dtype=args.dtype,
+            classifier=classifier,
+            classes=classes,
+            projector=args.keep_projector,
+        )
         if not checkpoint.finished:
             print(f"Note: the run is not finished (step {checkpoint.step}).")
         verify_folder(output)

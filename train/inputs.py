@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def load_training_data(recipe: Recipe) -> tuple[ImageData, ImageData | None]:
 def load_labels(recipe: Recipe, data: ImageData, device: torch.device) -> PseudoLabels | None:
     """The recipe's pseudo-labels for these images, or None if its objective has no use for them."""
     c = recipe.pseudo_labels
-    if not recipe.objective.pseudo_label_weight:
+    if not recipe.objective.uses_labels:
         return None
     if c.path:
         return load_pseudo_labels(c.path, data, "train", c.ks)
@@ -38,8 +39,10 @@ def load_labels(recipe: Recipe, data: ImageData, device: torch.device) -> Pseudo
     return make_pseudo_labels(data, c.encoder, c.ks, recipe.seed, cache_dir=c.cache, device=device, workers=recipe.data.workers)
 
 
-def provenance(data: ImageData, labels: PseudoLabels | None, accelerator: Accelerator) -> dict[str, Any]:
-    """What a result has to name besides its recipe: data, labels, versions, hardware."""
+def provenance(
+    data: ImageData, labels: PseudoLabels | None, start: Mapping[str, Any] | None, accelerator: Accelerator
+) -> dict[str, Any]:
+    """What a result has to name besides its recipe: data, labels, the encoder that it started from, versions, hardware."""
     kind = accelerator.device.type
     name = torch.cuda.get_device_name() if kind == "cuda" else f"{platform.machine()} {kind}"
     return {
@@ -51,6 +54,7 @@ def provenance(data: ImageData, labels: PseudoLabels | None, accelerator: Accele
             "sha256": data.fingerprint(),
         },
         "pseudo_labels": {**labels.provenance, "sha256": labels.fingerprint()} if labels else None,
+        "start_from": start,
         "versions": {
             "advcl_hub": advcl_hub.__version__,
             "torch": torch.__version__,
@@ -72,6 +76,7 @@ _FREE = (
     "data.root",
     "data.download",
     "data.workers",
+    "start_from",
     "pseudo_labels.path",
     "pseudo_labels.cache",
 )
@@ -91,16 +96,23 @@ def continue_provenance(earlier: dict[str, Any], now: dict[str, Any], folder: Pa
     """The provenance of a run that goes on: as before, and where else it was continued.
 
     Raises:
-        ValueError: the checkpoint saw other images or other pseudo-labels.
+        ValueError: the checkpoint saw other images or other pseudo-labels, or started from other weights.
     """
-    for key in ("data", "pseudo_labels"):
-        before, here = ((p[key] or {}).get("sha256") for p in (earlier, now))
-        require(
-            before == here,
-            f"{folder} was trained on other {key.replace('_', '-')}: {earlier[key]}, now {now[key]}. Choose another --output.",
-        )
+    for key, what, identity in (
+        ("data", "was trained on other data", "sha256"),
+        ("pseudo_labels", "was trained on other pseudo-labels", "sha256"),
+        ("start_from", "started from other weights", "weights_sha256"),
+    ):
+        before, here = ((p.get(key) or {}).get(identity) for p in (earlier, now))
+        there = _named(earlier.get(key))
+        require(before == here, f"{folder} {what}: {there}, now {_named(now[key])}. Choose another --output.")
     places = [{k: p[k] for k in ("versions", "hardware")} for p in (earlier, *earlier.get("continued_on", []), now)]
     if places[-1] == places[-2]:
         return earlier
     print("Note: other hardware or versions than before; the run continues, but not bit by bit as one run.", file=sys.stderr)
     return {**earlier, "continued_on": places[1:]}
+
+
+def _named(facts: Mapping[str, Any] | None) -> str:
+    """What a record names, without the records inside it."""
+    return str({key: value for key, value in facts.items() if key != "provenance"}) if facts else "none"

@@ -2,26 +2,38 @@
 
 import copy
 import difflib
+import inspect
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
 import advcl_hub  # noqa: F401  (registers our architectures with timm)
 from advcl_hub.errors import reason_of
-from advcl_hub.pretraining.advcl import AdvCL
+from advcl_hub.hub.projector import load_projector
+from advcl_hub.pretraining import METHODS, Method
 from advcl_hub.training.layout import safe_channels_last
 from train.recipe import Recipe, require
+from train.start import Start, take_weights
 
 log = logging.getLogger("advcl")
 CPU = torch.device("cpu")
 
 
-def build_encoder(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
-    """The recipe's timm model without classifier, for images in [0, 1] of this shape (C, H, W).
+def build_encoder(recipe: Recipe, shape: tuple[int, int, int], start: Mapping[str, Any] | None = None) -> nn.Module:
+    """The recipe's timm model without classifier and with new weights, for images of this shape (C, H, W).
+
+    Its cfg asks for images in [0, 1] as they are, or normalised as the encoder was that the run starts from.
+
+    Args:
+        recipe: names the model and its arguments.
+        shape: of an image.
+        start: the facts of that encoder (`train.start.Start`), None if there is none.
 
     Raises:
         ValueError: timm does not know the model (near names are given), or it does not take these arguments or images.
@@ -30,7 +42,8 @@ def build_encoder(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
     if name not in known:
         near = difflib.get_close_matches(name, known, 3)
         raise ValueError(f"timm has no model {name!r}." + (f" Did you mean {', '.join(near)}?" if near else ""))
-    cfg = {"input_size": shape, "mean": (0.0,) * shape[0], "std": (1.0,) * shape[0], "crop_pct": 1.0}
+    mean, std = (start["mean"], start["std"]) if start else ((0.0,) * shape[0], (1.0,) * shape[0])
+    cfg = {"input_size": shape, "mean": tuple(mean), "std": tuple(std), "crop_pct": 1.0}
     try:
         encoder = timm.create_model(name, num_classes=0, pretrained_cfg_overlay=cfg, **recipe.model_kwargs)
         with torch.no_grad():
@@ -50,10 +63,24 @@ def build_encoder(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
     return encoder.train()
 
 
-def build_network(recipe: Recipe, shape: tuple[int, int, int], device: torch.device = CPU) -> AdvCL:
-    """The encoder with branches, projection head and pseudo-label heads, seeded by the recipe, on its device."""
+def build_network(
+    recipe: Recipe, shape: tuple[int, int, int], device: torch.device = CPU, start: Start | None = None
+) -> Method:
+    """The recipe's method with its encoder, seeded by the recipe, on its device.
+
+    Args:
+        recipe: what to train.
+        shape: of an image (C, H, W).
+        device: where.
+        start: the encoder that the recipe starts from (`train.start.open_start`).
+
+    Raises:
+        ValueError, OSError: the encoder cannot be built, the weights do not fit it, or a projection head is missing.
+    """
     torch.manual_seed(recipe.seed)
-    encoder = build_encoder(recipe, shape)
+    encoder = build_encoder(recipe, shape, start.facts if start else None)
+    if start:
+        take_weights(encoder, start)
     if recipe.speed.sync_batch_norm:
         require(torch.cuda.is_available(), "speed.sync_batch_norm needs GPUs; set it to false.")
         encoder = timm.layers.convert_sync_batchnorm(encoder)
@@ -61,21 +88,37 @@ def build_network(recipe: Recipe, shape: tuple[int, int, int], device: torch.dev
     if recipe.speed.channels_last and not safe_channels_last(encoder, device):
         log.warning("%s is trained contiguous: channels-last would corrupt memory on a CPU (oneDNN issue 6035).", recipe.model)
         layout = torch.contiguous_format
-    network = AdvCL(encoder, recipe.objective, recipe.attack, recipe.views, recipe.pseudo_labels.ks, layout)
-    if recipe.speed.sync_batch_norm:
-        network.projector = nn.SyncBatchNorm.convert_sync_batchnorm(network.projector)
+    settings: dict[str, Any] = {"objective": recipe.objective, "views": recipe.views, "memory_format": layout}
+    settings |= {"attack": recipe.attack, "ks": recipe.pseudo_labels.ks}
+    kind = METHODS[recipe.method]
+    wanted = inspect.signature(kind).parameters
+    if "projector" in wanted:
+        assert start is not None  # the recipe made sure
+        settings["projector"] = load_projector(start.source)
+    network = kind(encoder, **{name: value for name, value in settings.items() if name in wanted})
+    if recipe.speed.sync_batch_norm and isinstance(projector := getattr(network, "projector", None), nn.Sequential):
+        network.projector = nn.SyncBatchNorm.convert_sync_batchnorm(projector)
     return network.to(device).to(memory_format=layout)
 
 
-def plain_encoder(recipe: Recipe, shape: tuple[int, int, int], state: Mapping[str, Tensor]) -> nn.Module:
-    """The stock timm model with one branch's weights (see `branch_state_dict`), in evaluation mode."""
-    encoder = build_encoder(recipe, shape)
+def plain_encoder(
+    recipe: Recipe, shape: tuple[int, int, int], state: Mapping[str, Tensor], provenance: Mapping[str, Any]
+) -> nn.Module:
+    """The stock timm model with one branch's weights (see `branch_state_dict`), in evaluation mode.
+
+    Args:
+        recipe: of the run.
+        shape: of an image (C, H, W).
+        state: the plain state dict.
+        provenance: of the run, which knows how the encoder that it started from wants its images.
+    """
+    encoder = build_encoder(recipe, shape, provenance.get("start_from"))
     encoder.load_state_dict(state)
     return encoder.eval()
 
 
-def compile_encoder(recipe: Recipe, network: AdvCL, shape: tuple[int, int, int]) -> None:
-    """Compiles the encoder, in place: each branch and mode at its first pass, as one graph.
+def compile_encoder(recipe: Recipe, network: Method, shape: tuple[int, int, int]) -> None:
+    """Compiles the encoder and the networks beside it, in place: each branch and mode at its first pass, as one graph.
 
     Raises:
         ValueError: the model cannot be one graph.
@@ -96,15 +139,21 @@ def compile_encoder(recipe: Recipe, network: AdvCL, shape: tuple[int, int, int])
             raise ValueError(f"{recipe.model} cannot be compiled as one graph: {reason}; set speed.compile=false.") from error
         finally:
             torch._dynamo.reset()  # having seen two sizes of batches, it would compile for any
-    network.encoder.compile(fullgraph=one_graph, options=options)
+    for module in network.running:
+        module.compile(fullgraph=one_graph, options=options)
 
 
 def build_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
-    """SGD as published (weight decay on all parameters), or AdamW."""
+    """The recipe's optimizer over the parameters that are trained; a frozen teacher's are not among them."""
     c = recipe.optimizer
-    if c.name == "sgd":
-        return torch.optim.SGD(network.parameters(), c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
-    return torch.optim.AdamW(network.parameters(), c.lr, weight_decay=c.weight_decay)
+    return create_optimizer_v2(
+        # Of a network timm makes two groups, of which one does not decay.
+        [p for p in network.parameters() if p.requires_grad] if c.decay_norms_and_biases else network,
+        "momentum" if c.name == "sgd" else c.name,  # timm's "sgd" is Nesterov's
+        lr=c.lr,
+        weight_decay=c.weight_decay,
+        momentum=c.momentum,  # for optimizers that have one
+    )
 
 
 def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:

@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,8 +32,7 @@ from advcl_hub.evaluation import Robustness, robustness
 from advcl_hub.files import check_writable, comfort, replacing
 from advcl_hub.hub.export import check_exportable, verify_folder
 from advcl_hub.models.branch_norm import branch_state_dict
-from advcl_hub.pretraining.advcl import Losses
-from advcl_hub.pretraining.views import make_views
+from advcl_hub.pretraining import METHODS
 from advcl_hub.records.environment import backends
 from advcl_hub.training.loop import Loop, open_accelerator
 from advcl_hub.training.runlog import Panel
@@ -47,6 +46,7 @@ from train.inputs import check_same_recipe, continue_provenance, load_labels, lo
 from train.network import build_network, build_optimizer, build_schedule, compile_encoder, plain_encoder
 from train.probe import linear_probe, with_linear_head
 from train.recipe import Recipe, load_recipe
+from train.start import open_start
 
 # Its successor does less for buffers, and torch 2.8 does not have it.
 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -66,12 +66,6 @@ class Trainer(Loop):
         FileNotFoundError: data or label files are missing.
     """
 
-    losses = Losses._fields
-    panels = (
-        Panel("loss", Losses._fields),
-        Panel("linear probe, held-out images (%)", ("probe_standard", "probe_robust"), percent=True),
-        Panel("learning rate", ("lr",)),
-    )
     remedy = "lower optimizer.lr or use speed.mixed_precision=no in a new folder."
 
     state: Checkpoint
@@ -89,7 +83,10 @@ class Trainer(Loop):
         if checkpoint:
             check_same_recipe(checkpoint.recipe, recipe, output)
         with accelerator.main_process_first():  # one process downloads, the others find the files
+            start = open_start(recipe)
             data, self.held_out = load_training_data(recipe)
+        self.losses = METHODS[recipe.method].Losses._fields
+        self.panels = panels(self.losses)
         super().__init__(
             output,
             accelerator,
@@ -100,7 +97,7 @@ class Trainer(Loop):
             checkpoint_minutes=recipe.checkpoint_minutes,
         )
         self.recipe = recipe
-        self.core = build_network(recipe, data.shape, self.device)
+        self.core = build_network(recipe, data.shape, self.device, start)
         if recipe.judge.every:
             with_linear_head(self.core.encoder, len(data.classes))  # what judge() would refuse is refused now
         with accelerator.main_process_first():  # one process clusters, the others find the cache
@@ -113,7 +110,7 @@ class Trainer(Loop):
         self.ema = ModelEmaV3(self.core, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.optimizer = build_optimizer(recipe, self.core)
         self.schedule = build_schedule(recipe, self.optimizer, self.steps_per_epoch)
-        facts = provenance(data, labels, accelerator)
+        facts = provenance(data, labels, start.facts if start else None, accelerator)
         facts["hardware"]["backends"] = backends(self.device)
         self.state = Checkpoint(0, 0.0, recipe, facts, {})
         if checkpoint:
@@ -125,7 +122,7 @@ class Trainer(Loop):
         self.model, self.stepper = self.prepare(self.core)
 
     def train_step(self, images: Tensor, labels: Tensor | None) -> None:
-        """One optimizer step; `AdvCL.forward` is the method."""
+        """One optimizer step; the network's forward is the method."""
         seed_step(self.recipe.seed, self.state.step, self.rank)
         self.schedule.step_update(self.state.step)
         losses = self.model(images, labels)
@@ -162,7 +159,8 @@ class Trainer(Loop):
         if self.main and self.held_out is not None:
             rule, branch = self.recipe.judge, self.recipe.objective.export_branch
             weights = (self.ema.module if self.ema else self.core).encoder.state_dict()
-            encoder = plain_encoder(self.recipe, self.data.shape, branch_state_dict(weights, branch))
+            state = branch_state_dict(weights, branch)
+            encoder = plain_encoder(self.recipe, self.data.shape, state, self.state.provenance)
             train = self.data.sample(rule.train_images, self.recipe.seed)
             held_out = self.held_out.sample(rule.val_images, self.recipe.seed)
             eps = self.recipe.attack.eps
@@ -189,29 +187,27 @@ class Trainer(Loop):
                 draft.write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False), encoding="utf-8")
             size = sum(p.numel() for p in self.core.encoder.parameters())
             log.info(
-                f"{self.recipe.model}, {size:,} parameters; {len(self.data):,} images of {self.data.name}, "
-                f"{self.recipe.epochs} epochs of {self.steps_per_epoch} steps; {self.device.type}, processes: {self.world}"
+                f"{self.recipe.method} of {self.recipe.model}, {size:,} parameters; {len(self.data):,} images of "
+                f"{self.data.name}, {self.recipe.epochs} epochs of {self.steps_per_epoch} steps; "
+                f"{self.device.type}, processes: {self.world}"
             )
         if self.state.step == 0:
             self.picture_views()
         super().begin()
 
     def picture_views(self) -> None:
-        """Saves the views of the first images to views.png; all processes make the adversarial ones together."""
+        """Saves what the method makes of the first images to views.png; all processes make the adversarial views together."""
         rows = torch.arange(min(10, len(self.data)))
         images = next(batches(self.data, len(rows), device=self.device, order=rows))[0]
         seed_step(self.recipe.seed, 0, self.rank)
-        views = make_views(images, self.recipe.views)
         labels = None if self.labels is None else self.labels[rows.to(self.device)]
         network = copy.deepcopy(self.core)  # the passes move batch-norm statistics: a start that was killed must not leave them
-        adversarial = network.adversarial_views(views, labels)
-        shown = {"image": images / 255, **views._asdict()}
-        shown["high_frequency"] = views.high_frequency + 0.5
+        shown = {"image": images / 255, **network.pictures(images, labels)}
         if self.main:
             with comfort("Drawing views.png", errors=Exception):
                 from advcl_hub.training.pictures import save_views  # needs matplotlib, which need not be there
 
-                save_views(self.output / "views.png", shown | adversarial)
+                save_views(self.output / "views.png", shown)
 
     def finish(self) -> None:
         """The last judgement, then, by the main process, the export and its check."""
@@ -227,6 +223,15 @@ class Trainer(Loop):
             folder,
             usage_lines(folder),
         )
+
+
+def panels(losses: Sequence[str]) -> tuple[Panel, ...]:
+    """What curves.png shows of a method with these losses."""
+    return (
+        Panel("loss", tuple(losses)),
+        Panel("linear probe, held-out images (%)", ("probe_standard", "probe_robust"), percent=True),
+        Panel("learning rate", ("lr",)),
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ A recipe's keys are the fields of `Recipe` and of the groups in it; numbers may 
 
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from advcl_hub.pretraining import Attack, Objective, ViewConfig
+from advcl_hub.pretraining import METHODS, AdvCL, Attack, ViewConfig
 from advcl_hub.pretraining.pseudo_labels import PAPER_KS
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -72,13 +73,19 @@ class PseudoLabelSource:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """SGD or AdamW; the learning rate warms up linearly, then falls along a cosine, step by step.
+    """An optimizer of timm; the learning rate warms up linearly, then falls along a cosine, step by step.
+
+    Published are, for example: AdvCL, `sgd`, lr 0.5, weight decay 1e-4; DeACL, `sgd`, lr 0.5, weight decay 5e-4; ACL, `lars`,
+    lr 5, weight decay 1e-6; all with momentum 0.9.
 
     Attributes:
-        name: `sgd` or `adamw`.
+        name: `sgd` (of plain momentum; timm calls it `momentum`, its `sgd` is Nesterov's), `adamw`, `lars`, or `lamb`, which
+            clips the gradient's norm at 1. LARS and LAMB scale the step of every tensor that decays by the norm of its values.
         lr: at the top of the cosine, which runs over all steps; it is not scaled with the batch.
-        momentum: of SGD.
-        weight_decay: on all parameters, as published.
+        momentum: of `sgd` and `lars`.
+        weight_decay: added to the gradient, but by `adamw` to the step.
+        decay_norms_and_biases: whether weights of norms and biases decay too, as published. If not, no tensor of one dimension
+            does, and LARS and LAMB do not scale its step.
         warmup_epochs: so long the rate rises from `warmup_lr` to `lr` instead.
         min_lr_ratio: the cosine ends at `lr * min_lr_ratio`.
     """
@@ -87,16 +94,21 @@ class Optimizer:
     lr: float = 0.5
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    decay_norms_and_biases: bool = True
     warmup_epochs: float = 10
     warmup_lr: float = 0.01
     min_lr_ratio: float = 1e-3
 
     def __post_init__(self) -> None:
-        require(self.name in ("sgd", "adamw"), f"name must be sgd or adamw, got {self.name!r}")
+        require(self.name in ("sgd", "adamw", "lars", "lamb"), f"name must be sgd, adamw, lars or lamb, got {self.name!r}")
         require(self.lr > 0, f"lr must be positive, got {self.lr}")
         require(
             min(self.momentum, self.weight_decay, self.warmup_lr, self.min_lr_ratio) >= 0,
             "momentum, weight_decay, warmup_lr and min_lr_ratio must not be negative",
+        )
+        require(
+            self.weight_decay > 0 or self.name not in ("lars", "lamb"),
+            f"{self.name} of timm scales the step of tensors with weight decay only: set weight_decay above 0 (1e-6 in ACL)",
         )
 
 
@@ -151,15 +163,22 @@ class Recipe:
     """Everything that decides the result of a pretraining run.
 
     Attributes:
+        method: a key of `advcl_hub.pretraining.METHODS`.
         model, model_kwargs: any timm architecture and its arguments.
+        start_from: encoder of this architecture whose weights the network starts from: a run, a folder, `hf-hub:ORG/NAME` or
+            a name of timm. For `deacl` and `profeat` it is the teacher, too.
         epochs, batch_size: the batch is the global one, over all processes; it must divide by their number.
         seed: of weights, order, views and attack starts.
         ema_decay: of the averaged weights that are judged and exported; 0 for none.
         checkpoint_minutes: time between checkpoints.
+        attack: of the step; the probes of `judge` have its eps.
+        objective: the method's `Objective`.
     """
 
+    method: str = "advcl"
     model: str = "resnet18_cifar"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    start_from: str | None = None
     epochs: int = 100
     batch_size: int = 512
     seed: int = 0
@@ -168,7 +187,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     views: ViewConfig = field(default_factory=ViewConfig)
     attack: Attack = field(default_factory=Attack)
-    objective: Objective = field(default_factory=Objective)
+    objective: Any = field(default_factory=AdvCL.Objective)
     pseudo_labels: PseudoLabelSource = field(default_factory=PseudoLabelSource)
     optimizer: Optimizer = field(default_factory=Optimizer)
     speed: Speed = field(default_factory=Speed)
@@ -189,9 +208,16 @@ class Recipe:
             not self.judge.every or self.data.val_fraction > 0,
             "judge.every needs held-out images: set data.val_fraction above 0, or judge.every to 0",
         )
+        kind = METHODS[self.method].Objective
+        require(type(objective) is kind, f"{self.method} takes a {kind.__name__}, got {objective!r}")
+        optional = ", or objective.pseudo_label_weight to 0" if hasattr(objective, "pseudo_label_weight") else ""
         require(
-            not objective.pseudo_label_weight or bool(labels.path or labels.encoder),
-            "objective.pseudo_label_weight needs labels: set pseudo_labels.path or pseudo_labels.encoder, or the weight to 0",
+            not objective.uses_labels or bool(labels.path or labels.encoder),
+            f"{self.method} needs pseudo-labels: set pseudo_labels.path or pseudo_labels.encoder{optional}",
+        )
+        require(
+            not objective.needs_start or bool(self.start_from),
+            f"{self.method} starts from a clean teacher: set start_from to a run, a folder, hf-hub:ORG/NAME or a name of timm",
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -246,8 +272,20 @@ def read_yaml(name: str, folder: Path, what: str) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
-    """A recipe from nested values; the inverse of `Recipe.to_dict`. Raises ValueError as `load_recipe` does."""
-    return typing.cast(Recipe, build(Recipe, values))
+    """A recipe from nested values; the inverse of `Recipe.to_dict`. Raises ValueError as `load_recipe` does.
+
+    The method decides which keys `objective` has, and the defaults of `attack`.
+    """
+    name = values.get("method", "advcl")
+    if name not in METHODS:
+        near = difflib.get_close_matches(str(name), METHODS, 1, 0.0)[0]
+        raise ValueError(f"method is {name!r}. Did you mean {near!r}? Known: {', '.join(METHODS)}")
+    attack = inspect.signature(METHODS[name]).parameters.get("attack")
+    groups = {
+        "objective": build(METHODS[name].Objective, values.get("objective", {}), "objective"),
+        "attack": build(Attack, values.get("attack", {}), "attack", attack.default if attack else None),
+    }
+    return typing.cast(Recipe, build(Recipe, {**values, **groups}))
 
 
 def require(condition: bool, message: str) -> None:
@@ -256,30 +294,31 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def build(kind: Any, value: Any, path: str = "") -> Any:
+def build(kind: Any, value: Any, path: str = "", base: Any = None) -> Any:
     """`value`, as YAML has it, as an instance of the type `kind`, a dataclass in most cases; `path` names it in errors.
+
+    What `value` leaves out comes from `base`, an instance, or else from the defaults of the dataclass.
 
     Raises:
         ValueError: an unknown key (the nearest known one is named), or a value of the wrong type.
     """
-    if kind is Any:
+    if kind is Any or (dataclasses.is_dataclass(kind) and type(value) is kind):
         return value
     if dataclasses.is_dataclass(kind):
         require(isinstance(value, Mapping), f"{path} is a group of settings, got {value!r}")
-        hints = typing.get_type_hints(kind)
+        known, hints = [f.name for f in dataclasses.fields(kind)], typing.get_type_hints(kind)
         for key in value:
-            if key not in hints:
-                near = difflib.get_close_matches(str(key), hints, 1, 0.0)[0]
-                raise ValueError(
-                    f"Unknown key {_join(path, key)!r}. Did you mean {_join(path, near)!r}? Known: {', '.join(hints)}"
-                )
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, 1, 0.0)
+                hint = f" Did you mean {_join(path, near[0])!r}? Known: {', '.join(known)}" if near else " There are none."
+                raise ValueError(f"Unknown key {_join(path, key)!r}.{hint}")
         built = {key: build(hints[key], v, _join(path, key)) for key, v in value.items()}
         unset = dataclasses.MISSING
         for f in dataclasses.fields(kind):
             needed = f.default is unset and f.default_factory is unset
             require(f.name in built or not needed, f"{_join(path, f.name)} is missing")
         try:
-            return kind(**built)  # type: ignore[operator]
+            return kind(**built) if base is None else dataclasses.replace(base, **built)  # type: ignore[operator]
         except ValueError as error:
             raise ValueError(f"{path}: {error}" if path else str(error)) from None
     origin, args = typing.get_origin(kind), typing.get_args(kind)

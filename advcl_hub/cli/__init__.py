@@ -27,7 +27,7 @@ def main() -> None:
 
 for _command in (
     *(hub.list_command, hub.info_command, hub.pull_command, hub.verify_command),
-    *(tune.finetune, tune.presets, measure.evaluate, measure.report_command, tune.transfer),
+    *(tune.finetune, tune.lp_aff, tune.presets, measure.evaluate, measure.report_command, tune.transfer),
     *(hub.card_command, hub.push_command, hub.convert_command),
 ):
     main.add_command(_command)

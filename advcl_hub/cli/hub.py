@@ -196,17 +196,21 @@ def _as_json(release: Release) -> dict[str, Any]:
     }
 
 
+_FOLLOWERS = "acl is also DynACL's, solo is solo-learn's, DeACL's and ProFeAT's"
+
+
 @click.command("convert", short_help="Converts a published checkpoint to a folder for timm.")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--layout", default="auto", show_default=True, help=f"auto, {', '.join(LAYOUTS)} (acl: also DynACL).")
-@click.option("--entry", help="Of a file that holds several networks, such as model and ema.")
+@click.option("--layout", default="auto", show_default=True, help=f"auto, {', '.join(LAYOUTS)}. {_FOLLOWERS}.")
+@click.option("--entry", help="Of a file with several networks: model or ema; encoder_q (DynACL), momentum_backbone (DeACL).")
 @click.option("--branch", help="Batch norms to take: clean, adv or adv_ce.  [default: adv]")
 @click.option("--architecture", help="timm model that it has to be.  [default: the one that fits]")
 @click.option("--mean", type=numbers, help="What the network subtracts from images in [0, 1], such as 0.49,0.48,0.45 or 0.")
 @click.option("--std", type=numbers, help="What it divides them by, such as 0.2,0.2,0.2 or 1.")
 @click.option("--size", type=int, help="Side of the images.  [default: 32, of ACL's networks for STL-10 96]")
-@click.option("--keep-head/--drop-head", default=True, help="Whether a linear head makes it a classifier.")
+@click.option("--keep-head/--drop-head", default=None, help="Whether a linear head makes it a classifier.  [default: it does]")
+@click.option("--keep-projector", is_flag=True, help="Store the projection head beside the encoder, and drop a linear head.")
 @click.option("--label-names", type=words, help="Names of the head's classes, in order, with commas between them.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the stored weights.")
 @click.option("--origin", help="Where the file comes from, for the record.")
@@ -221,6 +225,7 @@ def convert_command(source: Path, folder: Path, dtype: str, label_names: tuple[s
     Examples:
       advcl-hub convert cifar10_pretrain.pth encoders/advcl --origin "github.com/LijieFan/AdvCL"
       advcl-hub convert ckpt.pth encoders/plain --layout kuangliu --mean 0 --std 1
+      advcl-hub convert res18_simclr-cifar10.ckpt encoders/deacl --drop-head
       advcl-hub convert runs/pets/classifier classifiers/pets --dtype float16
     """
     if source.is_dir():

@@ -1,4 +1,4 @@
-"""`advcl-hub finetune`, `advcl-hub presets` and `advcl-hub transfer`."""
+"""`advcl-hub finetune`, `advcl-hub lp-aff`, `advcl-hub presets` and `advcl-hub transfer`."""
 
 import functools
 import logging
@@ -107,6 +107,57 @@ def finetune(model: str, root: Path | None, overrides: dict[str, Any], **options
         f"Use it:       import advcl_hub, timm\n"
         f'              model = timm.create_model("local-dir:{tuned.folder}", pretrained=True)\n'
         f"Evaluate it:  {shlex.join(evaluation)}"
+    )
+
+
+@click.command("lp-aff", short_help="Finetunes an encoder on clusters of its features, without labels.")
+@click.argument("encoder")
+@click.option("--data", required=True, help=DATA)
+@click.option("--root", type=click.Path(path_type=Path), help="Folder that holds the data set.")
+@click.option("--split", default="train", show_default=True, help="Split of the data set; it may be unlabeled.")
+@click.option("--size", type=int, help="Side of the images, instead of the encoder's own.")
+@click.option("--clean", help="Encoder whose features are clustered, such as the clean branch.  [default: ENCODER]")
+@click.option("--clusters", type=int, default=10, show_default=True, help="Number of clusters.")
+@click.option("--head-epochs", type=int, default=10, show_default=True, help="Epochs of the stage of the head alone.")
+@_overrides
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/finetuned/ENCODER/...]")
+@click.option("--cpu", is_flag=True, help="Compute on the CPU even where there is a GPU.")
+@click.option("--time-budget", type=seconds, metavar="TIME", help="Stop with a checkpoint after so long: 90s, 9m, 2h.")
+@click.option("--checkpoint-minutes", type=float, default=5.0, show_default=True)
+@user_errors
+def lp_aff(encoder: str, root: Path | None, overrides: dict[str, Any], **options: Any) -> None:
+    """Finetunes ENCODER adversarially on clusters of its features, without labels: LP-AFF, the last stage of DynACL++.
+
+    k-means, then a linear head on the frozen encoder, then all weights with TRADES; what comes out is an encoder again. The
+    options are those of the last stage; batch, augmentation, precision, seed and the start of the head are also those of the
+    head's. Stop it whenever you like: the same command goes on. Several processes: as in finetune.
+
+    \b
+    Example:
+      advcl-hub lp-aff runs/resnet18/export --clean runs/resnet18/export_clean --data cifar10 --root DATA --output runs/pp
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    command = shlex.join(["advcl-hub", *sys.argv[1:]])
+    done = advcl_hub.lp_aff(encoder, root=root, command=command, **options, **overrides)
+    main_process = Processes.current().rank == 0
+    leave()
+    if not main_process:
+        return
+    if not done.finished:
+        click.echo(f"Stopped with a checkpoint in {done.output}. The same command continues.")
+        return
+    finetuning = [
+        "advcl-hub",
+        "finetune",
+        str(done.folder),
+        "--data",
+        options["data"],
+        *(["--root", str(root)] if root else []),
+    ]
+    click.echo(
+        f"Use it:       import advcl_hub, timm\n"
+        f'              encoder = timm.create_model("local-dir:{done.folder}", pretrained=True)\n'
+        f"Finetune it:  {shlex.join(finetuning)} --protocol slf"
     )
 
 

@@ -1,18 +1,15 @@
 """A classifier in a form that is faster to attack: the same function up to rounding, with no other figures."""
 
 import copy
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from advcl_hub.errors import reason_of
 from advcl_hub.evaluation.checks import difference
 from advcl_hub.evaluation.protocol import Protocol
+from advcl_hub.models.folding import fold_batch_norms
 
 TRIAL = 16  # images; of fewer than 16 torch computes convolutions otherwise, and would compile twice
 
@@ -61,9 +58,7 @@ def accelerated(classifier: nn.Module, images: Tensor, protocol: Protocol) -> nn
 
 def _copy(classifier: nn.Module, images: Tensor, protocol: Protocol) -> nn.Module:
     copied = copy.deepcopy(classifier).requires_grad_(False)
-    for parent, conv, norm in [place for module in copied.modules() for place in _folding_places(module)]:
-        setattr(parent, conv, fuse_conv_bn_eval(getattr(parent, conv), getattr(parent, norm)))
-        setattr(parent, norm, nn.Identity().eval())
+    fold_batch_norms(copied)
     convolutions = [module for module in copied.modules() if isinstance(module, nn.Conv2d)]
     # On GPUs channels-last is fast on tensor cores, which true float32 does not use.
     if convolutions and (images.device.type == "cpu" or protocol.precision != "float32"):
@@ -74,34 +69,6 @@ def _copy(classifier: nn.Module, images: Tensor, protocol: Protocol) -> nn.Modul
         torch.compiler.reset()  # torch keeps a few graphs of a function for the whole process: other models have used them up
         copied.forward = torch.compile(copied.forward, dynamic=True)
     return copied
-
-
-def _folding_places(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """Parent, convolution, batch norm: where timm's own forward gives the output of the one to the other alone."""
-    places: list[tuple[nn.Module, str, str]] = []
-    if type(module) in (BasicBlock, Bottleneck):
-        places = [(module, f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
-        shortcut = module.downsample
-        if type(shortcut) is nn.Sequential and _is_plain(shortcut):
-            places += [(shortcut, conv, norm) for conv, norm in pairwise(shortcut._modules)]
-    elif isinstance(module, ResNet):
-        own = (type(module).forward, type(module).forward_features)
-        places = [(module, "conv1", "bn1")] if own == (ResNet.forward, ResNet.forward_features) else []
-    if not {"forward", "forward_features"} & vars(module).keys():  # replaced on this very module
-        yield from (place for place in places if _can_fold(*(getattr(place[0], name, None) for name in place[1:])))
-
-
-def _can_fold(conv: Any, norm: Any) -> bool:
-    """Whether these are an ordinary convolution and batch norm that does the same to every image, watched by nobody."""
-    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or conv.training or norm.training:
-        return False
-    return norm.running_mean is not None and norm.running_var is not None and _is_plain(conv) and _is_plain(norm)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether nobody has hooks on a module or has replaced its forward (parametrizations change its type)."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in vars(module)
 
 
 class _ChannelsLast(torch.autograd.Function):

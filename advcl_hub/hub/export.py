@@ -1,12 +1,14 @@
 """A folder that timm opens: config.json, model.safetensors, results.json, and a golden input/output pair to check any copy.
 
 timm.create_model("local-dir:FOLDER", pretrained=True)     # after `import advcl_hub`
+
+The projection head of pretraining may lie beside the encoder (projector.safetensors, see `advcl_hub.hub.projector`).
 """
 
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from advcl_hub.errors import reason_of
 from advcl_hub.files import file_sha256, make_readable, refuse_pointer, without_local_paths, write_errors
+from advcl_hub.hub.projector_file import PROJECTOR, layers_of, projector_from_state, read_projector, save_projector, widths_of
 from advcl_hub.modes import as_usual
 from advcl_hub.private import config_writer
 from advcl_hub.training.tensors import separate
@@ -28,7 +31,7 @@ RESULTS = "results.json"
 CONFIG = "config.json"
 CARD = "README.md"
 PICTURE = "examples.png"
-CHECKED = (CONFIG, GOLDEN, WEIGHTS)  # whose sha256 results.json tells
+CHECKED = (CONFIG, GOLDEN, WEIGHTS)  # whose sha256 results.json tells; that of PROJECTOR, too, if there is one
 EXTRAS = (CARD, PICTURE)  # what an export may have besides
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -42,6 +45,7 @@ def export_folder(
     model_args: Mapping[str, Any] | None = None,
     label_names: Sequence[str] = (),
     dtype: str = "float32",
+    projector: nn.Sequential | None = None,
 ) -> Path:
     """Writes a plain timm model (one batch-norm branch, already chosen) to a folder, which appears complete or not at all.
 
@@ -53,13 +57,15 @@ def export_folder(
         model_args: arguments of `timm.create_model` that the architecture needs, e.g. `img_size`.
         label_names: class names of a classifier.
         dtype: of the stored weights, `float32` or `float16`; timm loads either into float32.
+        projector: the projection head that the encoder was pretrained with, of Linear, BatchNorm1d (or SyncBatchNorm) and ReLU
+            layers; its input is as wide as the model's pooled features. results.json tells its layers and widths (`projector`).
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: no timm model, an unknown dtype, weights that are not finite in it, or a folder that holds anything but an
-            earlier export.
+        ValueError: no timm model, an unknown dtype, weights that are not finite in it, a projection head of other layers or of
+            another width or with a classifier, or a folder that holds anything but an earlier export.
         OSError: the folder cannot be written (a full disk); nothing is left behind.
         ImportError: this version of timm is not as we know it; see `advcl_hub.private.config_writer`.
     """
@@ -68,6 +74,7 @@ def export_folder(
         raise ValueError(f"{type(model).__name__} is no timm model (no pretrained_cfg): of a wrapper, export the model in it.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    head = None if projector is None else _head(model, projector)
     save_config = config_writer()  # before anything is written
     with replacing_folder(folder) as draft:
         state = {k: _stored(v, DTYPES[dtype]) for k, v in separate(model.state_dict()).items()}
@@ -81,8 +88,13 @@ def export_folder(
         exported = load_folder(draft)
         _correct_pool_size(exported, draft / CONFIG)
         _save_golden(exported, draft / GOLDEN)
-        sha256 = {name: file_sha256(draft / name) for name in CHECKED}
-        record = {**without_local_paths(results), "dtype": dtype, "sha256": sha256}
+        record, files = without_local_paths(results), list(CHECKED)
+        if projector is not None:
+            tensors = {k: _stored(v, DTYPES[dtype]) for k, v in separate(projector.state_dict()).items()}
+            save_projector(tensors, layers_of(projector), draft / PROJECTOR)
+            record["projector"] = head
+            files.append(PROJECTOR)
+        record |= {"dtype": dtype, "sha256": {name: file_sha256(draft / name) for name in files}}
         (draft / RESULTS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return folder
 
@@ -111,6 +123,7 @@ def export_again(source: str | Path, folder: str | Path, *, dtype: str) -> Path:
     results, config = (json.loads((source / name).read_text(encoding="utf-8")) for name in (RESULTS, CONFIG))
     earlier = {"dtype": results.get("dtype"), "sha256": results["sha256"][WEIGHTS]}
     kept = {key: value for key, value in results.items() if key not in ("dtype", "sha256", "evaluations")}
+    projector = read_projector(source / PROJECTOR) if PROJECTOR in results["sha256"] else None
     again = export_folder(
         load_folder(source),
         folder,
@@ -118,6 +131,7 @@ def export_again(source: str | Path, folder: str | Path, *, dtype: str) -> Path:
         model_args={key: value for key, value in (config.get("model_args") or {}).items() if key != "num_classes"},
         label_names=config.get("label_names") or (),
         dtype=dtype,
+        projector=projector,
     )
     verify_folder(again)
     return again
@@ -143,11 +157,10 @@ def verify_folder(folder: str | Path) -> float:
             than 1e-3.
     """
     folder = Path(folder)
-    for name in (RESULTS, *CHECKED):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: not a complete export.")
-        refuse_pointer(folder / name)
-    for name, expected in _recorded_sha256(folder).items():
+    _check_complete(folder, (RESULTS, *CHECKED))
+    recorded = recorded_sha256(folder / RESULTS)
+    _check_complete(folder, recorded)
+    for name, expected in recorded.items():
         if file_sha256(folder / name) != expected:
             raise ValueError(f"{folder / name} is not the file that was exported (its sha256 differs): copy it again.")
     try:
@@ -167,12 +180,20 @@ def verify_folder(folder: str | Path) -> float:
     return difference
 
 
-def _recorded_sha256(folder: Path) -> dict[str, str]:
+def _check_complete(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: not a complete export.")
+        refuse_pointer(folder / name)
+
+
+def recorded_sha256(path: Path) -> dict[str, str]:
+    """By name the sha256 of an export's files, from its results.json. Raises ValueError if that is damaged."""
     try:
-        recorded = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["sha256"]
-        return {name: recorded[name] for name in CHECKED}
+        recorded = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        return {name: recorded[name] for name in (*CHECKED, *((PROJECTOR,) if PROJECTOR in recorded else ()))}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'results.json'} is damaged ({error!r}): copy it again.") from None
+        raise ValueError(f"{path} is damaged ({error!r}): copy it again.") from None
 
 
 def check_replaceable(folder: Path) -> None:
@@ -180,7 +201,7 @@ def check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    foreign = names - {RESULTS, *CHECKED, *EXTRAS}
+    foreign = names - {RESULTS, *CHECKED, PROJECTOR, *EXTRAS}
     if foreign or (names and RESULTS not in names):
         raise ValueError(f"{folder} exists and is not an earlier export: choose another folder.")
 
@@ -190,6 +211,18 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not stored.isfinite().all():
         raise ValueError(f"Some weights are not finite as {str(dtype).removeprefix('torch.')}: export them as float32.")
     return stored
+
+
+def _head(model: nn.Module, projector: nn.Sequential) -> dict[str, Any]:
+    """What results.json says of a projection head; ValueError if it cannot be exported with this model."""
+    layers = layers_of(projector)
+    widths = widths_of(projector_from_state(projector.state_dict(), layers))
+    if getattr(model, "num_classes", 0):
+        raise ValueError("The model is a classifier: a projection head is exported with the encoder that it was trained with.")
+    features = cast(int, getattr(model, "head_hidden_size", None) or model.num_features)
+    if widths[0] != features:
+        raise ValueError(f"The projection head takes {widths[0]} features, but the encoder gives {features}.")
+    return {"layers": layers, "widths": widths}
 
 
 def _correct_pool_size(model: nn.Module, path: Path) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not in its types
 
@@ -30,9 +30,11 @@ from advcl_hub.hub.export import (
     PICTURE,
     WEIGHTS,
     check_replaceable,
+    recorded_sha256,
     replacing_folder,
     verify_folder,
 )
+from advcl_hub.hub.projector_file import PROJECTOR
 from advcl_hub.hub.registry import open_source, releases
 from advcl_hub.records import RESULTS
 
@@ -102,9 +104,9 @@ def push(
         advcl_hub.push("runs/resnet18/export", "ORG/resnet18_cifar.advcl_c10", private=True)
 
     Only what an export consists of is uploaded: config.json, model.safetensors, golden.safetensors, results.json (without local
-    paths), the card and its picture. A version names weights for good: other weights need another version; a new card of the
-    same weights is committed to main. Interrupt it whenever you like: the same call finishes the job. (A repository that the
-    call made may stay behind, empty.)
+    paths), the projection head if it was kept, the card and its picture. A version names weights for good, those of the head
+    included: others need another version; a new card of the same weights is committed to main. Interrupt it whenever you like:
+    the same call finishes the job. (A repository that the call made may stay behind, empty.)
 
     Args:
         folder: that `export_folder` wrote, or the name of released weights.
@@ -152,11 +154,14 @@ def push(
         _check_remote(api, remote, repository, parts, different, done.version, private)
         commit, url = remote.info.sha, None
         if different:
-            what = "Weights and card" if WEIGHTS in different else "Card"
+            what = "Weights and card" if {WEIGHTS, PROJECTOR} & different else "Card"
             # As of here the Hub has to be as it was looked at: two people who push at once do not mix their files.
             made = api.create_commit(
                 repository,
-                [CommitOperationAdd(name, part.content) for name, part in parts.items()],
+                [
+                    *(CommitOperationAdd(name, part.content) for name, part in parts.items()),
+                    *(CommitOperationDelete(name) for name in different - parts.keys()),
+                ],
                 commit_message=f"{what} ({done.version})" if done.version else what,
                 create_pr=create_pr,
                 parent_commit=remote.info.sha,
@@ -187,7 +192,7 @@ def pull(name: str, folder: str | Path, *, cache_dir: str | Path | None = None) 
     folder = Path(folder).expanduser()
     check_replaceable(folder)
     check_writable(folder)
-    return _pull(name, folder, (*CHECKED, *EXTRAS), cache_dir)
+    return _pull(name, folder, (*CHECKED, PROJECTOR, *EXTRAS), cache_dir)
 
 
 def _pull(name: str, folder: Path, wanted: Sequence[str], cache_dir: str | Path | None) -> Path:
@@ -217,7 +222,7 @@ def verify(name: str | Path, *, cache_dir: str | Path | None = None) -> float:
     if Path(text).expanduser().is_dir() or isinstance(name, Path):
         return verify_folder(Path(text).expanduser())
     with tempfile.TemporaryDirectory() as temporary:
-        return verify_folder(_pull(text, Path(temporary) / "export", CHECKED, cache_dir))
+        return verify_folder(_pull(text, Path(temporary) / "export", (*CHECKED, PROJECTOR), cache_dir))
 
 
 @contextmanager
@@ -245,7 +250,10 @@ def described(name: str, *, cache_dir: str | Path | None = None) -> Iterator[tup
 
 
 def _files(name: str, wanted: Sequence[str], cache_dir: str | Path | None) -> dict[str, Path]:
-    """Where results.json and other files of an export lie, checked; the `EXTRAS` only if it has them and they can be had."""
+    """Where results.json and other files of an export lie, checked.
+
+    The projection head is among them if results.json names it; the `EXTRAS` if there are any and they can be had.
+    """
     release = releases().get(name)
     if release is None:
         if "/" not in name.partition("@")[0]:
@@ -255,8 +263,10 @@ def _files(name: str, wanted: Sequence[str], cache_dir: str | Path | None) -> di
         raise OSError(f"{why}. Without {RESULTS} there is nothing to describe or to verify.")
     if not release.files:
         raise ValueError(f'{name} has no {RESULTS}: not pushed by advcl-hub. timm may open it: "hf-hub:{release.hub_id}".')
-    files = {}
-    for file in (RESULTS, *wanted):
+    files = {RESULTS: release.fetch(RESULTS, cache_dir)}
+    for file in wanted:
+        if file == PROJECTOR and PROJECTOR not in recorded_sha256(files[RESULTS]):
+            continue
         try:
             files[file] = release.fetch(file, cache_dir)
         except FileNotFoundError:
@@ -273,7 +283,7 @@ def _parts(folder: Path, text: str) -> dict[str, _Part]:
     """By name in the repository what is uploaded; the folder is verified first."""
     results, _ = read_export(folder)
     verify_folder(folder)
-    content: dict[str, bytes | Path] = {name: folder / name for name in CHECKED}
+    content: dict[str, bytes | Path] = {name: folder / name for name in recorded_sha256(folder / RESULTS)}
     content |= {RESULTS: (json.dumps(results, indent=2) + "\n").encode(), CARD: text.encode()}
     if (folder / PICTURE).is_file():
         content[PICTURE] = folder / PICTURE
@@ -307,12 +317,12 @@ def _check_remote(
     if version is None or version not in remote.tags:
         return
     there = api.model_info(repository, revision=remote.tags[version], files_metadata=True)
-    if {WEIGHTS, CONFIG} & _differing(there, parts):
+    if {WEIGHTS, PROJECTOR, CONFIG} & _differing(there, parts):
         raise ValueError(
             f"{repository} has other weights under version {version}, on which people may rely: give these another "
             f"(there are {', '.join(sorted(remote.tags))})."
         )
-    if WEIGHTS in different:
+    if {WEIGHTS, PROJECTOR} & different:
         raise ValueError(
             f"{repository} has these weights under version {version} already and newer ones on main: give them a new "
             "version to publish them again."
@@ -320,9 +330,9 @@ def _check_remote(
 
 
 def _differing(info: ModelInfo, parts: Mapping[str, _Part]) -> set[str]:
-    """Names of files that the Hub does not have as they are here."""
+    """Names of files that the Hub does not have as they are here, the projection head of others among them."""
     there = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-    different = set()
+    different = {PROJECTOR} & (there.keys() - parts.keys())
     for name, part in parts.items():
         sibling = there.get(name)
         if sibling is None or (sibling.lfs.sha256 != part.sha256 if sibling.lfs else sibling.blob_id != part.blob):

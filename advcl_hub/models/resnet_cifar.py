@@ -4,6 +4,11 @@
 section 4.2), with projection shortcuts. `resnet18_cifar`, `resnet34_cifar` and `resnet50_cifar` are those of
 torchvision behind a 3x3 stem without max-pooling, the encoders of SimCLR, AdvCL and most other work on CIFAR.
 Their state dict has the keys of timm's and torchvision's own ResNets.
+
+solo-learn and the codes that follow it (DeACL, ProFeAT) pad the images of the stem by 2 pixels instead of 1, so that it
+makes 34x34 maps of 32x32 images. The weights are of the same shapes:
+
+    timm.create_model("resnet18_cifar", stem_padding=2)     # the ResNet-18 of solo-learn for CIFAR
 """
 
 from collections.abc import Sequence
@@ -25,7 +30,8 @@ class ResNetCifar(ResNet):
     """timm's `ResNet` with a 3x3 stem of stride 1, no max-pooling, and three or four stages.
 
     Input (N, in_chans, H, W); the last feature map is (N, C, H/4, W/4) with three stages and (N, C, H/8, W/8)
-    with four. Images are floats in [0, 1]: the default configuration has mean 0 and std 1.
+    with four. With `stem_padding=2` it is that of images with 2 more pixels each way, rounded up: 5x5 for 32x32 images
+    and four stages. Images are floats in [0, 1]: the default configuration has mean 0 and std 1.
 
     Args:
         block: `BasicBlock` or `Bottleneck` of timm.
@@ -34,10 +40,12 @@ class ResNetCifar(ResNet):
         in_chans: Number of image channels.
         num_classes: Number of classes, 0 for pooled features.
         output_stride: Most that the input may be reduced: 2, 4 or 8. Later stages are dilated instead.
+        stem_padding: Pixels that the stem adds on each side of the image: 1, or 2 as in solo-learn and DeACL.
         **kwargs: Other arguments of timm's `ResNet`, e.g. `global_pool`, `drop_path_rate`, `zero_init_last`.
 
     Raises:
-        ValueError: `layers` and `channels` do not describe three or four stages; or another `output_stride`.
+        ValueError: `layers` and `channels` do not describe three or four stages; or another `output_stride` or
+            `stem_padding`.
     """
 
     def __init__(
@@ -48,10 +56,12 @@ class ResNetCifar(ResNet):
         in_chans: int = 3,
         num_classes: int = 10,
         output_stride: int = 8,
+        stem_padding: int = 1,
         **kwargs: Any,
     ):
         check_stages(layers, channels)
         check_output_stride(output_stride)
+        check_stem_padding(stem_padding)
         width = channels[0]
         super().__init__(
             block,
@@ -66,7 +76,7 @@ class ResNetCifar(ResNet):
             **kwargs,
         )
         factory = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
-        conv = nn.Conv2d(in_chans, width, kernel_size=3, padding=1, bias=False, **factory)
+        conv = nn.Conv2d(in_chans, width, kernel_size=3, padding=stem_padding, bias=False, **factory)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         self.add_module("conv1", conv)
         self.add_module("maxpool", nn.Identity())
@@ -114,6 +124,19 @@ def check_output_stride(output_stride: int) -> None:
     """
     if output_stride not in (2, 4, 8):
         raise ValueError(f"got output_stride={output_stride}: expected 2, 4 or 8 (the stem has stride 1)")
+
+
+def check_stem_padding(stem_padding: int) -> None:
+    """Refuses a padding that no published network has.
+
+    Raises:
+        ValueError: If `stem_padding` is not 1 or 2.
+    """
+    if isinstance(stem_padding, bool) or not isinstance(stem_padding, int) or stem_padding not in (1, 2):
+        raise ValueError(
+            f"got stem_padding={stem_padding!r}: expected 1 (most codes) or 2 (solo-learn, DeACL); with less the 3x3 stem "
+            "would cut off the border of the image, with more its outermost outputs would see no pixel"
+        )
 
 
 def undo_stem_stride(feature_info: list[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
-"""The losses of AdvCL: contrastive over all views and all processes, and cross-entropy on pseudo-labels at several K.
+"""The losses: contrastive over all views and all processes, cross-entropy on pseudo-labels at several K, cosines.
 
-Both losses run outside autocast, in float32 or wider: a softmax over thousands of negatives is not for bfloat16.
+All of them run outside autocast, in float32 or wider: a softmax over thousands of negatives is not for bfloat16.
 """
 
 from collections.abc import Iterator, Sequence
@@ -119,3 +119,10 @@ def pseudo_label_loss(logits: Sequence[Tensor], labels: Tensor, reduction: str =
             for i, z in enumerate(logits)
         ]
     return torch.stack(losses).mean()
+
+
+def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """The cosine (N,) of vectors (N, D), in float32 or wider: the similarity of DeACL and ProFeAT."""
+    with torch.autocast(first.device.type, enabled=False):
+        first, second = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (first, second))
+        return F.cosine_similarity(first, second, dim=1)

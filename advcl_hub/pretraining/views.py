@@ -1,4 +1,4 @@
-"""The views AdvCL contrasts: two strong augmentations, one weak augmentation and its high frequencies.
+"""The views of pretraining, as AdvCL has them: two strong augmentations, a weak one, and the high frequencies of the weak one.
 
 Whole batches are augmented where they lie, CPU or GPU. Every image has its own random choices, nothing waits
 for the device, and `torch.compile` sees no graph break. Each view is made in two steps: `draw_*` draws the
@@ -114,12 +114,22 @@ def make_views(images: Tensor, config: ViewConfig) -> Views:
     Raises:
         ValueError: `images` is not such a batch, or `config.padding` is not smaller than the image.
     """
-    _check_images(images, config)
-    pixels = images.float() / 255
-    strong1 = strong_view(pixels, draw_strong(pixels, config))
-    strong2 = strong_view(pixels, draw_strong(pixels, config))
-    weak = weak_view(pixels, draw_weak(len(pixels), config.padding, config.flip, pixels.device))
+    strong1, strong2 = strong_views(images, config)
+    weak = weak_view_of(images, config)
     return Views(strong1, strong2, weak, high_frequency(weak, config.hfc_radius))
+
+
+def strong_views(images: Tensor, config: ViewConfig) -> tuple[Tensor, Tensor]:
+    """The two strong views alone; everything else as in `make_views`."""
+    pixels = _pixels(images, config)
+    first = strong_view(pixels, draw_strong(pixels, config))
+    return first, strong_view(pixels, draw_strong(pixels, config))
+
+
+def weak_view_of(images: Tensor, config: ViewConfig) -> Tensor:
+    """The weak view alone (a shifted crop, mirrored); everything else as in `make_views`."""
+    pixels = _pixels(images, config)
+    return weak_view(pixels, draw_weak(len(pixels), config.padding, config.flip, pixels.device))
 
 
 def high_frequency(images: Tensor, radius: float) -> Tensor:
@@ -293,7 +303,8 @@ def _is_numbers(values: Sequence[float], count: int) -> bool:
     )
 
 
-def _check_images(images: Tensor, config: ViewConfig) -> None:
+def _pixels(images: Tensor, config: ViewConfig) -> Tensor:
+    """uint8 images as float32 in [0, 1]. Raises ValueError for other images."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
         raise ValueError(f"expected images of shape (N, C, H, W) with C = 1 or 3 and none empty, got {tuple(images.shape)}")
     if images.dtype != torch.uint8:
@@ -303,3 +314,4 @@ def _check_images(images: Tensor, config: ViewConfig) -> None:
             f"padding {config.padding} must be smaller than the images, {tuple(images.shape[-2:])}; "
             "lower `padding` in the view configuration"
         )
+    return images.float() / 255

@@ -92,8 +92,8 @@ class Loop(ABC):
         ValueError: the batch does not divide by the number of processes, or is larger than the set.
     """
 
-    losses: ClassVar[Sequence[str]]  # names of what a step returns; the first is minimised
-    panels: ClassVar[Sequence[Panel]]  # of curves.png
+    losses: Sequence[str]  # names of what a step returns; the first is minimised
+    panels: Sequence[Panel]  # of curves.png
     remedy: ClassVar[str]  # what to try after a loss that is not finite
 
     state: Progress

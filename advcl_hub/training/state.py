@@ -1,7 +1,8 @@
 """Training states: one safetensors file, replaced atomically, so that the last complete one is always there.
 
-The file holds tensors `model.*`, `ema.*` and `optimizer.{parameter}.{slot}`; its metadata everything else as JSON. No random
-state is stored (see `advcl_hub.training.seeds`).
+The file holds tensors `model.*`, `ema.*`, `optimizer.{parameter}.{slot}`, and `optimizer_groups.{group}.{name}` for what an
+optimizer counts in its groups of parameters; its metadata everything else as JSON. Parameters are numbered in the optimizer's
+order. No random state is stored (see `advcl_hub.training.seeds`).
 """
 
 import json
@@ -21,27 +22,87 @@ FILE = "checkpoint.safetensors"
 
 
 def pack_state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> dict[str, Tensor]:
-    """All tensors of a training state under the names of the file."""
+    """All tensors of a training state under the names of the file.
+
+    Raises:
+        ValueError: the optimizer keeps something for a parameter that is no tensor, so that it could not go on exactly.
+    """
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     if ema is not None:
         tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{slot}": v for slot, v in slots.items() if isinstance(v, Tensor)}
+        for slot, value in slots.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{slot}"] = value
+            elif value is not None:
+                kind = type(value).__name__
+                raise ValueError(f"{type(optimizer).__name__} keeps {slot} as {kind}; only tensors can be stored.")
+    for index, entries in enumerate(optimizer.param_groups):
+        counted = _counted(optimizer, entries)
+        tensors |= {f"optimizer_groups.{index}.{name}": _as_tensor(value) for name, value in counted.items()}
     return separate(tensors)
 
 
 def unpack_state(
     tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
 ) -> None:
-    """Puts the tensors of `pack_state` back; strict."""
+    """Puts the tensors of `pack_state` back; strict.
+
+    Raises:
+        RuntimeError: of another model.
+        ValueError: of an optimizer of other parameters.
+    """
     model.load_state_dict(group(tensors, "model"))
     if ema is not None:
         ema.load_state_dict(group(tensors, "ema"))
+    groups = [
+        {name: value for name, value in entries.items() if name not in _counted(optimizer, entries)}
+        for entries in optimizer.state_dict()["param_groups"]
+    ]
+    parameters = [parameter for entries in optimizer.param_groups for parameter in entries["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in group(tensors, "optimizer").items():
         index, slot = key.split(".")
+        parameter = parameters[int(index)] if int(index) < len(parameters) else None
+        if parameter is None or (value.ndim and value.shape != parameter.shape):
+            expected = "there is no such parameter" if parameter is None else f"the parameter is {tuple(parameter.shape)}"
+            raise ValueError(
+                f"The state of another optimizer: {slot} of parameter {index} is {tuple(value.shape)}, {expected}."
+            )
+        if value.ndim:  # as the parameter lies in memory: a norm adds in that order, and LAMB's would be rounded otherwise
+            value = torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
         state.setdefault(int(index), {})[slot] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for key, value in group(tensors, "optimizer_groups").items():
+        index, name = key.split(".")
+        if int(index) >= len(groups):
+            raise ValueError(f"The state of another optimizer: it has a group {index}, of {len(groups)} here.")
+        groups[int(index)][name] = _as_counted(value)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _counted(optimizer: torch.optim.Optimizer, entries: Mapping[str, Any]) -> dict[str, Tensor | float]:
+    """What an optimizer changes in a group of parameters while it runs.
+
+    That is its tensors, and the numbers that are none of its settings: timm's LAMB counts its steps there, in a tensor, or in
+    older versions as a number. (The learning rate is set before every step; it need not be kept.)
+    """
+    settings = {*optimizer.defaults, "params", "initial_lr"}
+    return {
+        name: value
+        for name, value in entries.items()
+        if isinstance(value, Tensor) or (name not in settings and type(value) in (int, float))
+    }
+
+
+def _as_tensor(value: Tensor | float) -> Tensor:
+    """A number as int64 or float64, which `_as_counted` takes for a number."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+
+
+def _as_counted(value: Tensor) -> Tensor | float:
+    return value.item() if value.dtype in (torch.int64, torch.float64) else value
 
 
 def group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from advcl_hub.hub.converters import convert, runner
-from tests.support.published_networks import acl, acl_finetuned, advcl, kuangliu
+from tests.support.published_networks import acl, acl_finetuned, advcl, kuangliu, solo_simclr
 
 State = dict[str, Tensor]
 
@@ -190,8 +190,9 @@ def test_a_folder_of_something_else_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("folder", "arguments", "error", "expected"),
     [
+        ("folder", {"keep_head": True, "keep_projector": True}, ValueError, "keep one head, linear or projection"),
         ("folder", {"dtype": "int8"}, ValueError, "dtype must be one of float32, float16, got 'int8'"),
-        ("folder", {"layout": "dynacl"}, ValueError, "layout must be auto, advcl, acl, kuangliu; got 'dynacl'"),
+        ("folder", {"layout": "dynacl"}, ValueError, "layout must be auto, advcl, acl, kuangliu, solo; got 'dynacl'"),
         ("file/folder", {}, OSError, "cannot be written"),
         (".", {}, ValueError, "not an earlier export"),
     ],
@@ -313,6 +314,7 @@ def test_a_prefix_of_some_keys_is_not_removed(tmp_path: Path) -> None:
         (acl, "kuangliu", "'acl' (2 batch-norm branches, downsample.conv)"),
         (acl_finetuned, "advcl", "'acl' (one batch norm, downsample.0)"),
         (kuangliu, "acl", "'kuangliu' (one batch norm, shortcut.0)"),
+        (solo_simclr, "acl", "'solo' (one batch norm, downsample.0 in backbone.*)"),
     ],
 )
 def test_a_wrong_layout_is_named(tmp_path: Path, make: Any, said: str, found: str) -> None:
@@ -327,7 +329,6 @@ def renamed(state: State, old: str, new: str) -> State:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda: {f"backbone.{k}": v for k, v in acl_finetuned().state_dict().items()}, "DeACL .* pads .* by 2 pixels"),
         (
             lambda: without(kuangliu().state_dict(), *(k for k in kuangliu().state_dict() if ".shortcut.1." in k)),
             "pre-activation",
@@ -339,7 +340,7 @@ def renamed(state: State, old: str, new: str) -> State:
         (lambda: timm.create_model("resnet8_cifar").state_dict(), r"basic blocks, \(1, 1, 1, 0\) in its stages"),
         (
             lambda: {"features.0.weight": torch.ones(4, 3, 3, 3)},
-            r"none of the layouts advcl, acl, kuangliu: its 1 keys are feat",
+            r"none of the layouts advcl, acl, kuangliu, solo: its 1 keys are feat",
         ),
     ],
 )
@@ -353,7 +354,7 @@ def test_networks_of_other_codes_are_named(tmp_path: Path, make: Callable[[], St
     [
         (kuangliu, {}, "kuangliu's main.py takes mean (0.4914, 0.4822, 0.4465) and std (0.2023, 0.1994, 0.2010)"),
         (kuangliu, {}, "as they are, mean 0 and std 1."),
-        (lambda: acl_finetuned(normalize=False), {}, "ACL's and DynACL's own networks have mean (0.485, 0.456, 0.406)"),
+        (lambda: acl_finetuned(normalize=None), {}, "ACL's and DynACL's own networks have mean (0.485, 0.456, 0.406)"),
         (kuangliu, {"mean": 0}, "needs both mean and std"),
         (kuangliu, {"mean": (0, 0), "std": 1}, "one number or three"),
         (kuangliu, {"mean": 0, "std": (1, 0, 1)}, "std above 0"),

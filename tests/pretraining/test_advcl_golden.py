@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import advcl_hub  # noqa: F401
-from advcl_hub.pretraining.advcl import AdvCL, Attack, Objective
+from advcl_hub.pretraining import AdvCL, Attack
 from advcl_hub.pretraining.losses import contrastive_loss
 from advcl_hub.pretraining.views import ViewConfig, Views, high_frequency
 from tests.support.golden import KS, load_golden, published_state, ramp
@@ -43,7 +43,7 @@ def load_published(model: AdvCL) -> None:
 def model(request: pytest.FixtureRequest) -> AdvCL:
     encoder = timm.create_model("resnet18_cifar", num_classes=0)
     memory_format = getattr(torch, f"{request.param}_format" if request.param == "contiguous" else request.param)
-    network = AdvCL(encoder, Objective(), Attack(), ViewConfig(), KS, memory_format)
+    network = AdvCL(encoder, AdvCL.Objective(), Attack(), ViewConfig(), KS, memory_format)
     load_published(network)
     return network.double().to(memory_format=memory_format)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from advcl_hub.hub import export_folder
 from advcl_hub.models.branch_norm import branch_state_dict
-from advcl_hub.pretraining import AdvCL, Attack, Objective
+from advcl_hub.pretraining import AdvCL, Attack, Method, SimCLR
 from tests.support import ROOT
 
 GUIDE = ROOT / "advcl_hub" / "pretraining" / "README.md"
@@ -43,15 +43,17 @@ OVERLAY = {"mean": (0, 0, 0), "std": (1, 1, 1), "input_size": (3, 32, 32), "crop
 
 def test_the_export_of_any_architecture_says_how_its_images_were_made(tmp_path: Path) -> None:
     assert "".join(repr(OVERLAY).replace("'", '"').split()) in "".join(GUIDE.read_text(encoding="utf-8").split())
-    simclr = Objective(clean_views=("strong1", "strong2"), adversarial_views=(), pseudo_label_weight=0)
     model = timm.create_model("resnet10t", num_classes=0, pretrained_cfg_overlay=OVERLAY)
-    for name, objective in {"simclr": simclr, "advcl": Objective(pseudo_label_weight=0)}.items():
-        network = AdvCL(copy.deepcopy(model), objective, Attack(steps=1))
+    methods: dict[str, Method] = {
+        "simclr": SimCLR(copy.deepcopy(model)),
+        "advcl": AdvCL(copy.deepcopy(model), AdvCL.Objective(pseudo_label_weight=0), Attack(steps=1)),
+    }
+    for name, network in methods.items():
         network(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8))
         plain = network.plain_encoder()
         folder = export_folder(plain, tmp_path / name, results={"kind": "encoder"})
         assert plain.state_dict().keys() == model.state_dict().keys() and not plain.training
-        branch = branch_state_dict(network.encoder.state_dict(), objective.export_branch)
+        branch = branch_state_dict(network.encoder.state_dict(), network.objective.export_branch)
         assert all(torch.equal(value, branch[key]) for key, value in plain.state_dict().items())
         cfg = timm.create_model(f"local-dir:{folder}", pretrained=True).pretrained_cfg
         assert {key: tuple(cfg[key]) if key != "crop_pct" else cfg[key] for key in OVERLAY} == OVERLAY
@@ -79,7 +81,7 @@ def test_what_a_loop_of_ones_own_gets_wrong_is_one_sentence() -> None:
             AdvCL(encoder(), ks=ks)
     with pytest.raises(ValueError, match=r"ks is empty.*pseudo_label_weight"):
         AdvCL(encoder(), ks=())
-    AdvCL(encoder(), Objective(pseudo_label_weight=0), ks=())
+    AdvCL(encoder(), AdvCL.Objective(pseudo_label_weight=0), ks=())
     network, images = AdvCL(encoder(), ks=(2, 10)), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match="pass the labels of the batch"):
         network(images)

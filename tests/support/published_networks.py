@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+DEACL = ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))
 KUANGLIU = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 NARROW, WIDE = (4, 6, 8, 10), (64, 128, 256, 512)
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
@@ -75,15 +76,16 @@ class Published(nn.Module):
         widths: tuple[int, ...] = NARROW,
         head: str = "",
         classes: int = 3,
-        normalize: bool = False,
+        normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
         large_stem: bool = False,
+        stem_padding: int = 1,
         seed: int = 0,
     ):
         super().__init__()
         self.shortcut, self.branches, self.depth, self.head, self.large_stem = shortcut, branches, depth, head, large_stem
-        self.normalize = Normalize(*IMAGENET) if normalize else nn.Sequential()
+        self.normalize = Normalize(*normalize) if normalize else nn.Sequential()
         inputs = widths[0]
-        stem = (7, 2, 3) if large_stem else (3, 1, 1)
+        stem = (7, 2, 3) if large_stem else (3, 1, stem_padding)
         self.conv1 = nn.Conv2d(3, inputs, *stem, bias=False)
         self.bn1 = self.norm(inputs)
         for stage, (width, blocks) in enumerate(zip(widths, DEPTHS[depth], strict=True)):
@@ -154,7 +156,7 @@ def advcl_finetuned(**arguments: Any) -> Published:
 
 def acl(branches: int = 2, **arguments: Any) -> Published:
     """What ACL's pretraining saves: a projection head called `fc`, with branches too."""
-    network = Published(("downsample", "conv", "bn"), branches, normalize=True, **arguments)
+    network = Published(("downsample", "conv", "bn"), branches, normalize=IMAGENET, **arguments)
     if not network.head:
         projector = nn.Sequential()
         for i in (1, 2, 3):
@@ -165,8 +167,74 @@ def acl(branches: int = 2, **arguments: Any) -> Published:
 
 
 def acl_finetuned(**arguments: Any) -> Published:
-    return Published(("downsample", "0", "1"), **{"normalize": True, "head": "fc", **arguments})
+    return Published(("downsample", "0", "1"), **{"normalize": IMAGENET, "head": "fc", **arguments})
 
 
 def kuangliu(**arguments: Any) -> Published:
     return Published(("shortcut", "0", "1"), **{"head": "linear", **arguments})
+
+
+class Solo(nn.Module):
+    """A module of solo-learn as Lightning saves it: a network, its linear head, and what a method adds to them."""
+
+    def __init__(self, seed: int = 0, momentum: bool = False, name: str = "backbone", **arguments: Any):
+        super().__init__()
+        copies = {name: seed, f"momentum_{name}": seed + 10} if momentum else {name: seed}
+        for copy, own in copies.items():
+            self.add_module(copy, Published(("downsample", "0", "1"), stem_padding=2, seed=own, **arguments))
+        self.width = self.get_submodule(name).width
+        self.add("classifier", nn.Linear(self.width, 3))
+
+    def add(self, name: str, part: nn.Module) -> nn.Module:
+        """Adds a part with a value of its own in every weight and statistic."""
+        generator = torch.Generator().manual_seed(len(self.state_dict()))
+        for value in part.state_dict().values():
+            noise = torch.randn(value.shape, generator=generator)
+            value.copy_(0.5 + noise.abs() if value.ndim == 1 else noise / value.shape[-1] ** 0.5 if value.ndim else noise)
+        self.add_module(name, part.eval())
+        return part
+
+
+def solo_simclr(**arguments: Any) -> Solo:
+    """What solo-learn's SimCLR saves: a projection head without batch norms."""
+    network = Solo(**arguments)
+    network.add("projector", nn.Sequential(nn.Linear(network.width, 16), nn.ReLU(), nn.Linear(16, 8)))
+    return network
+
+
+def solo_simsiam(**arguments: Any) -> Solo:
+    """SimSiam's projection head has linear layers without biases, and a last batch norm without weights."""
+    network = Solo(**arguments)
+    layers = (nn.Linear(network.width, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16, bias=False))
+    last = (nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8), nn.BatchNorm1d(8, affine=False))
+    network.add("projector", nn.Sequential(*layers, *last))
+    network.add("predictor", mlp(8, 4, 8))
+    return network
+
+
+def solo_moco(**arguments: Any) -> Solo:
+    """What MoCo v2+ saves: a second copy of the network and its heads, and a queue."""
+    network = Solo(momentum=True, **arguments)
+    for name in ("projector", "momentum_projector"):
+        network.add(name, nn.Sequential(nn.Linear(network.width, 16), nn.ReLU(), nn.Linear(16, 8)))
+    network.add("momentum_classifier", nn.Linear(network.width, 3))
+    network.register_buffer("queue", torch.ones(2, 8, 12))
+    network.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+    return network
+
+
+def deacl(**arguments: Any) -> Solo:
+    """What DeACL's second stage saves: the robust student, the clean teacher, and two linear heads of the student."""
+    network = Solo(momentum=True, **{"normalize": DEACL, **arguments})
+    network.add("classifier_adv", nn.Linear(network.width, 3))
+    return network
+
+
+def profeat(finetuned: bool = False) -> Solo:
+    """What ProFeAT saves of its student, or of its linear finetuning, whose head is `fc`."""
+    network = solo_simclr(normalize=((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)))
+    if finetuned:
+        head = network.classifier
+        del network.classifier, network.projector
+        network.add_module("fc", head)
+    return network

@@ -5,7 +5,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from advcl_hub.data import ImageData, load_data
 from advcl_hub.hub.export import export_folder
@@ -38,7 +38,13 @@ SMALL_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_
 
 
 def export_encoder(
-    folder: Path, name: str = "resnet8_cifar", seed: int = 0, size: int = 16, num_classes: int = 0, **arguments: Any
+    folder: Path,
+    name: str = "resnet8_cifar",
+    seed: int = 0,
+    size: int = 16,
+    num_classes: int = 0,
+    projector: nn.Sequential | None = None,
+    **arguments: Any,
 ) -> Path:
     """An encoder, or a classifier, with random weights for images in [0, 1], in a folder as `train.export` writes it."""
     torch.manual_seed(seed)
@@ -50,4 +56,11 @@ def export_encoder(
         for _ in range(30):  # batch norms learn statistics; without them the features would be of no size
             model(images / 255)
     kind = "classifier" if num_classes else "encoder"
-    return export_folder(model.eval(), folder, results={"kind": kind}, model_args=arguments)
+    return export_folder(model.eval(), folder, results={"kind": kind}, model_args=arguments, projector=projector)
+
+
+def export_teacher(folder: Path) -> Path:
+    """A small encoder with its projection head, as DeACL and ProFeAT start from."""
+    torch.manual_seed(1)
+    projector = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8))
+    return export_encoder(folder, projector=projector.eval(), **SMALL_RESNET)

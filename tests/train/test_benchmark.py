@@ -14,7 +14,7 @@ from torch import nn
 import advcl_hub  # noqa: F401
 from advcl_hub.data import load_data
 from advcl_hub.opening import load_model
-from advcl_hub.pretraining.advcl import AdvCL, Attack, Objective
+from advcl_hub.pretraining import AdvCL
 from advcl_hub.pretraining.views import ViewConfig, Views, high_frequency
 from tests.support.small_encoders import SMALL_RESNET, export_encoder
 from tests.support.tiny_classifiers import labelled_by, shortened
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 def test_the_published_step_has_the_losses_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ways of writing it; that ours are the published numbers is shown in tests/pretraining/test_advcl_golden.py."""
     torch.manual_seed(0)
-    network = AdvCL(timm.create_model("resnet8_cifar", num_classes=0), Objective(), Attack(), ViewConfig(), (2, 5)).double()
+    network = AdvCL(timm.create_model("resnet8_cifar", num_classes=0), ks=(2, 5)).double()
     views = Views(*torch.rand(4, 6, 3, 32, 32, dtype=torch.float64))
     labels = torch.stack([torch.arange(6) % 2, torch.arange(6) % 5], 1)
     noise = (2 * torch.rand(2, 6, 3, 32, 32, dtype=torch.float64) - 1) * 8 / 255

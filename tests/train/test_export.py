@@ -10,8 +10,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from advcl_hub.hub.export import WEIGHTS, load_folder
+from advcl_hub.hub.projector import PROJECTOR, load_projector
+from advcl_hub.training.state import group
 from train.checkpoint import load_checkpoint
 from train.export import export_checkpoint, main
+from train.network import build_network
 from train.pretrain import Trainer
 from train.recipe import load_recipe
 
@@ -62,9 +65,48 @@ def test_a_linear_head_on_the_branch_that_was_asked_for(run: Path, tmp_path: Pat
         export_checkpoint(checkpoint, tmp_path / "other", branch="adv", ema=False, classifier=load_folder(folder))
 
 
+@pytest.mark.parametrize("ema", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_projection_head_goes_with_its_encoder(run: Path, tmp_path: Path, ema: bool, dtype: str) -> None:
+    checkpoint = load_checkpoint(run)
+    for key, value in checkpoint.tensors.items():
+        if key.startswith("ema.") and value.is_floating_point():
+            value += 0.25  # after one step the averaged weights are the others
+    folder = export_checkpoint(checkpoint, tmp_path / "e", ema=ema, dtype=dtype, projector=True)
+    weights = group(checkpoint.tensors, "ema.projector" if ema else "model.projector")
+    stored = {k: v.to(getattr(torch, dtype)).float() if v.is_floating_point() else v for k, v in weights.items()}
+    projector, found = load_projector(folder), load_projector(folder).state_dict()
+    assert found.keys() == stored.keys() and [key for key, value in stored.items() if not torch.equal(found[key], value)] == []
+    shape = tuple(checkpoint.provenance["data"]["shape"])
+    trained = build_network(checkpoint.recipe, shape).projector.eval()
+    trained.load_state_dict(stored)
+    features = load_folder(folder)(torch.rand(2, *shape))
+    assert torch.equal(projector(features), trained(features))  # the layers are those of the run
+
+
+def test_the_command_keeps_the_projection_head(run: Path, tmp_path: Path, export: Callable[..., str]) -> None:
+    export("--output", str(tmp_path / "e"), "--keep-projector", "--no-ema")
+    expected = load_checkpoint(run).projector_state(ema=False)
+    assert torch.equal(load_projector(tmp_path / "e").state_dict()["0.weight"], expected["0.weight"])
+
+
+def test_no_projection_head_by_default_and_none_where_there_is_none(
+    run: Path, tmp_path: Path, export: Callable[..., str]
+) -> None:
+    export("--output", str(tmp_path / "e"))
+    assert not (tmp_path / "e" / PROJECTOR).exists()
+    checkpoint = load_checkpoint(run)
+    checkpoint.tensors = {key: value for key, value in checkpoint.tensors.items() if ".projector." not in key}
+    export_checkpoint(checkpoint, tmp_path / "plain")
+    with pytest.raises(ValueError, match="has no projection head, its method trains none"):
+        export_checkpoint(checkpoint, tmp_path / "other", projector=True)
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--linear-head", "--keep-projector"], "--keep-projector goes with the encoder, not with --linear-head"),
         (["--branch", "x"], "error: No batch-norm branch 'x': this run's objective has clean, adv"),
         (["--output", "{run}"], "is not an earlier export"),
     ],

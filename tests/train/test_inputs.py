@@ -12,18 +12,26 @@ from advcl_hub.pretraining.pseudo_labels import PseudoLabels
 from train.inputs import continue_provenance, provenance
 
 
-def facts(seed: int = 0, file: str = "a.safetensors", source: str = "fake:40") -> dict[str, Any]:
+def facts(seed: int = 0, file: str = "a.safetensors", source: str = "fake:40", teacher: str = "a") -> dict[str, Any]:
+    start = {"name": "runs/simclr", "weights_sha256": teacher, "provenance": {"recipe": {}}}
     labels = torch.randint(3, (40, 1), generator=torch.Generator().manual_seed(seed))
-    return provenance(load_data(source), PseudoLabels(labels, (3,), {"file": file}), Accelerator(cpu=True))
+    return provenance(load_data(source), PseudoLabels(labels, (3,), {"file": file}), start, Accelerator(cpu=True))
 
 
 def test_the_same_data_go_on_even_from_a_file_of_another_name(tmp_path: Path) -> None:
     assert continue_provenance(facts(), facts(file="b.safetensors"), tmp_path) == facts()
 
 
-@pytest.mark.parametrize(("change", "message"), [({"seed": 1}, "other pseudo-labels"), ({"source": "fake:41"}, "other data")])
-def test_other_images_or_labels_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"was trained on {message}.*Choose another --output"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "was trained on other pseudo-labels"),
+        ({"source": "fake:41"}, "was trained on other data"),
+        ({"teacher": "b"}, "started from other weights: {'name': 'runs/simclr', 'weights_sha256': 'a'}, now"),
+    ],
+)
+def test_other_images_labels_or_weights_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"{message}.*Choose another --output"):
         continue_provenance(facts(), facts(**change), tmp_path)
 
 

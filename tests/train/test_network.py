@@ -12,11 +12,13 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from timm.optim import Lamb, Lars
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from advcl_hub.pretraining.advcl import AdvCL, _constant_parameters
+from advcl_hub.pretraining import Method
+from advcl_hub.pretraining.method import constant_parameters
 from advcl_hub.training.layout import safe_channels_last
 from tests.support.speed import channels_last, needs_compiler
 from train.network import build_encoder, build_network, build_optimizer, build_schedule, compile_encoder
@@ -124,7 +126,7 @@ def test_the_compiler_does_not_choose_channels_last_where_it_corrupts_memory() -
     assert gradients.channels_last == 4 * [False]  # a 3x3 and a 1x1 convolution in two blocks
 
 
-def counted(network: AdvCL) -> list[int]:
+def counted(network: Method) -> list[int]:
     """Compiles the encoder; every graph that there is later adds to the list."""
     compiled: list[int] = []
 
@@ -136,13 +138,13 @@ def counted(network: AdvCL) -> list[int]:
     return compiled
 
 
-def passes(network: AdvCL, shape: tuple[int, int, int]) -> None:
+def passes(network: Method, shape: tuple[int, int, int]) -> None:
     """Every way in which training runs the encoder: each branch and mode, with parameter gradients or as in the attack."""
     for train, branch in itertools.product((True, False), network.branch.names):
         network.train(train)
         images = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
         network.features(images, branch).sum().backward()
-        with _constant_parameters(network):
+        with constant_parameters(network):
             network.features(images.requires_grad_(), branch).sum().backward()
         with torch.no_grad():
             network.features(images.detach(), branch)
@@ -242,13 +244,72 @@ def test_the_learning_rate_warms_up_and_falls_to_its_minimum() -> None:
     assert rates[100:] == pytest.approx(cosine)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
-def test_the_optimizer_has_every_parameter(name: str, kind: type[torch.optim.Optimizer]) -> None:
+KINDS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "lars": Lars, "lamb": Lamb}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_optimizer_has_every_trained_parameter_in_order(name: str) -> None:
     network = build_network(recipe(), SHAPE)
+    frozen = next(network.parameters()).requires_grad_(False)
     optimizer = build_optimizer(recipe(f"optimizer.name={name}", "optimizer.weight_decay=0.05"), network)
-    assert type(optimizer) is kind
-    assert {p for g in optimizer.param_groups for p in g["params"]} == set(network.parameters())
-    assert all(g["weight_decay"] == 0.05 for g in optimizer.param_groups)
+    assert type(optimizer) is KINDS[name]
+    (group,) = optimizer.param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in network.parameters() if p is not frozen]
+    assert group["weight_decay"] == 0.05 and group.get("momentum", 0.9) == 0.9 and not group.get("nesterov")
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("decay", [0.05, 1e-6])
+def test_norms_and_biases_need_not_decay(name: str, decay: float) -> None:
+    network = build_network(recipe(), SHAPE)
+    frozen = next(network.parameters()).requires_grad_(False)
+    settings = [f"optimizer.weight_decay={decay}", "optimizer.decay_norms_and_biases=false"]
+    optimizer = build_optimizer(recipe(f"optimizer.name={name}", "optimizer.momentum=0.8", *settings), network)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays == {id(p): decay if p.ndim > 1 else 0.0 for p in network.parameters() if p is not frozen}
+    assert all(group.get("momentum", 0.8) == 0.8 for group in optimizer.param_groups)
+
+
+def test_sgd_is_that_of_torch_with_plain_momentum_bit_by_bit() -> None:
+    """As published, whatever timm means by sgd."""
+    network = build_network(recipe(), SHAPE)
+    other = copy.deepcopy(network)
+    optimizer = build_optimizer(recipe("optimizer.lr=0.3", "optimizer.weight_decay=0.01"), network)
+    reference = torch.optim.SGD(other.parameters(), 0.3, momentum=0.9, weight_decay=0.01)
+    assert optimizer.defaults == reference.defaults
+    for step in range(3):
+        for module, rule in ((network, optimizer), (other, reference)):
+            generator = torch.Generator().manual_seed(step)
+            for p in module.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            rule.step()
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+
+
+def test_lars_scales_what_decays_and_takes_the_plain_rate_for_the_rest() -> None:
+    """You et al., arXiv 1708.03888: rate * 0.001 |w| / (|g| + decay |w|)."""
+    network = nn.Linear(4, 3)
+    weight, bias = network.weight.detach().clone(), network.bias.detach().clone()
+    optimizer = build_optimizer(
+        recipe("optimizer.name=lars", "optimizer.lr=5", "optimizer.weight_decay=0.1", "optimizer.decay_norms_and_biases=false"),
+        network,
+    )
+    for p in network.parameters():
+        p.grad = torch.full_like(p, 0.5)
+    optimizer.step()
+    ratio = 0.001 * weight.norm() / (torch.full_like(weight, 0.5).norm() + 0.1 * weight.norm())
+    torch.testing.assert_close(network.weight.detach(), weight - 5 * ratio * (0.5 + 0.1 * weight))
+    torch.testing.assert_close(network.bias.detach(), bias - 5 * 0.5)
+
+
+def test_every_group_follows_the_schedule() -> None:
+    r = recipe("epochs=10", "optimizer.name=lamb", "optimizer.decay_norms_and_biases=false")
+    optimizer = build_optimizer(r, nn.Linear(2, 2))
+    single = build_optimizer(recipe("epochs=10"), nn.Linear(2, 2))
+    for step in (0, 30, 80, 499):
+        for each in (optimizer, single):
+            build_schedule(r, each, steps_per_epoch=50).step_update(step)
+        assert [group["lr"] for group in optimizer.param_groups] == [single.param_groups[0]["lr"]] * 2
 
 
 def test_the_encoder_takes_images_as_they_are() -> None:

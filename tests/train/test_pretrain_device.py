@@ -9,20 +9,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from advcl_hub.pretraining import METHODS
 from advcl_hub.pretraining.losses import contrastive_loss
 from advcl_hub.training.ambient import undisturbed
 from advcl_hub.training.runlog import Meter
+from tests.support.small_encoders import export_teacher
 from train.network import build_optimizer, build_schedule
 from train.pretrain import Trainer
 from train.recipe import load_recipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 META = torch.device("meta")
-SIMCLR = ("objective.clean_views=[strong1,strong2]", "objective.adversarial_views=[]", "objective.pseudo_label_weight=0")
-ACL = (
-    *("objective.clean_views=[strong1,strong2]", "objective.adversarial_views=[strong1,strong2]"),
-    *("objective.pairing=separate", "objective.pseudo_label_weight=0"),
-)
+CONTRASTED = {  # by method: the views that meet in a loss, in each of its evaluations in a step: two attack steps, and the last
+    "advcl": 3 * [4],
+    "simclr": [2],
+    "acl": 4 * [2],
+}
 
 
 def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> Trainer:
@@ -49,31 +51,29 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> 
 
 
 def take_steps(trainer: Trainer, count: int = 2) -> None:
-    labels = torch.zeros(8, 1, dtype=torch.int64, device=META) if trainer.core.heads else None
+    labels = torch.zeros(8, 1, dtype=torch.int64, device=META) if trainer.recipe.objective.uses_labels else None
     for _ in range(count):
         trainer.train_step(torch.zeros(8, 3, 16, 16, dtype=torch.uint8, device=META), labels)
 
 
-@pytest.mark.parametrize(
-    ("objective", "optimizer"),
-    [((), "sgd"), ((), "adamw"), (SIMCLR, "sgd"), (ACL, "sgd")],
-    ids=["AdvCL", "AdamW", "SimCLR", "ACL"],
-)
-def test_a_step_asks_for_no_value(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: tuple[str, ...], optimizer: str
-) -> None:
+@pytest.mark.parametrize(("method", "optimizer"), [*((name, "sgd") for name in METHODS), ("advcl", "adamw")])
+def test_a_step_asks_for_no_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, optimizer: str) -> None:
     """Views, attack, losses, backward, optimizer, averaged weights and the sums of the log."""
-    made = trainer(tmp_path, monkeypatch, f"optimizer.name={optimizer}", *objective)
+    settings = [f"method={method}", f"optimizer.name={optimizer}"]
+    if METHODS[method].Objective.needs_start:
+        settings.append(f"start_from={export_teacher(tmp_path / 'teacher')}")
+    if method == "profeat":  # torchvision's AutoAugment looks at pixels
+        settings.append("objective.autoaugment=false")
+    made = trainer(tmp_path, monkeypatch, *settings)
     evaluations: list[tuple[str, int]] = []
 
     def counted(views: Any, *args: float) -> Tensor:
         evaluations.append((views[0].device.type, len(views)))
         return contrastive_loss(views, *args)
 
-    monkeypatch.setattr("advcl_hub.pretraining.advcl.contrastive_loss", counted)
+    monkeypatch.setattr("advcl_hub.pretraining.contrastive.contrastive_loss", counted)
     take_steps(made)
-    attacked = {(): 3 * [("meta", 4)], SIMCLR: [("meta", 2)], ACL: 6 * [("meta", 2)]}
-    assert evaluations == 2 * attacked[objective]  # the attack ran: two steps, and the loss after it
+    assert evaluations == 2 * [("meta", views) for views in CONTRASTED.get(method, [])]
     assert made.state.step == 2
     assert {tensor.device.type for slots in made.optimizer.state.values() for tensor in slots.values()} <= {"meta", "cpu"}
     assert all(p in made.optimizer.state for p in made.core.encoder.parameters() if p.ndim > 1)
@@ -100,8 +100,8 @@ def test_what_waits_for_the_device_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: Callable[[Tensor], Tensor]
 ) -> None:
     """The test above can fail: with any of these in the step it does."""
-    made = trainer(tmp_path, monkeypatch, *SIMCLR)
-    monkeypatch.setattr("advcl_hub.pretraining.advcl.contrastive_loss", lambda *args: wait(contrastive_loss(*args)))
+    made = trainer(tmp_path, monkeypatch, "method=simclr")
+    monkeypatch.setattr("advcl_hub.pretraining.contrastive.contrastive_loss", lambda *args: wait(contrastive_loss(*args)))
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         take_steps(made)
 

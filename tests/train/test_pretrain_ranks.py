@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from advcl_hub.pretraining.advcl import AdvCL, Attack, Objective
+from advcl_hub.pretraining import AdvCL, Attack
 from advcl_hub.pretraining.losses import contrastive_loss
 from advcl_hub.pretraining.views import ViewConfig, Views
 from advcl_hub.training.runlog import read_log
@@ -72,7 +72,7 @@ def whole_step(rank: int, world: int) -> dict[str, Tensor]:
     small = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
     pixels = {"mean": (0, 0, 0), "std": (1, 1, 1)}
     encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, pretrained_cfg_overlay=pixels, **small)
-    network = AdvCL(encoder, Objective(), Attack(steps=3), ViewConfig(padding=2, hfc_radius=2), ks=(3,))
+    network = AdvCL(encoder, AdvCL.Objective(), Attack(steps=3), ViewConfig(padding=2, hfc_radius=2), ks=(3,))
     network.projector[1] = nn.Identity()
     network.double()
     images = torch.rand(4, BATCH, 3, 16, 16, dtype=torch.float64)

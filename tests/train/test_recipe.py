@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from advcl_hub.hub.export import export_folder, verify_folder
 from advcl_hub.models.branch_norm import branch_state_dict
 from train.inputs import check_same_recipe
-from train.network import build_network, build_optimizer, build_schedule, plain_encoder
+from train.network import build_encoder, build_network, build_optimizer, build_schedule, plain_encoder
 from train.recipe import RECIPES, Recipe, from_dict, load_recipe
 
 LABELS = "pseudo_labels.path=labels.safetensors"
@@ -22,7 +22,7 @@ SHAPE = (3, 32, 32)
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in RECIPES.glob("*.yaml")))
 def test_every_recipe_in_the_project_is_valid_and_says_what_it_is(name: str) -> None:
-    recipe = load_recipe(name, [LABELS, "pseudo_labels.encoder=null"])
+    recipe = load_recipe(name, [LABELS, "pseudo_labels.encoder=null", "start_from=teacher"])
     assert from_dict(recipe.to_dict()) == recipe
     header = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").split("model:")[0]
     assert f"train.pretrain {name}" in header
@@ -33,7 +33,6 @@ def test_the_published_values() -> None:
     assert (recipe.epochs, recipe.batch_size, recipe.model) == (1000, 512, "resnet18_cifar")
     assert (recipe.attack.eps, recipe.attack.step_size, recipe.attack.steps) == (8 / 255, 2 / 255, 5)
     assert recipe.pseudo_labels.ks == (2, 10, 50, 100, 500)
-    assert recipe.objective.clean_views == ("strong1", "strong2", "high_frequency")
     assert recipe.objective.branches == ("clean", "adv", "adv_ce")
     assert (recipe.objective.temperature, recipe.objective.base_temperature, recipe.objective.pseudo_label_weight) == (
         0.5,
@@ -102,9 +101,9 @@ def test_the_initial_network_is_the_published_one() -> None:
 @pytest.mark.parametrize("name", sorted(p.stem for p in RECIPES.glob("cifar10_resnet18*.yaml")))
 def test_no_residual_block_of_the_published_networks_starts_at_zero(name: str) -> None:
     """timm's ResNets do unless told; the networks of AdvCL and ACL have weight 1 in the last batch norm of a block."""
-    recipe = load_recipe(name, [LABELS, "pseudo_labels.ks=[2]", "model_kwargs.channels=[8, 8, 8, 8]"])
-    norms = [m for m in build_network(recipe, SHAPE).modules() if isinstance(m, _BatchNorm)]
-    assert len(norms) == 20 * len(recipe.objective.branches) + 1
+    recipe = load_recipe(name, [LABELS, "model_kwargs.channels=[8, 8, 8, 8]", "start_from=teacher"])
+    norms = [m for m in build_encoder(recipe, SHAPE).modules() if isinstance(m, _BatchNorm)]
+    assert len(norms) == 20
     assert all((m.weight == 1).all() for m in norms)
 
 
@@ -114,7 +113,7 @@ def test_the_export_of_a_published_recipe_opens_through_timm(tmp_path: Path) -> 
     images = torch.rand(4, *SHAPE)
     with torch.no_grad():
         network.features(images, "adv")  # averages of its own
-    encoder = plain_encoder(recipe, SHAPE, branch_state_dict(network.encoder.state_dict(), "adv"))
+    encoder = plain_encoder(recipe, SHAPE, branch_state_dict(network.encoder.state_dict(), "adv"), {})
     folder = export_folder(encoder, tmp_path / "export", results={}, model_args=recipe.model_kwargs)
     verify_folder(folder)
     arguments = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_args"]
@@ -170,21 +169,20 @@ def test_overrides_convert_to_the_type_of_the_setting() -> None:
         ("epochs", "An override is key=value"),
         ("epochs=1", "warmup_epochs"),
         ("speed.mixed_precision=fp16", "speed: mixed_precision must be no or bf16"),
-        ("optimizer.name=lion", "optimizer: name must be sgd or adamw"),
+        ("optimizer.name=lion", "optimizer: name must be sgd, adamw, lars or lamb, got 'lion'"),
         ("data.val_fraction=0", "judge.every needs held-out images"),
-        ("pseudo_labels.encoder=null", "needs labels: set pseudo_labels.path or pseudo_labels.encoder"),
+        ("pseudo_labels.encoder=null", "advcl needs pseudo-labels: set pseudo_labels.path or pseudo_labels.encoder"),
         ("pseudo_labels.path=a", "give either path or encoder"),
-        ("objective.clean_views=[strong3]", "no view 'strong3'; the views are strong1"),
-        ("objective.clean_views=[]", "at least two views"),
-        ("objective.pairing=both", "pairing must be joint or separate"),
+        ("method=decl", "method is 'decl'. Did you mean 'deacl'"),
+        ("method=deacl", "deacl starts from a clean teacher: set start_from to a run"),
+        ("objective.robust_weight=2", "Unknown key 'objective.robust_weight'. Did you mean"),
         ("ema_decay=1", "ema_decay must be in"),
         ("seed=-1", "seed must be from 0"),
         ("attack.step_size=-1/255", "attack: eps, step_size and steps must not be negative"),
         ("objective.temperature=0", "objective: temperature, base_temperature and projection_dim must be positive"),
         ("objective.pseudo_label_weight=-0.2", "pseudo_label_weight must not be negative"),
-        ("objective.clean_views=[weak, weak]", "every view once"),
-        ("objective.adversarial_views=[high_frequency]", "high_frequency cannot be attacked"),
         ("optimizer.weight_decay=-1", "must not be negative"),
+        ("optimizer={name: lars, weight_decay: 0}", "lars of timm scales the step of tensors with weight decay only: set"),
         ("judge.every=-1", "judge: every and steps must not be negative"),
         ("judge.val_images=0", "judge: train_images and val_images must be at least 1"),
         ("views.crop_scale=[0.2]", "views.crop_scale needs 2 values"),
@@ -214,5 +212,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_but_not_of_another_watch(tmp_
 
 
 def test_default_recipe_is_the_paper_except_for_labels() -> None:
-    with pytest.raises(ValueError, match="needs labels"):
+    with pytest.raises(ValueError, match=r"advcl needs pseudo-labels: .* or objective\.pseudo_label_weight to 0"):
         Recipe()
+    with pytest.raises(ValueError, match="simclr takes a SimCLRObjective"):
+        Recipe(method="simclr")

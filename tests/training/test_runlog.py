@@ -13,7 +13,9 @@ from PIL import Image
 from advcl_hub.training.progress import progress_bar
 from advcl_hub.training.runlog import LOG, Meter, RunLog, read_log, save_curves
 from advcl_hub.training.stop import duration
-from train.pretrain import Trainer
+from train.pretrain import panels
+
+PANELS = panels(("total", "contrastive", "pseudo_label"))
 
 
 def test_continuing_drops_what_was_logged_after_the_checkpoint(tmp_path: Path) -> None:
@@ -45,21 +47,19 @@ def test_the_meter_means_over_steps_and_starts_anew() -> None:
 
 
 def test_curves_are_drawn_with_and_without_records(tmp_path: Path) -> None:
-    empty = Image.open(save_curves(tmp_path, Trainer.panels)).convert("RGB").tobytes()
+    empty = Image.open(save_curves(tmp_path, PANELS)).convert("RGB").tobytes()
     log = RunLog(tmp_path, 0)
     for step in (1, 2):
         log.write(step, epoch=step, total=1 / step, lr=0.1, probe_standard=0.5, probe_robust=0.2)
     log.close()
-    drawn = Image.open(save_curves(tmp_path, Trainer.panels)).convert("RGB").tobytes()
+    drawn = Image.open(save_curves(tmp_path, PANELS)).convert("RGB").tobytes()
     assert drawn != empty
     log = RunLog(tmp_path, 0)
     log.write(1, epoch=1, total=1.0, probe_standard=0.5)
     log.close()
-    without = Image.open(save_curves(tmp_path, Trainer.panels)).convert("RGB").tobytes()
+    without = Image.open(save_curves(tmp_path, PANELS)).convert("RGB").tobytes()
     log.write(1, epoch=1, probe_robust=0.0)
-    assert Image.open(save_curves(tmp_path, Trainer.panels)).convert("RGB").tobytes() != without, (
-        "a collapse is seen, not hidden"
-    )
+    assert Image.open(save_curves(tmp_path, PANELS)).convert("RGB").tobytes() != without, "a collapse is seen, not hidden"
 
 
 def test_progress_in_a_log_file_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: what goes in comes out, also for AdamW; a failed write leaves the earlier one."""
+"""Checkpoints: what goes in comes out, of every optimizer; a failed write leaves the earlier one."""
 
 import copy
 from collections.abc import Callable
@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from advcl_hub.training import state as module
+from advcl_hub.training.ambient import undisturbed
 from advcl_hub.training.state import FILE, load_state, pack_state, save_state, unpack_state
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from train.network import build_optimizer, build_schedule
 from train.recipe import load_recipe
 
 KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -53,6 +56,106 @@ def test_a_restored_state_goes_on_bit_by_bit(tmp_path: Path, kind: str) -> None:
     step(other, other_optimizer)
     state = other.state_dict()
     assert [k for k, v in network.state_dict().items() if not torch.equal(v, state[k])] == []
+
+
+OPTIMIZERS = {"sgd": 0.1, "adamw": 0.01, "lars": 5.0, "lamb": 0.05}  # by name a learning rate
+
+
+class Run:
+    """A network, channels-last, with a frozen layer and a head that no loss reaches, trained as the trainer does it."""
+
+    def __init__(self, name: str, decay_all: bool, seed: int) -> None:
+        torch.manual_seed(seed)
+        first = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten())
+        self.network = nn.Sequential(first, nn.Linear(32, 4), nn.Linear(4, 4), nn.Linear(4, 1), nn.Linear(4, 2))
+        self.network[2].requires_grad_(False)
+        self.network.to(memory_format=torch.channels_last)
+        settings = [f"optimizer.name={name}", f"optimizer.lr={OPTIMIZERS[name]}", "optimizer.weight_decay=0.01"]
+        recipe = load_recipe("digits_demo", [*settings, f"optimizer.decay_norms_and_biases={str(decay_all).lower()}"])
+        self.optimizer = build_optimizer(recipe, self.network)
+        self.schedule = build_schedule(recipe, self.optimizer, steps_per_epoch=1)
+        self.done = 0
+
+    def resume(self, folder: Path) -> "Run":
+        info, tensors = load_state(folder)
+        unpack_state(tensors, self.network, self.optimizer, None)
+        self.done = info["step"]
+        return self
+
+    def train(self, steps: int) -> "Run":
+        with undisturbed():
+            model, stepper = Accelerator(cpu=True).prepare(self.network, self.optimizer)
+            for _ in range(steps):
+                self.schedule.step_update(self.done)
+                images = torch.rand(5, 3, 5, 5, generator=torch.Generator().manual_seed(self.done))
+                model[:4](images.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+                stepper.step()
+                stepper.zero_grad()
+                self.done += 1
+        return self
+
+    def save(self, folder: Path) -> None:
+        save_state(folder, {"step": self.done}, pack_state(self.network, self.optimizer, None))
+
+
+@pytest.mark.parametrize("decay_all", [True, False])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_of_a_recipe_goes_on_bit_by_bit(tmp_path: Path, name: str, decay_all: bool) -> None:
+    whole = Run(name, decay_all, 0).train(6)
+    first = Run(name, decay_all, 0).train(3)
+    first.save(tmp_path)
+    # Into new objects, and into some that have trained: nothing of theirs stays.
+    for other in (Run(name, decay_all, 1), Run(name, decay_all, 2).train(5)):
+        other.resume(tmp_path).train(3)
+        assert [group["lr"] for group in other.optimizer.param_groups] == [
+            group["lr"] for group in whole.optimizer.param_groups
+        ]
+        found, expected = (pack_state(run.network, run.optimizer, None) for run in (other, whole))
+        assert found.keys() == expected.keys()
+        assert [key for key, value in expected.items() if not torch.equal(value, found[key])] == []
+    moved = Run(name, decay_all, 0).network.state_dict()
+    changed = {key for key, value in whole.network.state_dict().items() if not torch.equal(value, moved[key])}
+    assert {"0.0.weight", "0.1.weight", "3.bias"} <= changed and not changed & {"2.weight", "2.bias", "4.weight"}
+
+
+def test_the_state_of_sgd_is_stored_as_ever(tmp_path: Path) -> None:
+    run = Run("sgd", True, 0).train(1)
+    run.network[2].requires_grad_(True)
+    slots = {key for key in pack_state(run.network, run.optimizer, None) if key.startswith("optimizer")}
+    assert slots == {f"optimizer.{index}.momentum_buffer" for index in range(10)}  # by the parameter's position
+
+
+def test_the_state_of_before_the_first_step(tmp_path: Path) -> None:
+    run = Run("lamb", False, 0)
+    run.save(tmp_path)
+    after = Run("lamb", False, 1).train(2).resume(tmp_path).train(1)
+    expected = run.train(1).network.state_dict()
+    assert [key for key, value in after.network.state_dict().items() if not torch.equal(value, expected[key])] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"optimizer.6.momentum_buffer": torch.zeros(4, 4)},
+            r"momentum_buffer of parameter 6 is \(4, 4\), the parameter is \(4, 32\)",
+        ),
+        ({"optimizer.12.momentum_buffer": torch.zeros(4)}, "there is no such parameter"),
+        ({"optimizer_groups.1.step": torch.zeros(())}, "it has a group 1, of 1 here"),
+    ],
+)
+def test_the_state_of_another_optimizer_is_refused(change: dict[str, torch.Tensor], message: str) -> None:
+    run = Run("sgd", True, 0).train(1)
+    tensors = pack_state(run.network, run.optimizer, None) | change
+    with pytest.raises(ValueError, match=message):
+        unpack_state(tensors, run.network, run.optimizer, None)
+
+
+def test_what_cannot_be_stored_is_named() -> None:
+    run = Run("adamw", True, 0).train(1)
+    next(iter(run.optimizer.state.values()))["mu_product"] = 0.5
+    with pytest.raises(ValueError, match="AdamW keeps mu_product as float; only tensors can be stored"):
+        pack_state(run.network, run.optimizer, None)
 
 
 def tied(seed: int, kind: str = "adamw") -> tuple[nn.Sequential, torch.optim.Optimizer]:

@@ -72,9 +72,7 @@ def _main(rank: int, world: int, folder: str, kind: str, model: str, share: int,
     for _ in range(rounds):
         dist.barrier()
         seconds.append(clock(contestant.step, device))
-    objective, attack = network.objective, network.attack
-    clean, attacked = len(objective.clean_views), len(objective.adversarial_views)
-    width = objective.projection_dim
+    clean, attacked, attack, width = 3, 1, network.attack, network.objective.projection_dim  # views of AdvCL's contrastive loss
     new = clean * width + (attack.steps + 1) * (attacked * width + clean + attacked)
     found = {
         "seconds": seconds,

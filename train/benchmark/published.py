@@ -22,7 +22,8 @@ def published_losses(network: AdvCL, views: Views, noise: Tensor, labels: Tensor
         noise: the random starts (2, N, C, H, W) of the two perturbations, in [-eps, eps].
         labels: pseudo-labels (N, K).
     """
-    attack, weight = network.attack, network.objective.pseudo_label_weight
+    attack, heads, weight = network.attack, network.heads, network.objective.pseudo_label_weight
+    assert heads is not None
 
     def encode(x_cl: Tensor, x_ce: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The five forward passes: unit projections (N, 4, D) of four views, logits of the fifth."""
@@ -37,7 +38,7 @@ def published_losses(network: AdvCL, views: Views, noise: Tensor, labels: Tensor
                 features.append(F.normalize(network.projector(network.encoder(x)), dim=1))
         with network.branch.use("adv_ce"):
             hidden = network.encoder(x_ce)
-        return torch.stack(features, dim=1), [head(hidden) for head in network.heads.values()]
+        return torch.stack(features, dim=1), [head(hidden) for head in heads.values()]
 
     def climb(x: Tensor, gradient: Tensor) -> Tensor:
         """A step along the sign of the gradient, back into the ball around the weak view, and into [0, 1]."""

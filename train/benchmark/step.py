@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from advcl_hub.attacks import uniform_start
-from advcl_hub.pretraining.advcl import AdvCL, Attack
+from advcl_hub.pretraining import AdvCL, Attack
 from advcl_hub.pretraining.views import make_views
 from train.benchmark.published import published_losses
 from train.benchmark.report import Row, Section
@@ -72,7 +72,9 @@ class Contestant:
         channels, height, width = images.shape[1:]
         shape = (channels, height, width)
         self.mode, self.images = mode, images
-        self.network: AdvCL = build_network(self.recipe, shape, images.device)
+        network = build_network(self.recipe, shape, images.device)
+        assert isinstance(network, AdvCL)
+        self.network = network
         self.model: nn.Module = self.network  # what a step calls: with several processes, the network as they share it
         self.optimizer = build_optimizer(self.recipe, self.network)
         labels = [torch.randint(k, (len(images),)) for k in self.recipe.pseudo_labels.ks]

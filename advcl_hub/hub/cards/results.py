@@ -93,18 +93,27 @@ def pretraining(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None
 
 
+_METHODS = {
+    "advcl": "AdvCL",
+    "simclr": "contrastive learning on clean views (SimCLR)",
+    "acl": "adversarial contrastive learning (ACL)",
+    "deacl": "DeACL",
+    "profeat": "ProFeAT",
+    "pseudo_label_at": "adversarial training on pseudo-labels",
+}
+
+
 def is_robust(made: Mapping[str, Any]) -> bool:
     """Whether a pretraining run had adversarial views."""
-    return bool(made["recipe"].get("attack", {}).get("steps"))
+    return made["recipe"].get("method") != "simclr" and bool(made["recipe"].get("attack", {}).get("steps"))
 
 
 def method(made: Mapping[str, Any]) -> str:
     """What a pretraining run did, in the terms of the field."""
-    if not is_robust(made):
-        return "contrastive learning on clean views"
-    if made["recipe"].get("objective", {}).get("pseudo_label_weight"):
-        return "AdvCL"
-    return "adversarial contrastive learning without pseudo-labels"
+    name = made["recipe"].get("method", "advcl")  # records of 0.1.0 name none
+    if name == "advcl" and not made["recipe"].get("objective", {}).get("pseudo_label_weight"):
+        return "AdvCL without pseudo-labels"
+    return _METHODS.get(name, name)
 
 
 def is_advcl(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> bool:

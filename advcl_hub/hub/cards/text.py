@@ -71,6 +71,7 @@ def _render(folder: Path, results: Mapping[str, Any], config: Mapping[str, Any],
         "classes": [_line(name) for name in classes],
         "features": config.get("num_features"),
         "size": "x".join(map(str, cfg.get("input_size", ())[1:])),
+        "projector": _projector(results),
         "normalisation": "without normalisation" if plain else f"normalised with mean {mean} and standard deviation {std}",
         "table": report(evaluations, "markdown") if evaluations else None,
         "corruptions": _corruptions(evaluations),
@@ -114,6 +115,12 @@ def summary(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         f"`{architecture}` classifier{of} for [timm](https://github.com/huggingface/pytorch-image-models){how}"
         f"{'the encoder ' if protocol else ''}{origin}."
     )
+
+
+def _projector(results: Mapping[str, Any]) -> str | None:
+    """What the projection head is, if there is one."""
+    head = results.get("projector")
+    return head and f"{', '.join(map(_line, head['layers']))}; widths {', '.join(f'{width:d}' for width in head['widths'])}"
 
 
 def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dict[str, str]:

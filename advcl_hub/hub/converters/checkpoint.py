@@ -22,7 +22,9 @@ from advcl_hub.files import file_sha256, refuse_pointer
 
 HEAD_ENTRY = "classifier"  # where AdvCL's finetuning saves its linear head, beside `model`
 _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
-_QUERY, _KEY = "encoder_q", "encoder_k"  # DynACL trains one and averages its weights in the other
+_DYNACL = ("encoder_k", "encoder_q")  # DynACL trains the second and averages its weights in the first
+# solo-learn's network, and its average or (in DeACL) its teacher; its older versions write `encoder`.
+SOLO = ("backbone", "encoder", "momentum_backbone", "momentum_encoder")
 # What the parsers raise at damaged files (found by damaging some thousands): Python's unpickling is driven by the bytes of the
 # file, and torch.load turns few of its errors into UnpicklingError.
 _DAMAGE = (
@@ -56,11 +58,14 @@ def read_checkpoint(file: str | Path, entry: str | None = None) -> Checkpoint:
     """Reads a file of torch.save or safetensors and finds the network in it.
 
     The state dict may be the file itself or one entry of it (`state_dict`, `net`, `model`, `ema` ...); all its keys may have
-    `module.` before them. Of DynACL's two copies the averaged one (`encoder_k`) is taken, as its authors do.
+    `module.` before them. Of DynACL's two copies the averaged one (`encoder_k`) is taken, as its authors do, without that
+    prefix; of solo-learn's and DeACL's two (`backbone`, `momentum_backbone`) the first, with its prefix, beside which its heads
+    are.
 
     Args:
         file: what to read.
-        entry: which entry, where several hold a network; or `encoder_q`, for the copy that DynACL does not evaluate.
+        entry: which entry, where several hold a network; or the other copy of it: DynACL's `encoder_q`, or
+            `momentum_backbone`, the teacher in DeACL's files.
 
     Raises:
         FileNotFoundError: no such file.
@@ -116,20 +121,23 @@ def _without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _one_copy(
     state: dict[str, Tensor], entry: str | None, left: dict[str, list[str]], name: str
 ) -> tuple[dict[str, Tensor], str]:
-    """One of DynACL's two copies of the network, and which; any other network is the only copy."""
-    copies = {copy: [key for key in state if key.startswith(f"{copy}.")] for copy in (_QUERY, _KEY)}
-    if not state or sum(map(len, copies.values())) < len(state):
-        copies = {}
+    """One copy of the network out of those that DynACL or solo-learn saves, and which; any other network is the only copy."""
+    copies = {copy: keys for copy in (*_DYNACL, *SOLO) if (keys := [key for key in state if key.startswith(f"{copy}.")])}
+    if any(copy in copies for copy in _DYNACL) and sum(map(len, copies.values())) < len(state):
+        copies = {}  # DynACL's hold everything
     if entry is not None and entry not in copies:
         has = ", ".join(copies) or "nothing to choose: it holds one network"
         raise ValueError(f"{name} has no entry {entry!r}; it has {has}.")
     if not copies:
         return state, ""
-    taken = entry or (_KEY if copies[_KEY] else _QUERY)
+    taken = entry or next(iter(copies))
     for copy, keys in copies.items():
-        if copy != taken and keys:
+        if copy != taken:
             left[f"another copy of the network ({copy})"] = keys
-    return _without_wrappers({key.removeprefix(f"{taken}."): state[key] for key in copies[taken]}), taken
+    if taken in _DYNACL:
+        return _without_wrappers({key.removeprefix(f"{taken}."): state[key] for key in copies[taken]}), taken
+    others = {key for copy, keys in copies.items() if copy != taken for key in keys}
+    return {key: value for key, value in state.items() if key not in others}, taken
 
 
 def _load(file: Path) -> Any:

@@ -8,20 +8,25 @@
 |          | Learning, PKU-ML/DYNACL, DynACL-AIR       |                 |                 |                           |
 | acl      | the same after finetuning, DynACL++       | downsample.0    | bn1             | fc                        |
 | kuangliu | kuangliu/pytorch-cifar and its followers  | shortcut.0      | bn1             | linear                    |
+| solo     | vturrisi/solo-learn, pantheon5100/DeACL,  | downsample.0    | bn1             | classifier (fc in         |
+|          | val-iisc/ProFeAT: all in `backbone.`      |                 |                 | ProFeAT's finetuning)     |
+
+The networks of `solo` pad the images of their 3x3 stem by 2 pixels. The weights do not tell: it follows from the layout.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
-from advcl_hub.hub.converters.checkpoint import HEAD_ENTRY
+from advcl_hub.hub.converters.checkpoint import HEAD_ENTRY, SOLO
+from advcl_hub.hub.projector import projector_from_state
 
-LAYOUTS = ("advcl", "acl", "kuangliu")
-NORMALIZE = ("normalize.mean", "normalize.std")  # buffers of ACL's networks
+LAYOUTS = ("advcl", "acl", "kuangliu", "solo")
 _BRANCHED = re.compile(r"\.bn_list\.(\d+)\.")
 _COUNTER = ".num_batches_tracked"
 
@@ -37,6 +42,9 @@ class Layout:
         branches: our names of `bn_list.0`, `bn_list.1` ..., empty for a network with one batch norm.
         heads: patterns of what the encoder does without, with the reason.
         fixed_size: whether the network takes 32x32 images only (a 4x4 average pooling, flattened).
+        root: what stands before the encoder's keys, `backbone.`, or empty.
+        projector: the projection head, if it is an nn.Sequential of linear layers, batch norms and ReLU; else empty.
+        stem_padding: pixels that a 3x3 stem adds on each side of the image.
     """
 
     name: str
@@ -46,10 +54,19 @@ class Layout:
     branches: tuple[str, ...] = ()
     heads: tuple[tuple[str, str], ...] = ()
     fixed_size: bool = False
+    root: str = ""
+    projector: str = ""
+    stem_padding: int = 1
 
     def __str__(self) -> str:
         kind = f"{len(self.branches)} batch-norm branches" if self.branches else "one batch norm"
-        return f"{self.name!r} ({kind}, {self.convolution})"
+        place = f" in {self.root}*" if self.root else ""
+        return f"{self.name!r} ({kind}, {self.convolution}{place})"
+
+    @property
+    def normalize(self) -> tuple[str, str]:
+        """Buffers that the networks of ACL, DeACL and ProFeAT have: what they subtract from images and divide them by."""
+        return f"{self.root}normalize.mean", f"{self.root}normalize.std"
 
 
 _PROJECTION = "projection head"
@@ -64,15 +81,31 @@ _ADVCL_FINETUNED = (
     *_ADVCL_HEADS[:2],
     (r"linear\.", f"a head that the published finetuning never trains (it trains the one in {HEAD_ENTRY!r})"),
 )
-_ADVCL = Layout("advcl", "downsample.conv", "downsample.bn", "fc", ("clean", "adv", "adv_ce"), _ADVCL_HEADS)
+_SOLO_HEADS = (
+    (r"classifier_adv\.", "a second linear head, which DeACL's training never trains"),
+    (r"predictor2?\.", "prediction head"),
+    (r"prototypes\.", "prototypes of clusters"),
+    (r"(queue(_\w+)?|local_memory_\w+)$", "memory of features"),
+    (r"(momentum_)?head\.|dino_loss_func\.", "DINO's head and loss"),
+    (r"transformer_encoder\.|pos_enc\.", "All4One's transformer"),
+)
+_ADVCL = Layout(
+    *("advcl", "downsample.conv", "downsample.bn", "fc", ("clean", "adv", "adv_ce"), _ADVCL_HEADS), projector="head_proj"
+)
 _ACL = Layout("acl", "downsample.conv", "downsample.bn", "fc", ("clean", "adv"), _ACL_HEADS)
-_FINETUNED_ADVCL = Layout("advcl", "shortcut.0", "shortcut.1", f"{HEAD_ENTRY}.fc", (), _ADVCL_FINETUNED, True)
+_FINETUNED_ADVCL = Layout(
+    *("advcl", "shortcut.0", "shortcut.1", f"{HEAD_ENTRY}.fc", (), _ADVCL_FINETUNED, True), projector="head_proj"
+)
 _FINETUNED_ACL = Layout("acl", "downsample.0", "downsample.1", "fc", (), _ACL_HEADS)
 _KUANGLIU = Layout("kuangliu", "shortcut.0", "shortcut.1", "linear", fixed_size=True)
 
 
-def detect_layout(keys: Collection[str]) -> Layout:
+def detect_layout(keys: Collection[str], asked: str = "auto") -> Layout:
     """The layout that a state dict's keys follow.
+
+    Args:
+        keys: of the state dict.
+        asked: the layout that it is said to follow, which matters where the keys do not tell; or `auto`.
 
     Raises:
         ValueError: none of them; a network of another known code is named.
@@ -81,11 +114,8 @@ def detect_layout(keys: Collection[str]) -> Layout:
     advcl = tops & {"head_proj", "head_pred", "head_ce"} or any(re.match(r"fc_\d+$", top) for top in tops)
     branches = {int(match[1]) for key in keys if (match := _BRANCHED.search(key))}
     shortcuts = {match[1] for key in keys if (match := re.match(r"layer\d\.\d+\.((?:shortcut|downsample)\.\w+)\.", key))}
-    if tops & {"backbone", "momentum_backbone"}:
-        raise ValueError(
-            "looks like DeACL or another network of solo-learn, which no layout here covers: their CIFAR encoder pads its "
-            "first convolution by 2 pixels, so that its feature maps are larger than those of resnet18_cifar"
-        )
+    if copy := next((copy for copy in SOLO if copy in tops), None):
+        return _solo(keys, copy, asked)
     if any(".bn_branches." in key for key in keys):
         raise ValueError("is the checkpoint of a run of advcl-hub: take the folder export in the folder of that run")
     if branches:
@@ -100,6 +130,38 @@ def detect_layout(keys: Collection[str]) -> Layout:
     raise ValueError(f"follows none of the layouts {', '.join(LAYOUTS)}: its {len(keys)} keys are {shown} ...")
 
 
+def _solo(keys: Collection[str], copy: str, asked: str) -> Layout:
+    """The layout of solo-learn and its followers for one copy of the network, which has all its keys below `copy`.
+
+    Other codes call an encoder `backbone` too, and pad its stem by 1 pixel, which the weights do not tell. So the file has to
+    have what the files of these codes always have: the linear head that they train beside the encoder, or the normalisation.
+
+    Raises:
+        ValueError: another network than torchvision's ResNet; or no such mark, and `asked` is not `solo`.
+    """
+    if not {f"{copy}.layer1.0.conv1.weight", f"{copy}.layer2.0.downsample.0.weight"} <= set(keys):
+        raise ValueError(
+            f"has no ResNet with torchvision's names in {copy}.*, which is what is converted of solo-learn, DeACL and ProFeAT: "
+            f"its keys are {', '.join([key for key in keys if key.startswith(copy)][:4])} ..."
+        )
+    marked = copy.endswith("backbone") and any(key in keys for key in ("classifier.weight", f"{copy}.normalize.mean"))
+    if not marked and asked != "solo":
+        raise ValueError(
+            f"has a ResNet in {copy}.*, but not what marks the files of solo-learn, DeACL and ProFeAT (classifier.* beside "
+            "backbone.*, or backbone.normalize.*): if it is one of theirs, whose stems pad images by 2 pixels, ask for the "
+            "layout solo"
+        )
+    own, other = ("momentum_", "") if copy.startswith("momentum_") else ("", "momentum_")
+    head = f"{own}classifier" if own or "classifier.weight" in keys else "fc"
+    heads = (
+        (rf"{own}projector\.", _PROJECTION),
+        (rf"{other}(classifier|projector)\.", "heads of the other copy of the network"),
+        *_SOLO_HEADS,
+    )
+    layout = Layout("solo", "downsample.0", "downsample.1", head, (), heads)
+    return replace(layout, root=f"{copy}.", projector=f"{own}projector", stem_padding=2)
+
+
 @dataclass(frozen=True)
 class Outline:
     """What the shapes of a checkpoint tell about its network, as far as a timm model needs it.
@@ -109,17 +171,20 @@ class Outline:
         channels: width of each stage.
         size: side of the images it is made for, in pixels.
         reduction: by how much the last feature map is smaller.
+        stem_padding: pixels that a 3x3 stem adds on each side of the image.
     """
 
     architecture: str
     channels: tuple[int, ...]
     size: int
     reduction: int
+    stem_padding: int = 1
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `timm.create_model`, none for the architecture's own widths."""
-        return {} if self.channels == _WIDTHS else {"channels": list(self.channels)}
+        """Arguments of `timm.create_model`, none for the architecture's own widths and stem."""
+        widths = {} if self.channels == _WIDTHS else {"channels": list(self.channels)}
+        return widths | ({} if self.stem_padding == 1 else {"stem_padding": self.stem_padding})
 
 
 _WIDTHS = (64, 128, 256, 512)
@@ -138,12 +203,18 @@ def outline(state: Mapping[str, Tensor], layout: Layout, architecture: str | Non
     Raises:
         ValueError: no architecture of these depths, blocks and stem.
     """
+    state = {key.removeprefix(layout.root): value for key, value in state.items() if key.startswith(layout.root)}
     blocks = [re.match(r"layer([1-4])\.(\d+)\.", key) for key in state]
     depths = tuple(1 + max((int(b[2]) for b in blocks if b and int(b[1]) == stage), default=-1) for stage in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in state
     stem = state["conv1.weight"].shape[-1] if "conv1.weight" in state and state["conv1.weight"].ndim == 4 else 3
     # ACL's and DynACL's networks for STL-10 have torchvision's stem.
     suffix, size, reduction = ("", 96, 32) if stem == 7 and layout.name == "acl" else ("_cifar", 32, 8)
+    if stem == 7 and layout.name == "solo":
+        raise ValueError(
+            f"has the 7x7 stem of solo-learn's networks for large images (STL-10, ImageNet), of which those for CIFAR are "
+            f"converted: this one is torchvision's ResNet, whose keys in {layout.root}* timm's resnet18 and resnet50 load"
+        )
     known = [name + suffix for name, kind in _DEPTHS.items() if kind == (bottleneck, depths)]
     if architecture is not None:
         if architecture not in (choices := [name + suffix for name in _DEPTHS]):
@@ -153,7 +224,7 @@ def outline(state: Mapping[str, Tensor], layout: Layout, architecture: str | Non
         raise ValueError(f"is a ResNet of {kind} blocks, {depths} in its stages; converted are {', '.join(ARCHITECTURES)}")
     first = [state.get(f"layer{stage}.0.conv1.weight") for stage in (1, 2, 3, 4)]
     widths = tuple(default if w is None or w.ndim != 4 else w.shape[0] for w, default in zip(first, _WIDTHS, strict=True))
-    return Outline(architecture or known[0], widths if suffix else _WIDTHS, size, reduction)
+    return Outline(architecture or known[0], widths if suffix else _WIDTHS, size, reduction, layout.stem_padding)
 
 
 @dataclass(frozen=True)
@@ -214,10 +285,45 @@ def place(state: Mapping[str, Tensor], layout: Layout, branch: str | None, model
     return Placement(counters | {target: state[key] for target, key in placed.items()}, dict(dropped))
 
 
+def projection_head(state: Mapping[str, Tensor], layout: Layout, width: int) -> nn.Sequential:
+    """The projection head in a checkpoint, in evaluation mode, in float32.
+
+    Its keys have the numbers of its layers: `projector.0.weight` is of a linear layer, `projector.1.running_mean` of a batch
+    norm. A number without keys is a ReLU, as in all codes of these layouts but VIbCReg of solo-learn, which has GELU.
+
+    Args:
+        state: the checkpoint's.
+        layout: that it follows.
+        width: number of features of the encoder.
+
+    Raises:
+        ValueError: there is none, or it is not of such layers, or not behind this encoder.
+    """
+    start = f"{layout.projector}."
+    own = {key.removeprefix(start): value for key, value in state.items() if layout.projector and key.startswith(start)}
+    if not own:
+        kept = f"{start}*" if layout.projector else "projector.* or head_proj.*"
+        raise ValueError(f"has no projection head that can be kept: it has no keys {kept} (keep_projector)")
+    try:
+        head = projector_from_state(own)
+    except ValueError as error:
+        raise ValueError(f"has a projection head {start}* that cannot be kept (keep_projector): {error}") from None
+    kinds = [type(layer) for layer in head]
+    if kinds[0] is not nn.Linear or (nn.ReLU, nn.ReLU) in pairwise(kinds):
+        numbers = ", ".join(sorted({key.partition(".")[0] for key in own}, key=int))
+        raise ValueError(
+            f"has a projection head {start}* with keys for its layers {numbers} only: what the others are is not known, so it "
+            "cannot be kept (keep_projector)"
+        )
+    if head[0].in_features != width:
+        raise ValueError(f"has a projection head {start}* of {head[0].in_features} features, but its encoder has {width}")
+    return head
+
+
 def _published(target: str, layout: Layout, branch: str | None) -> str:
     """The published key of one of timm's."""
     part, _, leaf = target.rpartition(".")
-    published = layout.head if part == "fc" else part
+    published = layout.head if part == "fc" else f"{layout.root}{part}"
     published = published.replace("downsample.0", layout.convolution).replace("downsample.1", layout.norm)
     if branch is not None and _is_norm(target):
         published += f".bn_list.{layout.branches.index(branch)}"
@@ -230,7 +336,7 @@ def _is_norm(target: str) -> bool:
 
 def _reason(key: str, layout: Layout, without: str) -> str:
     """Why the model does without a key, empty if it does not."""
-    if key in NORMALIZE:
+    if key in layout.normalize:
         return "normalisation of the images, which the config has"
     if without and re.fullmatch(rf"{re.escape(layout.head)}\.(weight|bias)", key):
         return without

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def published_features(state: Mapping[str, Tensor], images: Tensor, branch: int | None = None) -> Tensor:
+def published_features(
+    state: Mapping[str, Tensor], images: Tensor, branch: int | None = None, root: str = "", stem_padding: int = 1
+) -> Tensor:
     """Pooled features of a published ResNet in evaluation mode.
 
     Nothing here knows timm's names or which layout a checkpoint follows: a part is there if its key is. So the conversion and
@@ -17,14 +19,18 @@ def published_features(state: Mapping[str, Tensor], images: Tensor, branch: int 
         state: the published state dict.
         images: (N, C, H, W), normalised as the network wants them, of the type of the weights.
         branch: index in `bn_list`, None for a network with one batch norm.
+        root: what stands before the encoder's keys, such as `backbone.`.
+        stem_padding: pixels that a 3x3 stem adds on each side of the image. No key tells.
 
     Returns:
         (N, D) features.
     """
 
-    def conv(x: Tensor, name: str, stride: int = 1) -> Tensor:
+    state = {key.removeprefix(root): value for key, value in state.items() if key.startswith(root)}
+
+    def conv(x: Tensor, name: str, stride: int = 1, padding: int | None = None) -> Tensor:
         weight = state[f"{name}.weight"]
-        return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+        return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2 if padding is None else padding)
 
     def norm(x: Tensor, name: str) -> Tensor:
         name = name if branch is None else f"{name}.bn_list.{branch}"
@@ -52,7 +58,8 @@ def published_features(state: Mapping[str, Tensor], images: Tensor, branch: int 
         return (y + shortcut(x, block, stride)).relu()
 
     large = state["conv1.weight"].shape[-1] == 7
-    x = norm(conv(images, "conv1", 2 if large else 1), "bn1").relu()
+    stem = conv(images, "conv1", 2) if large else conv(images, "conv1", padding=stem_padding)
+    x = norm(stem, "bn1").relu()
     if large:
         x = F.max_pool2d(x, 3, 2, 1)
     for stage in (1, 2, 3, 4):

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from advcl_hub.files import check_writable
 from advcl_hub.hub.converters.checkpoint import Checkpoint, read_checkpoint
-from advcl_hub.hub.converters.layouts import LAYOUTS, NORMALIZE, Layout, Outline, detect_layout, outline, place
+from advcl_hub.hub.converters.layouts import LAYOUTS, Layout, Outline, detect_layout, outline, place, projection_head
 from advcl_hub.hub.converters.reference import published_features
 from advcl_hub.hub.export import DTYPES, check_replaceable, export_folder
 from advcl_hub.records.environment import versions
@@ -29,7 +29,7 @@ class Normalisation:
     Attributes:
         mean, std: the numbers.
         origin: where they are from, for people to read.
-        in_file: whether they are the file's own (`normalize.mean`, `normalize.std`).
+        in_file: whether they are the file's own buffers (see `Layout.normalize`).
     """
 
     mean: list[float]
@@ -90,7 +90,8 @@ def convert(
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
     size: int | None = None,
-    keep_head: bool = True,
+    keep_head: bool | None = None,
+    keep_projector: bool = False,
     label_names: Sequence[str] = (),
     dtype: str = "float32",
     origin: str | None = None,
@@ -103,20 +104,23 @@ def convert(
     the model's outputs are compared with those of the published network, computed from the published keys.
 
     Layouts (see layouts.py): `advcl` (AdvCL, arXiv 2111.01124), `acl` (ACL, arXiv 2010.13337; DynACL, arXiv
-    2303.01289, of whose two copies the averaged one is taken; DynACL-AIR, arXiv 2305.00374) and `kuangliu` (the CIFAR ResNets
-    of kuangliu/pytorch-cifar); before and after finetuning. ResNet-18, 34 and 50, in the widths that the file has.
+    2303.01289, of whose two copies the averaged one is taken; DynACL-AIR, arXiv 2305.00374), `kuangliu` (the CIFAR ResNets of
+    kuangliu/pytorch-cifar) and `solo` (the CIFAR ResNets of solo-learn, whose stems pad images by 2 pixels, and of the codes
+    that follow it: DeACL, arXiv 2207.10899, and ProFeAT, arXiv 2406.05796); before and after finetuning. ResNet-18, 34 and 50,
+    in the widths that the file has.
 
     Normalisation of the images goes into the config, from which timm's transforms and `evaluate` take it. AdvCL has none (mean
-    0, std 1). ACL's and DynACL's networks normalise by the mean and std of ImageNet, which their files hold (`normalize.mean`,
-    `normalize.std`). Other files say nothing about it: the caller has to. It is not folded into the first convolution. That
-    would not be exact: the convolution pads the normalised image with zeros, i.e. with the mean colour, and a folded one would
-    pad with black.
+    0, std 1). ACL's, DynACL's, DeACL's and ProFeAT's networks normalise inside, by a mean and std that their files hold
+    (`normalize.mean`, `normalize.std`). Other files say nothing about it: the caller has to. It is not folded into the first
+    convolution. That would not be exact: the convolution pads the normalised image with zeros, i.e. with the mean colour, and a
+    folded one would pad with black.
 
     Args:
         file: written by torch.save or safetensors. It is never unpickled.
         folder: where to; an earlier export there is replaced.
-        layout: one of `advcl`, `acl`, `kuangliu`, or `auto` to read it off the keys.
-        entry: which entry of the file, where several hold a network (`model` and `ema`); or DynACL's other copy, `encoder_q`.
+        layout: one of `advcl`, `acl`, `kuangliu`, `solo`, or `auto` to read it off the keys.
+        entry: which entry of the file, where several hold a network (`model` and `ema`); or the other copy of a network:
+            DynACL's `encoder_q`; `momentum_backbone`, DeACL's clean teacher and solo-learn's averaged network.
         architecture: the timm model that it has to be, by default the one that fits.
         branch: whose batch norms to take, `clean`, `adv` or `adv_ce` (published as normal, pgd, pgd_ce); by default `adv`,
             which finetuning starts from, and the only one of a file with one.
@@ -124,8 +128,11 @@ def convert(
             they replace the file's buffers: RobustSSL_Benchmark saves those also where its network does not use them (AdvCL,
             DeACL).
         size: side of the images, in pixels; by default 32, or 96 for the 7x7 stem of ACL's networks for STL-10.
-        keep_head: whether a linear head makes it a classifier. DynACL++ saves the head that it fits to pseudo-labels: leave
-            that out.
+        keep_head: whether a linear head makes it a classifier; by default it does, unless `keep_projector`. DynACL++ saves the
+            head that it fits to pseudo-labels: leave that out. solo-learn and DeACL save the one that they fit to the labels
+            while they pretrain.
+        keep_projector: whether to store the projection head (`advcl_hub.hub.projector`), that of AdvCL, solo-learn or ProFeAT,
+            beside the encoder, which is then without a linear head. DeACL has none, ACL's has batch-norm branches.
         label_names: names of a head's classes, in its order.
         dtype: of the stored weights, `float32` or `float16`.
         origin: where the file comes from, for the record.
@@ -136,14 +143,18 @@ def convert(
     Raises:
         FileNotFoundError: no such file.
         ValueError: a damaged file or one that needs unpickling, another layout, keys without a place (all are listed), no such
-            branch or entry, a normalisation that has to be given, label names for another number of classes, outputs that
-            differ, or a folder that holds something else.
+            branch or entry, a normalisation that has to be given, label names for another number of classes, no projection
+            head that can be kept, outputs that differ, or a folder that holds something else.
         OSError: the folder cannot be written.
     """
     if layout not in ("auto", *LAYOUTS):
         raise ValueError(f"layout must be auto, {', '.join(LAYOUTS)}; got {layout!r}.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if keep_head and keep_projector:
+        raise ValueError(
+            "A projection head is stored beside an encoder, not a classifier: keep one head, linear or projection."
+        )
     check_replaceable(Path(folder))
     check_writable(Path(folder).absolute().parent)  # where the new folder is filled, and takes the place of an earlier one
     checkpoint = read_checkpoint(file, entry)
@@ -155,8 +166,12 @@ def convert(
             shape = _resized(shape, found, size)
         taken = _branch(found, branch)
         normalisation = _normalisation(state, found, mean, std)
-        classes, without = _head(state, found, keep_head)
+        unwanted = "linear head, which was not wanted" if keep_head is False else ""
+        if keep_projector:
+            unwanted = "linear head: the encoder has its projection head instead"
+        classes, without = _head(state, found, unwanted)
         model = _build(shape, classes, normalisation)
+        projector = projection_head(state, found, cast(int, model.num_features)) if keep_projector else None
         placement = place(state, found, taken, model, without)
         if label_names and len(label_names) != classes:
             has = f"a head of {classes} classes" if classes else "no head"
@@ -165,6 +180,8 @@ def convert(
         raise ValueError(f"{checkpoint.file} {error}{'' if chr(10) in str(error) else '.'}") from None
     model.load_state_dict(placement.state)
     difference = check_outputs(model, checkpoint, found, taken, normalisation, bool(classes))
+    kept = () if projector is None else {key for key in state if key.startswith(f"{found.projector}.")}
+    dropped = {reason: [key for key in keys if key not in kept] for reason, keys in placement.dropped.items()}
     record = {
         "kind": "classifier" if classes else "encoder",
         "origin": origin,
@@ -177,13 +194,14 @@ def convert(
         "architecture": shape.architecture,
         "outputs": classes or model.num_features,
         "normalisation": {"mean": normalisation.mean, "std": normalisation.std, "from": normalisation.origin},
-        "dropped": checkpoint.left | placement.dropped,
-        "notes": _notes(state, normalisation),
+        "dropped": checkpoint.left | {reason: keys for reason, keys in dropped.items() if keys},
+        "notes": _notes(state, found, normalisation, projector),
         "output_check": {"images": _IMAGES, "seed": _SEED, "largest_difference": difference},
         "versions": versions(),
     }
+    names = label_names if classes else ()
     export_folder(
-        model, folder, results=record, model_args=shape.arguments, label_names=label_names if classes else (), dtype=dtype
+        model, folder, results=record, model_args=shape.arguments, label_names=names, dtype=dtype, projector=projector
     )
     return Conversion(Path(folder), found.name, taken, record, tuple(_hints(found, normalisation, classes)))
 
@@ -210,11 +228,12 @@ def check_outputs(
     images = torch.rand(_IMAGES, *cfg["input_size"], generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64)
     with torch.no_grad():
         if normalisation.in_file:
-            mean, std = (state[key] for key in NORMALIZE)
+            mean, std = (state[key] for key in layout.normalize)
         else:
             mean, std = (torch.tensor(values).double() for values in (normalisation.mean, normalisation.std))
         inputs = (images - mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1)
-        theirs = published_features(state, inputs, None if branch is None else layout.branches.index(branch))
+        number = None if branch is None else layout.branches.index(branch)
+        theirs = published_features(state, inputs, number, layout.root, layout.stem_padding)
         if classifier:
             theirs = theirs @ state[f"{layout.head}.weight"].T + state[f"{layout.head}.bias"]
         mean, std = (torch.tensor(cfg[key]).double().reshape(-1, 1, 1) for key in ("mean", "std"))
@@ -228,7 +247,7 @@ def check_outputs(
 
 
 def _layout(state: Mapping[str, Tensor], asked: str) -> Layout:
-    found = detect_layout(state)
+    found = detect_layout(state, asked)
     if asked not in ("auto", found.name):
         raise ValueError(f"is not in the layout {asked!r}: its keys are those of {found}")
     if found.branches:  # ACL trained without its adversarial half has the first one only
@@ -264,8 +283,9 @@ def _normalisation(
 ) -> Normalisation:
     if (mean is None) != (std is None):
         raise ValueError("needs both mean and std, or neither")
-    if len(there := [key for key in NORMALIZE if key in state]) == 1:
-        raise ValueError(f"is not complete: of {NORMALIZE[0]} and {NORMALIZE[1]} it has {there[0]} only")
+    names = " and ".join(layout.normalize)
+    if len(there := [key for key in layout.normalize if key in state]) == 1:
+        raise ValueError(f"is not complete: of {names} it has {there[0]} only")
     if mean is not None and std is not None:
         given = [[float(v) for v in (value if isinstance(value, Sequence) else [value])] for value in (mean, std)]
         given = [value * 3 if len(value) == 1 else value for value in given]
@@ -273,17 +293,22 @@ def _normalisation(
             raise ValueError(f"cannot take mean {mean} and std {std}: give one number or three, std above 0")
         return Normalisation(given[0], given[1], "as given")
     if there:
-        buffers = [state[key].flatten().float() for key in NORMALIZE]
+        buffers = [state[key].flatten().float() for key in layout.normalize]
         if any(len(b) != 3 or not b.isfinite().all() for b in buffers) or buffers[1].min() <= 0:
-            raise ValueError(f"holds a {NORMALIZE[0]} and {NORMALIZE[1]} that are no normalisation of three channels")
-        origin = f"the file's {NORMALIZE[0]} and {NORMALIZE[1]}"
-        return Normalisation(_decimal(buffers[0]), _decimal(buffers[1]), origin, in_file=True)
+            raise ValueError(f"holds a {names} that are no normalisation of three channels")
+        return Normalisation(_decimal(buffers[0]), _decimal(buffers[1]), f"the file's {names}", in_file=True)
     if layout.name == "advcl":
         return Normalisation([0.0] * 3, [1.0] * 3, "none, as AdvCL publishes it")
     if layout.name == "kuangliu":
         usual = (
             "kuangliu's main.py takes mean (0.4914, 0.4822, 0.4465) and std (0.2023, 0.1994, 0.2010), adversarially trained "
             "networks in this layout mostly take images in [0, 1] as they are, mean 0 and std 1"
+        )
+    elif layout.name == "solo":
+        usual = (
+            "solo-learn's loaders normalise CIFAR-10 by mean (0.4914, 0.4822, 0.4465) and std (0.2470, 0.2435, 0.2616), in old "
+            "versions std (0.247, 0.243, 0.261), and CIFAR-100 by mean (0.5071, 0.4865, 0.4409) and std (0.2673, 0.2564, "
+            "0.2762); DeACL's ResNet-50 takes images in [0, 1] as they are, mean 0 and std 1"
         )
     else:
         usual = (
@@ -298,20 +323,20 @@ def _decimal(values: Tensor) -> list[float]:
     return [float(str(value)) for value in values.numpy()]
 
 
-def _head(state: Mapping[str, Tensor], layout: Layout, keep: bool) -> tuple[int, str]:
+def _head(state: Mapping[str, Tensor], layout: Layout, unwanted: str) -> tuple[int, str]:
     """The number of classes of the head that is kept, else 0 and why it is left out."""
     tensors = [state[key] for key in (f"{layout.head}.weight", f"{layout.head}.bias") if key in state]
     if not tensors or tensors[0].ndim == 0:
         return 0, ""
-    if not keep:
-        return 0, "linear head, which was not wanted"
+    if unwanted:
+        return 0, unwanted
     if not any(tensor.any() for tensor in tensors):
         return 0, "linear head of zeros, never trained"
     return tensors[0].shape[0], ""
 
 
 def _build(shape: Outline, classes: int, normalisation: Normalisation) -> nn.Module:
-    side = max(1, math.ceil(shape.size / shape.reduction))
+    side = max(1, math.ceil((shape.size + 2 * (shape.stem_padding - 1)) / shape.reduction))
     cfg = {
         "num_classes": classes,
         "input_size": (3, shape.size, shape.size),
@@ -326,15 +351,26 @@ def _build(shape: Outline, classes: int, normalisation: Normalisation) -> nn.Mod
     return timm.create_model(shape.architecture, num_classes=classes, pretrained_cfg=cfg, **shape.arguments).eval()
 
 
-def _notes(state: Mapping[str, Tensor], normalisation: Normalisation) -> list[str]:
-    if NORMALIZE[0] not in state or normalisation.in_file:
-        return []
-    mean, std = (_short(_decimal(state[key].flatten().float())) for key in NORMALIZE)
-    return [f"The file's own normalisation, mean {mean} and std {std}, was replaced on request."]
+def _notes(
+    state: Mapping[str, Tensor], layout: Layout, normalisation: Normalisation, projector: nn.Sequential | None
+) -> list[str]:
+    notes = []
+    if layout.normalize[0] in state and not normalisation.in_file:
+        mean, std = (_short(_decimal(state[key].flatten().float())) for key in layout.normalize)
+        notes.append(f"The file's own normalisation, mean {mean} and std {std}, was replaced on request.")
+    if layout.stem_padding != 1:
+        notes.append(f"The stem pads images by {layout.stem_padding} pixels, as the code of this layout does: no key tells.")
+    if projector is not None:
+        other = " (of VIbCReg it is GELU: do not use that head)" if layout.name == "solo" else ""
+        notes.append(f"The projection head {layout.projector}.* was kept; what has no weights in it is taken for ReLU{other}.")
+    return notes
 
 
 def _hints(layout: Layout, normalisation: Normalisation, classes: int) -> list[str]:
     hints = []
+    if layout.head.endswith("classifier") and classes:
+        fitted = "fitted to labels beside pretraining or after it"
+        hints.append(f"these {classes} outputs are of {layout.head}, {fitted}: for the encoder alone leave it out (keep_head)")
     if layout.name == "acl" and classes:
         hints.append(f"DynACL++ saves a head of pseudo-labels: if these {classes} outputs are such, leave it out (keep_head)")
     if layout.name == "acl" and not layout.branches and normalisation.in_file:

@@ -1,0 +1,102 @@
+"""Batch norms in evaluation mode folded into the convolutions before them: the same function up to rounding, and faster."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from advcl_hub.models.branch_norm import branch_state_dict, without_branches
+from advcl_hub.models.companion import Companion
+
+
+class Folded(NamedTuple):
+    """The dotted names of a convolution and of the batch norm that was folded into it, and the batch norm's epsilon."""
+
+    convolution: str
+    norm: str
+    eps: float
+
+
+def fold_batch_norms(model: nn.Module) -> list[Folded]:
+    """Folds, in place, the batch norms that follow a convolution in timm's ResNets; each becomes an identity.
+
+    Only where timm's own forward gives the output of the one to the other alone, both are in evaluation mode, and nobody has
+    hooks there. Networks without such places stay as they are.
+
+    Returns:
+        What was folded.
+    """
+    names = {id(module): f"{name}." if name else "" for name, module in model.named_modules()}
+    folded = []
+    for parent, convolution, norm in [place for module in model.modules() for place in _folding_places(module)]:
+        prefix, eps = names[id(parent)], getattr(parent, norm).eps
+        setattr(parent, convolution, fuse_conv_bn_eval(getattr(parent, convolution), getattr(parent, norm)))
+        setattr(parent, norm, nn.Identity().eval())
+        folded.append(Folded(prefix + convolution, prefix + norm, eps))
+    return folded
+
+
+class FoldedCopy(Companion):
+    """One branch of an encoder as it computes in evaluation mode, batch norms folded: to attack an encoder while it is trained.
+
+        attacked = FoldedCopy(encoder, "adv")
+        ...
+        attacked.refresh(encoder)               # once a step, as the weights have changed
+        features = attacked(images)             # those of encoder.eval() up to float rounding
+
+    Args:
+        encoder: with batch-norm branches (`add_branches`); it is not changed.
+        branch: whose batch norms the copy has.
+    """
+
+    def __init__(self, encoder: nn.Module, branch: str) -> None:
+        plain = without_branches(encoder, branch).eval()
+        folded = fold_batch_norms(plain)
+        super().__init__(plain)
+        self.branch, self.folded = branch, folded
+
+    @torch.no_grad()
+    def refresh(self, encoder: nn.Module) -> None:
+        """Takes over the encoder's weights and running statistics."""
+        state, ours = branch_state_dict(encoder.state_dict(), self.branch), self.network.state_dict()
+        for convolution, norm, eps in self.folded:
+            of_norm = {key.removeprefix(f"{norm}."): state.pop(key) for key in list(state) if key.startswith(f"{norm}.")}
+            scale = torch.rsqrt(of_norm["running_var"] + eps)
+            if "weight" in of_norm:  # else the batch norm is not affine
+                scale = scale * of_norm["weight"]
+            shift = of_norm.get("bias", 0.0) + (state.get(f"{convolution}.bias", 0.0) - of_norm["running_mean"]) * scale
+            state[f"{convolution}.weight"] = state[f"{convolution}.weight"] * scale[:, None, None, None]
+            state[f"{convolution}.bias"] = shift
+        torch._foreach_copy_([ours[name] for name in state], list(state.values()))
+
+
+def _folding_places(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Parent, convolution, batch norm: where timm's own forward gives the output of the one to the other alone."""
+    places: list[tuple[nn.Module, str, str]] = []
+    if type(module) in (BasicBlock, Bottleneck):
+        places = [(module, f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
+        shortcut = module.downsample
+        if type(shortcut) is nn.Sequential and _is_plain(shortcut):
+            places += [(shortcut, conv, norm) for conv, norm in pairwise(shortcut._modules)]
+    elif isinstance(module, ResNet):
+        own = (type(module).forward, type(module).forward_features)
+        places = [(module, "conv1", "bn1")] if own == (ResNet.forward, ResNet.forward_features) else []
+    if not {"forward", "forward_features"} & vars(module).keys():  # replaced on this very module
+        yield from (place for place in places if _can_fold(*(getattr(place[0], name, None) for name in place[1:])))
+
+
+def _can_fold(conv: Any, norm: Any) -> bool:
+    """Whether these are an ordinary convolution and batch norm that does the same to every image, watched by nobody."""
+    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or conv.training or norm.training:
+        return False
+    return norm.running_mean is not None and norm.running_var is not None and _is_plain(conv) and _is_plain(norm)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nobody has hooks on a module or has replaced its forward (parametrizations change its type)."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(module)

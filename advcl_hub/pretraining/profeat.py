@@ -1,0 +1,161 @@
+"""ProFeAT: DeACL with the teacher's projection head in the student ("ProFeAT: Projected Feature Adversarial Training for
+Self-Supervised Learning of Robust Representations", arXiv 2406.05796).
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from advcl_hub.attacks import uniform_start
+from advcl_hub.models.companion import Companion
+from advcl_hub.models.folding import FoldedCopy
+from advcl_hub.pretraining.losses import cosine_similarity
+from advcl_hub.pretraining.method import Attack, Method
+from advcl_hub.pretraining.views import ViewConfig, weak_view_of
+
+
+@dataclass(frozen=True)
+class ProFeATObjective:
+    """Settings of ProFeAT's loss.
+
+    Attributes:
+        robust_weight: weight beta of the robust terms (8 in the published recipe).
+        projector_weight: share of the terms on projections, in [0, 1]; those on features have the rest.
+        autoaugment: whether the student's view is changed by AutoAugment's policy for CIFAR-10 (arXiv 1805.09501) before crop
+            and flip, as published; the teacher's never is.
+    """
+
+    robust_weight: float = 8.0
+    projector_weight: float = 0.5
+    autoaugment: bool = True
+
+    branches = ("adv",)
+    export_branch = "adv"
+    uses_labels = False
+    needs_start = True
+
+    def __post_init__(self) -> None:
+        if self.robust_weight < 0:
+            raise ValueError(f"robust_weight must not be negative, got {self.robust_weight}")
+        if not 0 <= self.projector_weight <= 1:
+            raise ValueError(f"projector_weight must be in [0, 1], got {self.projector_weight}")
+
+
+class ProFeATLosses(NamedTuple):
+    """Scalars of one step, both terms weighted negative cosines; `total = distillation + robust_weight * robustness`."""
+
+    total: Tensor
+    distillation: Tensor
+    robustness: Tensor
+
+
+class ProFeATViews(NamedTuple):
+    """Images (N, C, H, W) in [0, 1] that the student and the teacher see."""
+
+    student: Tensor
+    teacher: Tensor
+
+
+class Representations(NamedTuple):
+    """Features (N, dim) and their projections (N, D)."""
+
+    features: Tensor
+    projections: Tensor
+
+
+class ProFeAT(Method):
+    """A robust student that starts from a clean teacher, compared with it on features and through its projection head.
+
+        teacher = timm.create_model("local-dir:runs/simclr/export", pretrained=True, num_classes=0)
+        network = ProFeAT(teacher, load_projector("runs/simclr/export"))
+        network(images).total.backward()  # uint8 (N, 3, 32, 32)
+
+    With features and projections written as one, s of the student and t of the teacher, x the student's view, y the teacher's:
+
+        loss = -cos(s(x), t(y)) - robust_weight * cos(s(x'), s(x))
+
+    x' leaves the student's own clean features and the teacher's clean projections; the attack sees a copy of the student in
+    evaluation mode with folded batch norms. Clean and adversarial images are passes of their own, as in the published code. The
+    projection head is the teacher's and stays as it is. (The published one has no batch norm; one that has uses its running
+    averages.)
+
+    Args:
+        encoder: the teacher, a timm model; the student begins as a copy and is trained in its place.
+        projector: the teacher's projection head: features (N, dim) to (N, D).
+        objective, attack, views, memory_format: see `Method`. Of the views ProFeAT takes the weak one.
+
+    Raises:
+        ValueError: the encoder has a classifier, or the projection head takes features of another width.
+    """
+
+    Objective, Losses = ProFeATObjective, ProFeATLosses
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        projector: nn.Module,
+        objective: ProFeATObjective = ProFeATObjective(),
+        attack: Attack = Attack(),
+        views: ViewConfig = ViewConfig(),
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        teacher = copy.deepcopy(encoder)
+        super().__init__(encoder, objective, attack, views, memory_format)
+        first = next(projector.parameters(), torch.empty(0, self.dim))
+        if first.shape[-1] != self.dim:
+            raise ValueError(f"The projection head takes {first.shape[-1]} features, the encoder has {self.dim}.")
+        self.teacher = Companion(teacher)
+        self.projector = Companion(copy.deepcopy(projector))
+        self.attacked = FoldedCopy(self.encoder, "adv")
+        self.autoaugment = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10) if objective.autoaugment else None
+
+    def augment(self, images: Tensor) -> ProFeATViews:
+        """The student's and the teacher's view, each with crops and flips of its own."""
+        teacher = weak_view_of(images, self.views)
+        if self.autoaugment is not None:
+            images = torch.stack([self.autoaugment(image) for image in images])  # torchvision draws one policy a call
+        return ProFeATViews(weak_view_of(images, self.views), teacher)
+
+    def losses(self, views: ProFeATViews, labels: Tensor | None = None) -> ProFeATLosses:
+        """The step after the augmentations."""
+        clean = self.represent(self.features(views.student, "adv"))
+        with torch.no_grad():
+            target = self.represent(self.teacher(self.inputs(views.teacher)))
+        adversarial = self.perturb(views.student, Representations(clean.features.detach(), target.projections))
+        robust = self.represent(self.features(adversarial, "adv"))
+        distillation, robustness = -self.agreement(clean, target), -self.agreement(robust, clean)
+        total = distillation + self.objective.robust_weight * robustness
+        return ProFeATLosses(total, distillation.detach(), robustness.detach())
+
+    def represent(self, features: Tensor) -> Representations:
+        """Features and their projections."""
+        return Representations(features, self.projector(features))
+
+    def agreement(self, ours: Representations, others: Representations) -> Tensor:
+        """The weighted mean cosine of features and of projections."""
+        on_features, on_projections = (cosine_similarity(a, b).mean() for a, b in zip(ours, others, strict=True))
+        weight = self.objective.projector_weight
+        return (1 - weight) * on_features + weight * on_projections
+
+    def perturb(self, images: Tensor, away: Representations) -> Tensor:
+        """Adversarial images, whose features and projections in evaluation mode leave those given, with equal weight."""
+        self.attacked.refresh(self.encoder)
+
+        def loss(x: Tensor) -> Tensor:
+            found = self.represent(self.attacked(self.inputs(x)))
+            return -torch.stack([cosine_similarity(a, b).sum() for a, b in zip(found, away, strict=True)]).sum()
+
+        return self.attack.run(loss, images, uniform_start(images, self.attack.eps))
+
+    def pictures(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Both views and the adversarial one."""
+        views = self.augment(images)
+        with torch.no_grad():
+            target = self.represent(self.teacher(self.inputs(views.teacher)))
+            clean = self.features(views.student, "adv")
+        adversarial = self.perturb(views.student, Representations(clean, target.projections))
+        return {**views._asdict(), "adversarial": adversarial}
