@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 import advcl_hub  # noqa: F401  (registers our architectures with timm)
 from advcl_hub.errors import reason_of
 from advcl_hub.hub.projector import load_projector
-from advcl_hub.pretraining import METHODS, Method
+from advcl_hub.pretraining import Method, create_method
 from advcl_hub.training.layout import safe_channels_last
 from train.recipe import Recipe, require
 from train.start import Start, take_weights
@@ -88,14 +87,16 @@ def build_network(
     if recipe.speed.channels_last and not safe_channels_last(encoder, device):
         log.warning("%s is trained contiguous: channels-last would corrupt memory on a CPU (oneDNN issue 6035).", recipe.model)
         layout = torch.contiguous_format
-    settings: dict[str, Any] = {"objective": recipe.objective, "views": recipe.views, "memory_format": layout}
-    settings |= {"attack": recipe.attack, "ks": recipe.pseudo_labels.ks}
-    kind = METHODS[recipe.method]
-    wanted = inspect.signature(kind).parameters
-    if "projector" in wanted:
-        assert start is not None  # the recipe made sure
-        settings["projector"] = load_projector(start.source)
-    network = kind(encoder, **{name: value for name, value in settings.items() if name in wanted})
+    network = create_method(
+        recipe.method,
+        encoder,
+        objective=recipe.objective,
+        attack=recipe.attack,
+        views=recipe.views,
+        ks=recipe.pseudo_labels.ks,
+        projector=load_projector(start.source) if start and recipe.objective.uses_projector else None,
+        memory_format=layout,
+    )
     if recipe.speed.sync_batch_norm and isinstance(projector := getattr(network, "projector", None), nn.Sequential):
         network.projector = nn.SyncBatchNorm.convert_sync_batchnorm(projector)
     return network.to(device).to(memory_format=layout)

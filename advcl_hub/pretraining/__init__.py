@@ -1,5 +1,10 @@
 """The methods that make encoders, for a training loop of your own: README.md beside this file has one in ten lines."""
 
+import inspect
+from typing import Any
+
+from torch import nn
+
 from advcl_hub.pretraining.acl import ACL
 from advcl_hub.pretraining.advcl import AdvCL
 from advcl_hub.pretraining.deacl import DeACL
@@ -20,6 +25,26 @@ METHODS: dict[str, type[Method]] = {
     "pseudo_label_at": PseudoLabelAT,
 }
 
+
+def create_method(name: str, encoder: nn.Module, **settings: Any) -> Method:
+    """A method by its name, with those of the settings that it takes: one call for all of them.
+
+        network = create_method("deacl", encoder, attack=Attack(steps=3), ks=(2, 10))   # DeACL has no use for ks
+
+    Args:
+        name: a key of `METHODS`.
+        encoder: see `Method`.
+        settings: arguments of the methods by name, such as `objective`, `attack`, `views`, `ks`, `projector`.
+
+    Raises:
+        ValueError: an unknown name, or what the method raises.
+    """
+    if name not in METHODS:
+        raise ValueError(f"No pretraining method {name!r}: known are {', '.join(METHODS)}.")
+    takes = inspect.signature(METHODS[name]).parameters
+    return METHODS[name](encoder, **{key: value for key, value in settings.items() if key in takes})
+
+
 __all__ = [
     "ACL",
     "METHODS",
@@ -35,6 +60,7 @@ __all__ = [
     "Views",
     "contrastive_loss",
     "cosine_similarity",
+    "create_method",
     "load_pseudo_labels",
     "make_pseudo_labels",
     "make_views",

@@ -28,6 +28,7 @@ class ContrastiveObjective:
 
     uses_labels = False
     needs_start = False
+    uses_projector = False
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and self.base_temperature > 0 and self.projection_dim > 0):

@@ -31,6 +31,7 @@ class DeACLObjective:
     export_branch = "adv"
     uses_labels = False
     needs_start = True
+    uses_projector = False
 
     def __post_init__(self) -> None:
         if self.robust_weight < 0:

@@ -46,8 +46,9 @@ class Method(nn.Module, ABC):
         losses.total.backward()
 
     A subclass has an `Objective`, a frozen dataclass of its settings. That names the batch-norm `branches`, the one to export
-    (`export_branch`), whether the method uses pseudo-labels (`uses_labels`), and whether it makes sense only from trained
-    weights (`needs_start`). Its `Losses` is a NamedTuple of scalars whose first is `total`.
+    (`export_branch`), and whether the method uses pseudo-labels (`uses_labels`), makes sense only from trained weights
+    (`needs_start`), and takes the projection head that belongs to these (`uses_projector`). Its `Losses` is a NamedTuple of
+    scalars whose first is `total`.
 
     Args:
         encoder: a timm model without classifier (`num_classes=0`); its batch norms get branches in place.

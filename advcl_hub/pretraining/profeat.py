@@ -37,6 +37,7 @@ class ProFeATObjective:
     export_branch = "adv"
     uses_labels = False
     needs_start = True
+    uses_projector = True
 
     def __post_init__(self) -> None:
         if self.robust_weight < 0:

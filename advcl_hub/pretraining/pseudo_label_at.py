@@ -27,6 +27,7 @@ class PseudoLabelATObjective:
     export_branch = "adv"
     uses_labels = True
     needs_start = False
+    uses_projector = False
 
 
 class PseudoLabelATLosses(NamedTuple):

@@ -15,23 +15,25 @@ from torch import nn
 
 from advcl_hub.hub import export_folder
 from advcl_hub.models.branch_norm import branch_state_dict
-from advcl_hub.pretraining import AdvCL, Attack, Method, SimCLR
+from advcl_hub.pretraining import METHODS, AdvCL, Attack, Method, SimCLR, create_method
 from tests.support import ROOT
 
 GUIDE = ROOT / "advcl_hub" / "pretraining" / "README.md"
 
 
-def test_the_loop_of_the_guide_trains_and_its_export_opens_in_timm(tmp_path: Path) -> None:
-    loop, export = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
-    assert "range(2)" in loop
+def test_the_programs_of_the_guide_run_and_the_export_opens_in_timm(tmp_path: Path) -> None:
+    loop, *more = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    assert "range(2)" in loop and len(more) == 2
     program = tmp_path / "program.py"
-    program.write_text(f"{loop.replace('range(2)', 'range(1)')}\n{export}", encoding="utf-8")  # an epoch less: the same lines
+    lines = [loop.replace("range(2)", "range(1)"), *more, "print(losses.total.item())"]  # an epoch less
+    program.write_text("\n".join(lines), encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(program)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    epoch, contrastive, pseudo_label = done.stdout.split()
+    epoch, contrastive, pseudo_label, distillation = done.stdout.split()
     assert epoch == "0" and 0 < float(contrastive) < 60 and 0 < float(pseudo_label) < 3  # log 2 and log 10 for a chance
+    assert -3 < float(distillation) < -2.5  # a student that starts as its teacher: -1 - 2 if there were no attack
     encoder = timm.create_model(f"local-dir:{tmp_path / 'runs/own'}", pretrained=True)
     stock = timm.create_model("resnet8_cifar", num_classes=0)
     assert encoder.state_dict().keys() == stock.state_dict().keys()
@@ -95,3 +97,15 @@ def test_what_a_loop_of_ones_own_gets_wrong_is_one_sentence() -> None:
     torch.save(network, io.BytesIO())
     with pytest.raises(ValueError, match="expected uint8 images"):
         network(images.float(), torch.zeros(4, 2, dtype=torch.int64))
+
+
+def test_the_table_of_methods_is_complete_and_each_can_be_made_by_its_name() -> None:
+    text = GUIDE.read_text(encoding="utf-8")
+    projector = nn.Sequential(nn.Linear(64, 8))
+    for name, kind in METHODS.items():
+        network = create_method(name, encoder(), attack=Attack(steps=3), ks=(2,), projector=projector)
+        assert type(network) is kind and f"| `{kind.__name__}`, `{name}` |" in text
+        assert network.attack.steps == (0 if name == "simclr" else 3)
+        assert network.objective.uses_labels == ("pseudo-labels |" in text.partition(f"`{name}`")[2].partition("\n")[0])
+    with pytest.raises(ValueError, match="No pretraining method 'moco': known are advcl, simclr"):
+        create_method("moco", encoder())

@@ -14,11 +14,11 @@ from torch import nn
 import advcl_hub  # noqa: F401
 from advcl_hub.data import load_data
 from advcl_hub.opening import load_model
-from advcl_hub.pretraining import AdvCL
+from advcl_hub.pretraining import METHODS, AdvCL, DeACL
 from advcl_hub.pretraining.views import ViewConfig, Views, high_frequency
 from tests.support.small_encoders import SMALL_RESNET, export_encoder
 from tests.support.tiny_classifiers import labelled_by, shortened
-from train.benchmark import parts, processes, step, timing, use
+from train.benchmark import methods, parts, processes, step, timing, use
 from train.benchmark.__main__ import main
 from train.benchmark.published import published_losses
 from train.benchmark.report import Row, Section
@@ -155,6 +155,23 @@ def test_the_command_leaves_tables_figures_and_a_picture(tmp_path: Path, capsys:
     assert record["command"].startswith("python -m train.benchmark --model resnet8_cifar")
     assert {"hardware", "versions", "date"} <= set(record)
     assert Image.open(tmp_path / "benchmark.png").size[0] > 500
+
+
+def test_every_method_takes_a_step_and_folding_changes_only_its_time() -> None:
+    """Unfolded attacks give the adversarial images of folded ones, to rounding."""
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    section = methods.measure("resnet8_cifar", images, 1, lambda text: None)
+    assert {row.name.split(",")[0] for row in section.rows} == set(METHODS)
+    assert [row.name for row in section.rows if row.more["by folding"]] == ["deacl", "profeat", "pseudo_label_at"]
+    network = DeACL(timm.create_model("resnet8_cifar", num_classes=0)).double()
+    views, target = images / 255.0, torch.rand(8, 64, dtype=torch.float64)
+    perturbed = []
+    for attacked in (network.attacked, methods.Unfolded(network)):
+        setattr(network, "attacked", attacked)  # noqa: B010
+        torch.manual_seed(0)
+        perturbed.append(network.perturb(views.double(), target))
+        assert network.encoder.training and all(p.requires_grad for p in network.encoder.parameters())
+    torch.testing.assert_close(perturbed[0], perturbed[1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch.multiprocessing import get_context
 from torch.nn.parallel import DistributedDataParallel
 
 from advcl_hub.hub.export import verify_folder
-from advcl_hub.pretraining import METHODS, Method
+from advcl_hub.pretraining import METHODS, Method, create_method
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.stop import StopRequest
 from tests.support.pool import run_ranks
@@ -122,10 +122,8 @@ def step_of(rank: int, world: int, method: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
     pixels = {"mean": (0, 0, 0), "std": (1, 1, 1)}
     encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, pretrained_cfg_overlay=pixels, **SMALL_VIT)
-    more: dict[str, Any] = {"ks": (3,)} if METHODS[method].Objective.uses_labels else {}
-    if method == "profeat":
-        more["projector"] = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
-    network = METHODS[method](encoder, **more).double()  # type: ignore[call-arg]
+    head = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    network = create_method(method, encoder, ks=(3,), projector=head).double()
     if isinstance(projector := getattr(network, "projector", None), nn.Sequential):
         projector[1] = nn.Identity()
     with torch.no_grad():
@@ -155,7 +153,7 @@ def step_of(rank: int, world: int, method: str) -> dict[str, Tensor]:
             self.network = network
 
         def forward(self) -> Any:
-            return self.network.losses(views, labels[share] if more.get("ks") else None)
+            return self.network.losses(views, labels[share])
 
     step = DistributedDataParallel(Step(), broadcast_buffers=False) if world > 1 else Step()
     losses = step()

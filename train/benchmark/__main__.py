@@ -29,11 +29,11 @@ from advcl_hub.files import check_writable, without_local_paths
 from advcl_hub.opening import load_model
 from advcl_hub.records.environment import hardware, versions
 from advcl_hub.training.processes import choose
-from train.benchmark import parts, processes, step, use
+from train.benchmark import methods, parts, processes, step, use
 from train.benchmark.report import Section, save
 from train.recipe import require
 
-PARTS = ("step", "views", "contrastive", "processes", "evaluation", "probe", "loading")
+PARTS = ("step", "methods", "views", "contrastive", "processes", "evaluation", "probe", "loading")
 CONTRASTIVE = (512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -115,6 +115,8 @@ def _measure(part: str, args: argparse.Namespace, test: ImageData | None, device
     match part:
         case "step":
             yield step.measure(args.model, _images(batch, device), step.modes(not args.no_compile), rounds, tell)
+        case "methods":
+            yield methods.measure(args.model, _images(batch, device), rounds, tell)
         case "views":
             workers = sorted({0, 2, min(16, os.cpu_count() or 1)} if gpu else {0, 2})
             yield parts.measure_views(_images(4096 if gpu else 512, device), min(batch, 128), rounds, workers, tell)
