@@ -68,7 +68,7 @@ def measure(
         rows.append(Row(name, timing, len(images), {"attack": attack, "by folding": gain}))
     note = (
         f"{model}, batch {len(images)}, channels-last, {str(dtype).removeprefix('torch.')}: augmentations, forward and "
-        "backward pass, without the optimizer. By folding: how many times longer the same step takes where the attack runs through "
+        "backward pass, without the optimizer. By folding: how many times longer the step takes where the attack runs through "
         "the encoder itself in evaluation mode."
     )
     return Section("methods", "Training steps of the methods", rows, note=note)
