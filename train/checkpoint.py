@@ -91,7 +91,32 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """
     info, tensors = load_state(folder)
     try:
-        recipe = from_dict(info["recipe"])
+        recipe = from_dict(_with_method(info["recipe"]))
         return Checkpoint(info["step"], info["seconds"], recipe, info["provenance"], tensors, info["finished"])
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / FILE} is of another version of advcl-hub ({error}): continue it with that version, or start over in "
+            "another folder."
+        ) from None
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / FILE} is no checkpoint of pretraining ({error!r}). Remove it to start over.") from error
+
+
+def _with_method(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe, also one from the time when SimCLR and ACL were settings of AdvCL's objective."""
+    objective = dict(recipe["objective"])
+    if "pairing" not in objective:
+        return recipe
+    clean, attacked, pairing = (objective.pop(key) for key in ("clean_views", "adversarial_views", "pairing"))
+    pair = ["strong1", "strong2"]
+    known = {
+        "advcl": ([*pair, "high_frequency"], ["weak"], "joint"),
+        "simclr": (pair, [], "joint"),
+        "acl": (pair, pair, "separate"),
+    }
+    method = next((name for name, views in known.items() if views == (clean, attacked, pairing)), None)
+    if method is None:
+        raise ValueError(f"no method contrasts {clean} with {attacked}")
+    if method != "advcl":
+        del objective["pseudo_label_weight"]
+    return {**recipe, "method": method, "objective": objective}

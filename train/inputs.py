@@ -98,12 +98,13 @@ def continue_provenance(earlier: dict[str, Any], now: dict[str, Any], folder: Pa
     Raises:
         ValueError: the checkpoint saw other images or other pseudo-labels, or started from other weights.
     """
+    start = ("weights_sha256", "projector_sha256", "mean", "std")
     for key, what, identity in (
-        ("data", "was trained on other data", "sha256"),
-        ("pseudo_labels", "was trained on other pseudo-labels", "sha256"),
-        ("start_from", "started from other weights", "weights_sha256"),
+        ("data", "was trained on other data", ("sha256",)),
+        ("pseudo_labels", "was trained on other pseudo-labels", ("sha256",)),
+        ("start_from", "started from another encoder", start),
     ):
-        before, here = ((p.get(key) or {}).get(identity) for p in (earlier, now))
+        before, here = ([(p.get(key) or {}).get(part) for part in identity] for p in (earlier, now))
         there = _named(earlier.get(key))
         require(before == here, f"{folder} {what}: {there}, now {_named(now[key])}. Choose another --output.")
     places = [{k: p[k] for k in ("versions", "hardware")} for p in (earlier, *earlier.get("continued_on", []), now)]
@@ -114,5 +115,10 @@ def continue_provenance(earlier: dict[str, Any], now: dict[str, Any], folder: Pa
 
 
 def _named(facts: Mapping[str, Any] | None) -> str:
-    """What a record names, without the records inside it."""
-    return str({key: value for key, value in facts.items() if key != "provenance"}) if facts else "none"
+    """What a record is of, in a few words."""
+    if not facts:
+        return "none"
+    name = facts.get("name") or facts.get("file") or facts.get("encoder")
+    sums = [f"{key} {str(value)[:16]}" for key, value in facts.items() if key.endswith("sha256") and value]
+    pixels = [f"{key} {facts[key]}" for key in ("mean", "std") if key in facts]
+    return f"{name} ({', '.join([*sums, *pixels])})"

@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 import shutil
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -80,6 +81,27 @@ def keep(
         what = f"{', '.join(large)} larger than {LIMIT >> 20} MiB" if large else f"{len(files)} files"
         raise ValueError(f"{target} holds {what}, more than can be taken away in {FILES} files: copy them by other means.")
     return files
+
+
+def fitting(models: Mapping[str, Path], more: Mapping[str, Path]) -> dict[str, Path]:
+    """The models, and of others those that fit beside them into 8 files of 16 MiB, the first ones first.
+
+    Args:
+        models, more: exported folders by name.
+
+    Raises:
+        ValueError, OSError: see `advcl_hub.hub.parts.split`.
+    """
+    chosen = dict(models)
+    if not more:
+        return chosen
+    with tempfile.TemporaryDirectory() as temporary:
+        parts = split({**models, **more}, Path(temporary))
+    for name, folder in more.items():
+        weights = {part for each in (*chosen, name) for part in parts[each]}
+        if len({FOLDERS, SUMMARY, CURVES} | weights) <= FILES:
+            chosen[name] = folder
+    return chosen
 
 
 def check_kept(target: Path, plan: Mapping[str, Any], *, new: bool = False) -> None:

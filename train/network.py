@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import advcl_hub  # noqa: F401  (registers our architectures with timm)
 from advcl_hub.errors import reason_of
-from advcl_hub.hub.projector import load_projector
 from advcl_hub.pretraining import Method, create_method
 from advcl_hub.training.layout import safe_channels_last
 from train.recipe import Recipe, require
@@ -76,13 +75,12 @@ def build_network(
     Raises:
         ValueError, OSError: the encoder cannot be built, the weights do not fit it, or a projection head is missing.
     """
+    if recipe.speed.sync_batch_norm:
+        require(torch.cuda.is_available(), "speed.sync_batch_norm needs GPUs; set it to false.")
     torch.manual_seed(recipe.seed)
     encoder = build_encoder(recipe, shape, start.facts if start else None)
     if start:
-        take_weights(encoder, start)
-    if recipe.speed.sync_batch_norm:
-        require(torch.cuda.is_available(), "speed.sync_batch_norm needs GPUs; set it to false.")
-        encoder = timm.layers.convert_sync_batchnorm(encoder)
+        take_weights(encoder, start, shape)
     layout = torch.channels_last if recipe.speed.channels_last else torch.contiguous_format
     if recipe.speed.channels_last and not safe_channels_last(encoder, device):
         log.warning("%s is trained contiguous: channels-last would corrupt memory on a CPU (oneDNN issue 6035).", recipe.model)
@@ -94,11 +92,11 @@ def build_network(
         attack=recipe.attack,
         views=recipe.views,
         ks=recipe.pseudo_labels.ks,
-        projector=load_projector(start.source) if start and recipe.objective.uses_projector else None,
+        projector=start.projector if start else None,
         memory_format=layout,
     )
-    if recipe.speed.sync_batch_norm and isinstance(projector := getattr(network, "projector", None), nn.Sequential):
-        network.projector = nn.SyncBatchNorm.convert_sync_batchnorm(projector)
+    if recipe.speed.sync_batch_norm:  # not before: only plain batch norms are folded for the attack
+        network = timm.layers.convert_sync_batchnorm(network)
     return network.to(device).to(memory_format=layout)
 
 
@@ -140,12 +138,12 @@ def compile_encoder(recipe: Recipe, network: Method, shape: tuple[int, int, int]
             raise ValueError(f"{recipe.model} cannot be compiled as one graph: {reason}; set speed.compile=false.") from error
         finally:
             torch._dynamo.reset()  # having seen two sizes of batches, it would compile for any
-    for module in network.running:
+    for module in network.networks:
         module.compile(fullgraph=one_graph, options=options)
 
 
 def build_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the parameters that are trained; a frozen teacher's are not among them."""
+    """The recipe's optimizer over the parameters of a network that are trained."""
     c = recipe.optimizer
     return create_optimizer_v2(
         # Of a network timm makes two groups, of which one does not decay.

@@ -3,6 +3,7 @@
 A plan's keys are the fields of `Plan`; its stages have those of `Stage`. `train.flagship` runs it.
 """
 
+import inspect
 import json
 import re
 import sys
@@ -12,20 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import click
-from timm.models import is_model
+import torch
+from timm.models import create_model, is_model
 
 from advcl_hub.cli.measure import evaluate
-from advcl_hub.cli.tune import finetune
+from advcl_hub.cli.tune import finetune, lp_aff
+from advcl_hub.finetuning.lp_aff import stage_values
 from advcl_hub.finetuning.presets import Settings, choose_settings
 from advcl_hub.hub.registry import check_name
+from advcl_hub.pretraining import METHODS
 from train.recipe import Recipe, build, load_recipe, read_yaml, require
 
 PLANS = Path(__file__).with_name("plans")
-# By command what a stage continues from, and the option lists of those commands that are not recipes.
-NEEDS = {"benchmark": None, "pretrain": "benchmark", "export": "pretrain", "finetune": "export", "evaluate": "finetune"}
+# By what a stage runs, what the stage runs that it continues from. A benchmark may do without.
+NEEDS = {
+    "benchmark": ("pretrain", "lp_aff"),
+    "pretrain": ("benchmark",),
+    "lp_aff": ("pretrain",),
+    "export": ("pretrain", "lp_aff"),
+    "finetune": ("export",),
+    "evaluate": ("finetune",),
+}
+TRAINED = ("pretrain", "lp_aff")  # these make an encoder
 RESERVED = ("logs", "lock", "kept")
 _CHOSEN = ("help", "data", "root", "output", "time_budget", "json", "milestones")  # by train.flagship, or by the epochs
-_CLICK: dict[str, click.Command] = {"finetune": finetune, "evaluate": evaluate}
+# The option lists of those commands that are not recipes.
+_CLICK: dict[str, click.Command] = {"lp_aff": lp_aff, "finetune": finetune, "evaluate": evaluate}
 DTYPE = "float16"  # of the weights that a plan leaves, which are those that it measures
 
 
@@ -34,10 +47,11 @@ class Stage:
     """One step of a plan.
 
     Attributes:
-        run: `benchmark` (`train.trial`), `pretrain`, `export`, `finetune` or `evaluate`.
-        of: the stage whose result it takes; none for a benchmark.
-        share: part of the plan's minutes, in [0, 1]. Pretraining takes the number of epochs that fits; finetuning takes its own
-            number, or fewer if that does not fit.
+        run: `benchmark` (`train.trial`), `pretrain`, `lp_aff`, `export`, `finetune` or `evaluate`.
+        of: the stage whose result it takes. Of a benchmark, if it has one, the stage whose encoder its recipe starts from, the
+            teacher of DeACL; it replaces `start_from`.
+        share: part of the plan's minutes, in [0, 1]. Pretraining takes the number of epochs that fits; LP-AFF and finetuning
+            take their own number, or fewer if that does not fit.
         recipe: of a benchmark: what to measure, and then to pretrain.
         settings: of a benchmark, overrides of the recipe by dotted key; else options of the command, without their dashes.
     """
@@ -51,8 +65,8 @@ class Stage:
     def __post_init__(self) -> None:
         require(self.run in NEEDS, f"run must be one of {', '.join(NEEDS)}, got {self.run!r}")
         require(0 <= self.share <= 1, f"share must be in [0, 1], got {self.share:g}")
-        wanted = NEEDS[self.run]
-        require((self.of is None) == (wanted is None), f"{self.run} needs `of`: a stage that runs {wanted}")
+        required = self.run != "benchmark"
+        require(not required or self.of is not None, f"{self.run} needs `of`: a stage that runs {' or '.join(NEEDS[self.run])}")
         require((self.recipe is not None) == (self.run == "benchmark"), "a benchmark needs a recipe, no other stage has one")
         require(not self.settings or self.run not in ("pretrain", "export"), f"{self.run} has no settings of its own")
 
@@ -62,7 +76,8 @@ class Plan:
     """What to make, in which order, in which time.
 
     Attributes:
-        name: of the encoder when it is released, `ARCHITECTURE.TAG`; a classifier's adds `_` and the name of its stage.
+        name: of the exported encoder when it is released, `ARCHITECTURE.TAG`; a classifier's adds `_` and the name of its
+            stage. All encoders of a plan have this architecture.
         minutes: for all stages together, over all calls.
         data: data set to finetune and to evaluate on.
         stages: by name.
@@ -88,19 +103,22 @@ class Plan:
             require(re.fullmatch(r"[A-Za-z0-9_]+", name) is not None, f"stages.{name}: a name has letters, digits and _ only")
             require(name not in RESERVED, f"stages.{name}: the name is taken by the plan's own files")
             if stage.of is not None:
-                wanted = NEEDS[stage.run]
                 require(stage.of in earlier, f"stages.{name}: of is {stage.of!r}, and no earlier stage is called so")
-                run = earlier[stage.of].run
-                require(
-                    run == wanted,
-                    f"stages.{name}: of is {stage.of!r}, which runs {run}; {stage.run} needs one that runs {wanted}",
-                )
+                run, wanted = earlier[stage.of].run, NEEDS[stage.run]
+                need = f"{stage.run} needs one that runs {' or '.join(wanted)}"
+                require(run in wanted, f"stages.{name}: of is {stage.of!r}, which runs {run}; {need}")
             earlier[name] = stage
         for stage in self.stages.values():
             alike = [other for other, s in self.stages.items() if stage.run == s.run == "pretrain" and stage.of == s.of]
             require(len(alike) < 2, f"stages {' and '.join(alike)} would train the same: a benchmark is for one pretraining")
         exports = [name for name, stage in self.stages.items() if stage.run == "export"]
-        require(len(exports) <= 1, f"stages {' and '.join(exports)} are exports: a plan makes one encoder")
+        require(len(exports) <= 1, f"stages {' and '.join(exports)} are exports: a plan releases one encoder")
+        taken = {stage.of for stage in self.stages.values()}
+        idle = [name for name, stage in self.stages.items() if stage.run in TRAINED and name not in taken]
+        require(
+            len(idle) <= (not exports),  # without an export the last one is what the plan is for
+            f"stages.{' and '.join(idle)}: no stage takes this encoder: name it in the `of` of one, or leave its stage out",
+        )
 
     def seconds(self, name: str) -> float:
         """Seconds of the plan that a stage may take."""
@@ -146,29 +164,70 @@ def load_plan(name: str, inputs: Inputs, *, rehearse: bool = False) -> Plan:
     for stage_name, stage in plan.stages.items():
         try:
             if stage.run == "benchmark":
-                model = recipe(stage, inputs).model
-                require(model == plan.name.partition(".")[0], f"it makes a {model}, the plan's name is {plan.name}")
+                made = recipe(stage, inputs, stage.of)
+                require(made.model == plan.name.partition(".")[0], f"it makes a {made.model}, the plan's name is {plan.name}")
+                if stage.of is not None:
+                    _check_start(made, stage, _source_of(plan, stage.of), inputs)
             elif stage.run in _CLICK:
                 for key in stage.settings:
                     require(key.replace("-", "_") not in _CHOSEN, f"settings.{key} is not for a plan to set")
                 words = ["MODEL", "--data", plan.data, *options(stage)]
                 given = _CLICK[stage.run].make_context(stage.run, words).params
+                names = {f.name for f in fields(Settings)} - {"protocol", "preset"}
+                chosen = {key: value for key, value in given.items() if key in names and value is not None}
                 if stage.run == "finetune":
-                    names = {f.name for f in fields(Settings)} - {"protocol", "preset"}
-                    chosen = {key: value for key, value in given.items() if key in names and value is not None}
                     choose_settings(given["protocol"], given["preset"], data=plan.data, overrides=chosen)
+                elif stage.run == "lp_aff":
+                    stage_values(given["head_epochs"], chosen)
+                    require(given["clusters"] >= 2, f"clusters is {given['clusters']}, expected at least 2")
         except (ValueError, TypeError, click.ClickException) as error:
             message = error.format_message() if isinstance(error, click.ClickException) else str(error)
             if inputs.labels is None and "pseudo_labels.path" in message:
                 message += "; --labels FILE sets pseudo_labels.path"
+            if "set start_from to" in message:
+                message += "; or give `of`, a stage that makes the teacher"
             raise ValueError(f"stages.{stage_name}: {message}") from None
     return plan
 
 
-def recipe(stage: Stage, inputs: Inputs) -> Recipe:
-    """The recipe that a benchmark measures."""
+def _source_of(plan: Plan, name: str) -> Stage:
+    """The benchmark whose recipe made the encoder of a stage."""
+    stage = plan.stages[name]
+    while stage.run != "benchmark":
+        assert stage.of is not None
+        stage = plan.stages[stage.of]
+    return stage
+
+
+def _check_start(made: Recipe, stage: Stage, source: Stage, inputs: Inputs) -> None:
+    """Raises ValueError unless a benchmark's recipe can start from the encoder of another one."""
+    require("start_from" not in stage.settings, "of and settings.start_from both say where it starts: leave one out")
+    require(
+        "projector" not in inspect.signature(METHODS[made.method]).parameters,
+        f"{made.method} needs its teacher's projection head, which no stage exports: leave out `of`, and set "
+        "settings.start_from to an encoder exported with --keep-projector",
+    )
+    there = recipe(source, inputs, source.of)
+    weights = []
+    for each in (made, there):
+        with torch.device("meta"):  # shapes only
+            network = create_model(each.model, num_classes=0, **each.model_kwargs)
+        weights.append({key: tuple(value.shape) for key, value in network.state_dict().items()})
+    require(
+        weights[0] == weights[1],
+        f"its network is not that of {stage.of!r}: model_kwargs are {made.model_kwargs} here and {there.model_kwargs} there",
+    )
+
+
+def recipe(stage: Stage, inputs: Inputs, start: Path | str | None = None) -> Recipe:
+    """The recipe that a benchmark measures, which starts from the encoder in the folder `start` if there is one."""
     assert stage.recipe is not None
-    return load_recipe(stage.recipe, [*overrides(stage), *inputs.overrides()])
+    return load_recipe(stage.recipe, _recipe_settings(stage, inputs, start))
+
+
+def _recipe_settings(stage: Stage, inputs: Inputs, start: Path | str | None) -> list[str]:
+    """What a benchmark changes in its recipe, as `key=value`."""
+    return [*overrides(stage), *inputs.overrides(), *([] if start is None else [f"start_from={start}"])]
 
 
 def overrides(stage: Stage) -> list[str]:
@@ -185,23 +244,25 @@ def options(stage: Stage) -> list[str]:
     return words
 
 
-def trial_command(stage: Stage, inputs: Inputs, seconds: float, folder: Path) -> list[str]:
+def trial_command(stage: Stage, inputs: Inputs, start: Path | None, seconds: float, folder: Path) -> list[str]:
     """Measures the step of a benchmark's recipe, and how many epochs fit into so many seconds."""
     assert stage.recipe is not None
-    fit = f"--fit={seconds:.0f}s"
-    return _python("train.trial", stage.recipe, *overrides(stage), *inputs.overrides(), fit, "--output", str(folder))
+    settings = _recipe_settings(stage, inputs, start)
+    return _python("train.trial", stage.recipe, *settings, f"--fit={seconds:.0f}s", "--output", str(folder))
 
 
-def pretrain_command(benchmark: Stage, inputs: Inputs, epochs: int, compiled: bool, folder: Path) -> list[str]:
+def pretrain_command(
+    benchmark: Stage, inputs: Inputs, start: Path | None, epochs: int, compiled: bool, folder: Path
+) -> list[str]:
     """Pretrains the recipe of a benchmark in so many epochs; the warm-up keeps its share, and at most four probes judge it."""
     assert benchmark.recipe is not None
-    c = recipe(benchmark, inputs)
+    c = recipe(benchmark, inputs, start)
     warmup = round(c.optimizer.warmup_epochs * epochs / c.epochs, 3)
     chosen = {"epochs": epochs, "optimizer.warmup_epochs": warmup, "speed.compile": compiled}
     if c.judge.every:
         chosen["judge.every"] = -(-epochs // 4)
     last = [f"{key}={_text(value)}" for key, value in chosen.items()]
-    settings = [*overrides(benchmark), *inputs.overrides(), *last]
+    settings = [*_recipe_settings(benchmark, inputs, start), *last]
     return _python("train.pretrain", benchmark.recipe, *settings, "--output", str(folder))
 
 
@@ -210,16 +271,17 @@ def export_command(run: Path, folder: Path) -> list[str]:
     return _python("train.export", str(run), "--dtype", DTYPE, "--output", str(folder))
 
 
-def finetune_command(stage: Stage, plan: Plan, inputs: Inputs, encoder: Path, epochs: int | None, folder: Path) -> list[str]:
-    """Finetunes an encoder, in fewer epochs than the stage says if they are given."""
+def tune_command(stage: Stage, plan: Plan, inputs: Inputs, encoder: Path, epochs: int | None, folder: Path) -> list[str]:
+    """Finetunes an encoder, or does LP-AFF, in fewer epochs than the stage says if they are given."""
     chosen = [] if epochs is None else ["--epochs", str(epochs)]
-    words = ["finetune", str(encoder), *_data(plan, inputs), *options(stage), *chosen, "--output", str(folder)]
+    command = stage.run.replace("_", "-")
+    words = [command, str(encoder), *_data(plan, inputs), *options(stage), *chosen, "--output", str(folder)]
     return _python("advcl_hub.cli", *words)
 
 
-def convert_command(classifier: Path, folder: Path) -> list[str]:
-    """Stores a classifier in the type in which it is measured and released."""
-    return _python("advcl_hub.cli", "convert", str(classifier), str(folder), "--dtype", DTYPE)
+def convert_command(exported: Path, folder: Path) -> list[str]:
+    """Stores an encoder or a classifier in the type in which it is measured and released."""
+    return _python("advcl_hub.cli", "convert", str(exported), str(folder), "--dtype", DTYPE)
 
 
 def evaluate_command(stage: Stage, plan: Plan, inputs: Inputs, classifier: Path, folder: Path) -> list[str]:

@@ -3,10 +3,10 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from advcl_hub.files import replacing
-from advcl_hub.finetuning.lp_aff import FULL
+from advcl_hub.finetuning.lp_aff import EXPORT, FULL
 from advcl_hub.records import RESULTS
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import differences
@@ -24,8 +24,16 @@ _RECORDS = {
     "finetune": ("sha256",),
     "evaluate": ("accuracy", "data"),
 }
-# Where a stage that may be shortened trains and what it makes, within its folder.
-TUNED = {"finetune": ("", "classifier"), "lp_aff": (FULL, "export")}
+
+
+class Tuned(NamedTuple):
+    """Where, in the folder of a stage that may take fewer epochs, the epochs are trained and what is made lies."""
+
+    training: str
+    made: str
+
+
+TUNED = {"finetune": Tuned("", "classifier"), "lp_aff": Tuned(FULL, EXPORT)}
 
 
 @dataclass
@@ -98,7 +106,7 @@ class PlanFolder:
 
     def model(self, name: str) -> Path:
         """The exported folder of a stage that makes one; encoders that training goes on from are in float32."""
-        inside = {"pretrain": "export", "lp_aff": "export", "finetune": DTYPE}
+        inside = {"pretrain": "export", "lp_aff": EXPORT, "finetune": DTYPE}
         return self.folder(name) / inside.get(self.stages[name].run, "")
 
     def source(self, name: str) -> str:
@@ -109,7 +117,8 @@ class PlanFolder:
 
     def training(self, name: str) -> Path:
         """Where the log is of a stage that trains."""
-        return self.folder(name) / TUNED.get(self.stages[name].run, ("",))[0]
+        tuned = TUNED.get(self.stages[name].run)
+        return self.folder(name) / (tuned.training if tuned else "")
 
     def start(self, benchmark: str) -> Path | None:
         """The encoder that the recipe of a benchmark starts from, if a stage makes it."""

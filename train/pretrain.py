@@ -37,7 +37,7 @@ from advcl_hub.records.environment import backends
 from advcl_hub.training.loop import Loop, open_accelerator
 from advcl_hub.training.runlog import Panel
 from advcl_hub.training.seeds import seed_step
-from advcl_hub.training.state import FILE, pack_state, unpack_state
+from advcl_hub.training.state import FILE, differences, pack_state, unpack_state
 from advcl_hub.training.stop import StopRequest, duration
 from advcl_hub.training.tensors import check_averageable
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -71,7 +71,9 @@ class Trainer(Loop):
     state: Checkpoint
 
     def __init__(self, recipe: Recipe, output: Path) -> None:
-        accelerator = open_accelerator(mixed_precision=recipe.speed.mixed_precision, broadcast_buffers=False)
+        # The checkpoint has the first process's running averages. Where these decide the attack, all begin a step with them.
+        broadcast = METHODS[recipe.method].Objective.attacks_in_evaluation
+        accelerator = open_accelerator(mixed_precision=recipe.speed.mixed_precision, broadcast_buffers=broadcast)
         check_writable(output)
         check_exportable()
         with self.locked(output, accelerator):
@@ -275,6 +277,8 @@ def pretrain(recipe: Recipe, output: Path, stop: StopRequest) -> bool:
         if checkpoint.finished and json.loads(record.read_text(encoding="utf-8")).get(
             "finished"
         ):  # not exported by hand on the way
+            if differences(checkpoint.recipe.to_dict(), recipe.to_dict()):
+                Trainer(recipe, output).unlock()  # which refuses other images, labels or weights than those of the run
             log.info("%s is finished already.\n%s", output, usage_lines(output / "export"))
             return True
     trainer = Trainer(recipe, output)

@@ -5,7 +5,6 @@ A recipe's keys are the fields of `Recipe` and of the groups in it; numbers may 
 
 import dataclasses
 import difflib
-import inspect
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -187,7 +186,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     views: ViewConfig = field(default_factory=ViewConfig)
     attack: Attack = field(default_factory=Attack)
-    objective: Any = field(default_factory=AdvCL.Objective)
+    objective: Any = field(default_factory=AdvCL.Objective)  # the type that the method wants: `from_dict` sees to it
     pseudo_labels: PseudoLabelSource = field(default_factory=PseudoLabelSource)
     optimizer: Optimizer = field(default_factory=Optimizer)
     speed: Speed = field(default_factory=Speed)
@@ -277,13 +276,17 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
     The method decides which keys `objective` has, and the defaults of `attack`.
     """
     name = values.get("method", "advcl")
+    require(isinstance(name, str), f"method is a name, got {name!r}; known: {', '.join(METHODS)}")
     if name not in METHODS:
         near = difflib.get_close_matches(str(name), METHODS, 1, 0.0)[0]
         raise ValueError(f"method is {name!r}. Did you mean {near!r}? Known: {', '.join(METHODS)}")
-    attack = inspect.signature(METHODS[name]).parameters.get("attack")
+    try:
+        objective = build(METHODS[name].Objective, values.get("objective", {}), "objective")
+    except ValueError as error:
+        raise ValueError(f"method {name}: {error}") from None
     groups = {
-        "objective": build(METHODS[name].Objective, values.get("objective", {}), "objective"),
-        "attack": build(Attack, values.get("attack", {}), "attack", attack.default if attack else None),
+        "objective": objective,
+        "attack": build(Attack, values.get("attack", {}), "attack", METHODS[name].default_attack),
     }
     return typing.cast(Recipe, build(Recipe, {**values, **groups}))
 

@@ -6,6 +6,7 @@ It takes the steps of `train.pretrain` itself, keeps nothing of them, and leaves
 """
 
 import argparse
+import copy
 import datetime
 import json
 import logging
@@ -25,14 +26,12 @@ from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metri
 from advcl_hub.cli.common import script
 from advcl_hub.errors import reason_of
 from advcl_hub.files import check_writable, replacing, without_local_paths
-from advcl_hub.pretraining.views import make_views
 from advcl_hub.records.environment import hardware, versions
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import load_state
 from advcl_hub.training.stop import duration
 from train.benchmark.report import Row, Section
 from train.benchmark.timing import Timing, clock, count_flops, matmul_rate, peak_memory, race
-from train.network import build_network
 from train.pretrain import Trainer
 from train.recipe import Recipe, load_recipe, require
 
@@ -143,7 +142,7 @@ def report(ways: dict[str, Way], trainer: Trainer) -> tuple[Section, dict[str, A
     dtype = torch.bfloat16 if recipe.speed.mixed_precision == "bf16" else torch.float32
     rate, flops = matmul_rate(device, dtype), step_flops(recipe, trainer)
     batches = _batches(trainer)
-    views = race({"": lambda: make_views(next(batches)[0], recipe.views)}, device, 3)[""].median
+    views = race({"": lambda: trainer.core.augment(next(batches)[0])}, device, 3)[""].median
     rows, numbers = [], {}
     for name, way in ways.items():
         seconds = way.timing.median
@@ -167,9 +166,9 @@ def report(ways: dict[str, Way], trainer: Trainer) -> tuple[Section, dict[str, A
         rows.append(Row(name, way.timing, recipe.batch_size, more))
     precision = str(dtype).removeprefix("torch.")
     note = (
-        f"{recipe.model}, batch {recipe.batch_size}, {recipe.attack.steps} attack steps, {precision}; steps of the trainer "
-        f"itself, in turns: median (slowest to fastest). Matrix products reach {rate / 1e12:.3g} TFLOP/s here. Memory: the "
-        "most that a step holds besides weights and optimizer state."
+        f"{recipe.method} with {recipe.model}, batch {recipe.batch_size}, {trainer.core.attack.steps} attack steps, "
+        f"{precision}; steps of the trainer itself, in turns: median (slowest to fastest). Matrix products reach "
+        f"{rate / 1e12:.3g} TFLOP/s here. Memory: the most that a step holds besides weights and optimizer state."
     )
     return Section("trial", "Training step of the recipe", rows, note=note), {
         "matrix_flops_per_second": rate,
@@ -182,7 +181,7 @@ def report(ways: dict[str, Way], trainer: Trainer) -> tuple[Section, dict[str, A
 def step_flops(recipe: Recipe, trainer: Trainer) -> float:
     """Floating-point operations of a step's forward and backward passes: those of 8 images, times the batch."""
     few = min(8, recipe.batch_size)
-    network = build_network(recipe, trainer.data.shape, trainer.device)
+    network = copy.deepcopy(trainer.core)
     images = torch.zeros(few, *trainer.data.shape, dtype=torch.uint8, device=trainer.device)
     labels = None if trainer.labels is None else trainer.labels[:few]
     return count_flops(lambda: network(images, labels).total.backward()) * recipe.batch_size / few

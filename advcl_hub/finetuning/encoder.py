@@ -25,11 +25,13 @@ class Encoder:
 
     Attributes:
         model: in evaluation mode; it may have a classifier.
+        source: what `timm.create_model` opens.
         arguments: of `timm.create_model`, that its architecture needs.
         facts: for the record: name, architecture, sha256 of the weights, and results.json of an exported folder.
     """
 
     model: nn.Module
+    source: str
     arguments: dict[str, Any]
     facts: dict[str, Any]
 
@@ -86,7 +88,7 @@ def open_encoder(name: str | Path, *, size: int | None = None, seed: int = 0) ->
         "weights_sha256": weights_sha256(model),
         "provenance": provenance if pretrained else None,
     }
-    return Encoder(model.eval(), arguments, facts)
+    return Encoder(model.eval(), source, arguments, facts)
 
 
 def set_head(model: nn.Module, data: ImageData, settings: Settings, *, keep: bool = False) -> None:

@@ -29,7 +29,6 @@ from advcl_hub.finetuning.presets import ONE, Settings, choose_settings, fit_bat
 from advcl_hub.finetuning.runner import Finetuned, default_output, finetune, finished
 from advcl_hub.hub.export import check_exportable, check_replaceable, export_folder, verify_folder
 from advcl_hub.modes import as_usual
-from advcl_hub.opening import load_model
 from advcl_hub.records import RESULTS
 from advcl_hub.training.state import differences
 
@@ -136,9 +135,8 @@ def lp_aff(
     seed = overrides.get("seed", 0)
     with accelerator.main_process_first():  # one process downloads, the others find the files
         encoder = open_encoder(model, size=size, seed=seed)
-        clustered = load_model(clean or model).source
+        clustered = open_encoder(clean) if clean else encoder
         images = unlabelled(data, split, root, encoder)
-        clustered_facts = open_encoder(clean).facts if clean else None
     values = stage_values(head_epochs, overrides, images=len(images), processes=accelerator.num_processes)
     head = choose_settings("slf", PRESET, overrides=values["slf"])
     full = choose_settings("aff", PRESET, overrides=values["aff"])
@@ -146,7 +144,7 @@ def lp_aff(
         raise ValueError(f"A batch of {full.batch_size} needs as many training images; there are {trained}. Lower batch_size.")
     facts = {
         "encoder": encoder.facts,
-        "clustered": clustered_facts,  # None: the encoder itself
+        "clustered": clustered.facts if clean else None,  # None: the encoder itself
         "clusters": clusters,
         "images": {
             "name": images.name,
@@ -158,16 +156,16 @@ def lp_aff(
         "settings": full.to_dict(),
     }
     _check_trainable(encoder, images, clusters, head)
-    if (standing := finished(folder / EXPORT, folder / EXPORT, facts)) is not None:
+    if (record := finished(folder / EXPORT, folder / EXPORT, facts)) is not None:
         if accelerator.is_main_process:
             log.info("%s is finished already.", folder)
-        return Finetuned(folder, folder / EXPORT, standing, True)
+        return Finetuned(folder, folder / EXPORT, record, True)
     _check_same(folder, facts)
 
     with accelerator.main_process_first():  # one process clusters, the others find its file
         labels = make_pseudo_labels(
             images,
-            clustered,
+            clustered.source,
             (clusters,),
             seed,
             cache_dir=folder / LABELS,
@@ -321,9 +319,9 @@ def _default_output(
     head_epochs: int,
     overrides: Mapping[str, Any],
 ) -> Path:
-    """runs/finetuned/MODEL/DATA-lp-aff..., with everything that was said but the root of the data."""
-    said: dict[str, Any] = {"clean": slug(str(clean))} if clean else {}
-    said |= {"clusters": clusters} if clusters != 10 else {}
-    said |= {"head_epochs": head_epochs} if head_epochs != 10 else {}
+    """runs/finetuned/MODEL/DATA-lp-aff..., with all that decides the result but the root of the data."""
+    chosen: dict[str, Any] = {"clean": slug(str(clean))} if clean else {}
+    chosen |= {"clusters": clusters} if clusters != 10 else {}
+    chosen |= {"head_epochs": head_epochs} if head_epochs != 10 else {}
     name = data.name if isinstance(data, ImageData) else data
-    return default_output(model, name, "lp-aff", "advcl", split, size, None, False, None, {**said, **overrides})
+    return default_output(model, name, "lp-aff", "advcl", split, size, None, False, None, {**chosen, **overrides})

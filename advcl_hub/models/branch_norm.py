@@ -62,7 +62,7 @@ def add_branches(model: nn.Module, names: Sequence[str]) -> BranchSwitch:
     """Gives every batch norm of `model` one branch a name, in place. Each branch starts as a copy of the original.
 
     Covers BatchNorm1d/2d/3d, timm's BatchNormAct2d and both SyncBatchNorms; a model without batch norm is left as it is and
-    gets a switch that changes nothing. Convert to SyncBatchNorm *before* this call.
+    gets a switch that changes nothing. Convert to SyncBatchNorm before or after this call.
 
     Args:
         model: any network, its batch norms below the top level.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from advcl_hub.models.branch_norm import branch_state_dict, without_branches
 from advcl_hub.models.companion import Companion
@@ -24,8 +24,8 @@ class Folded(NamedTuple):
 def fold_batch_norms(model: nn.Module) -> list[Folded]:
     """Folds, in place, the batch norms that follow a convolution in timm's ResNets; each becomes an identity.
 
-    Only where timm's own forward gives the output of the one to the other alone, both are in evaluation mode, and nobody has
-    hooks there. Networks without such places stay as they are.
+    Only where timm's own forward gives the output of the one to the other alone, both are in evaluation mode, and neither has
+    hooks. Networks without such places stay as they are.
 
     Returns:
         What was folded.
@@ -46,7 +46,7 @@ class FoldedCopy(Companion):
         attacked = FoldedCopy(encoder, "adv")
         ...
         attacked.refresh(encoder)               # once a step, as the weights have changed
-        features = attacked(images)             # those of encoder.eval() up to float rounding
+        features = attacked(images)             # those of encoder.eval() up to float32 rounding
 
     Args:
         encoder: with batch-norm branches (`add_branches`); it is not changed.
@@ -64,14 +64,13 @@ class FoldedCopy(Companion):
         """Takes over the encoder's weights and running statistics."""
         state, ours = branch_state_dict(encoder.state_dict(), self.branch), self.network.state_dict()
         for convolution, norm, eps in self.folded:
-            of_norm = {key.removeprefix(f"{norm}."): state.pop(key) for key in list(state) if key.startswith(f"{norm}.")}
-            scale = torch.rsqrt(of_norm["running_var"] + eps)
-            if "weight" in of_norm:  # else the batch norm is not affine
-                scale = scale * of_norm["weight"]
-            shift = of_norm.get("bias", 0.0) + (state.get(f"{convolution}.bias", 0.0) - of_norm["running_mean"]) * scale
-            state[f"{convolution}.weight"] = state[f"{convolution}.weight"] * scale[:, None, None, None]
-            state[f"{convolution}.bias"] = shift
-        torch._foreach_copy_([ours[name] for name in state], list(state.values()))
+            own = {key.removeprefix(f"{norm}."): state.pop(key) for key in list(state) if key.startswith(f"{norm}.")}
+            kernel, bias = state[f"{convolution}.weight"], state.get(f"{convolution}.bias")
+            statistics = own["running_mean"], own["running_var"], eps, own.get("weight"), own.get("bias")
+            folded = fuse_conv_bn_weights(kernel, bias, *statistics)
+            state[f"{convolution}.weight"], state[f"{convolution}.bias"] = folded
+        for name, value in state.items():
+            ours[name].copy_(value)
 
 
 def _folding_places(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
@@ -90,7 +89,7 @@ def _folding_places(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
 
 
 def _can_fold(conv: Any, norm: Any) -> bool:
-    """Whether these are an ordinary convolution and batch norm that does the same to every image, watched by nobody."""
+    """Whether these are an ordinary convolution and batch norm without hooks, which does the same to every image."""
     if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or conv.training or norm.training:
         return False
     return norm.running_mean is not None and norm.running_var is not None and _is_plain(conv) and _is_plain(norm)

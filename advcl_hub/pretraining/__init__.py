@@ -1,5 +1,6 @@
 """The methods that make encoders, for a training loop of your own: README.md beside this file has one in ten lines."""
 
+import difflib
 import inspect
 from typing import Any
 
@@ -37,12 +38,17 @@ def create_method(name: str, encoder: nn.Module, **settings: Any) -> Method:
         settings: arguments of the methods by name, such as `objective`, `attack`, `views`, `ks`, `projector`.
 
     Raises:
-        ValueError: an unknown name, or what the method raises.
+        ValueError: an unknown name or setting, or what the method raises.
     """
     if name not in METHODS:
         raise ValueError(f"No pretraining method {name!r}: known are {', '.join(METHODS)}.")
-    takes = inspect.signature(METHODS[name]).parameters
-    return METHODS[name](encoder, **{key: value for key, value in settings.items() if key in takes})
+    takes = {method: inspect.signature(kind).parameters for method, kind in METHODS.items()}
+    known = dict.fromkeys(key for parameters in takes.values() for key in parameters if key != "encoder")
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.0)[0]
+            raise ValueError(f"Unknown setting {key!r}. Did you mean {near!r}? Known: {', '.join(known)}")
+    return METHODS[name](encoder, **{key: value for key, value in settings.items() if key in takes[name]})
 
 
 __all__ = [

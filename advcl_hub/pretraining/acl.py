@@ -1,4 +1,4 @@
-"""ACL's dual stream (arXiv 2010.13337): clean views meet each other, and adversarial views of both meet each other.
+"""ACL's dual stream (arXiv 2010.13337): one contrastive loss of two clean views, one of their adversarial versions.
 
 The published run has another optimizer, projection head and crop, and attacks in evaluation mode: see the recipe.
 """
@@ -64,7 +64,7 @@ class ACL(ContrastiveMethod):
         return ACLLosses((clean + adversarial) / 2, clean.detach(), adversarial.detach())
 
     def perturb(self, views: Tensor) -> Tensor:
-        """Both views (2, N, C, H, W) attacked together, to part them. The network trains on meanwhile."""
+        """Both views (2, N, C, H, W) attacked together, to part them. The network stays in training mode."""
         with constant_parameters(self):
             start = uniform_start(views, self.attack.eps)
             return self.attack.run(lambda x: self.contrast(self.project(x, "adv")), views, start)

@@ -38,7 +38,7 @@ class AdvCLObjective(ContrastiveObjective):
         return self.pseudo_label_weight > 0
 
     @property
-    def branches(self) -> tuple[str, ...]:
+    def branches(self) -> tuple[str, ...]:  # type: ignore[override]
         """The batch-norm branches: clean images, and each kind of adversarial ones."""
         return ("clean", "adv", "adv_ce") if self.uses_labels else ("clean", "adv")
 
@@ -102,7 +102,7 @@ class AdvCL(ContrastiveMethod):
         return torch.stack([views.weak] * (1 if self.heads is None else 2))
 
     def perturb(self, sources: Tensor, start: Tensor, clean: Tensor, labels: Tensor | None) -> Tensor:
-        """Attacks all sources at once: the terms share no image, so each follows its own gradient. The network trains on.
+        """Attacks all sources at once: the terms share no image, so each follows its own gradient.
 
         Args:
             sources: images in [0, 1] (S, N, C, H, W), see `sources`.
@@ -111,7 +111,8 @@ class AdvCL(ContrastiveMethod):
             labels: pseudo-labels (N, len(ks)).
 
         Returns:
-            Perturbed images (S, N, C, H, W), within `attack.eps` of the sources and in [0, 1].
+            Perturbed images (S, N, C, H, W), within `attack.eps` of the sources and in [0, 1]. The network stays in training
+            mode.
         """
 
         def loss(adversarial: Tensor) -> Tensor:

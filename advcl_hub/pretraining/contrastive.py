@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advcl_hub.pretraining.losses import contrastive_loss
-from advcl_hub.pretraining.method import Attack, Method, check_headless, normalisation
+from advcl_hub.pretraining.method import Attack, Method, Objective, check_headless, normalisation
 from advcl_hub.pretraining.views import ViewConfig
 
 
 @dataclass(frozen=True)
-class ContrastiveObjective:
+class ContrastiveObjective(Objective):
     """Settings of a contrastive loss.
 
     Attributes:
@@ -25,10 +25,6 @@ class ContrastiveObjective:
     temperature: float = 0.5
     base_temperature: float = 0.07
     projection_dim: int = 128
-
-    uses_labels = False
-    needs_start = False
-    uses_projector = False
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and self.base_temperature > 0 and self.projection_dim > 0):
@@ -53,7 +49,8 @@ class ContrastiveMethod(Method):
         if any(mean) or any(value != 1 for value in std):
             raise ValueError(
                 f"The encoder's pretrained_cfg asks for images normalised with mean {mean} and std {std}; "
-                f"{type(self).__name__} trains on images in [0, 1], without that: timm.create_model(..., "
+                f"{type(self).__name__} trains on images in [0, 1] as they are. Start from an encoder of such images, or from "
+                "new weights: timm.create_model(..., "
                 "pretrained_cfg_overlay={'mean': (0, 0, 0), 'std': (1, 1, 1), 'input_size': (3, H, W), 'crop_pct': 1.0})."
             )
         super().__init__(encoder, objective, attack, views, memory_format)
@@ -73,7 +70,7 @@ class ContrastiveMethod(Method):
 
 
 def check_pairs(images: Tensor) -> Tensor:
-    """The images. Raises ValueError for a batch of one: it has nothing to contrast it with."""
-    if len(images) < 2:
+    """The images. Raises ValueError for a batch of one: there is nothing to contrast it with."""
+    if len(images) == 1:
         raise ValueError("A batch of one image has nothing to contrast it with: leave out the last, incomplete batch.")
     return images

@@ -13,12 +13,12 @@ from advcl_hub.attacks import uniform_start
 from advcl_hub.models.companion import Companion
 from advcl_hub.models.folding import FoldedCopy
 from advcl_hub.pretraining.losses import cosine_similarity
-from advcl_hub.pretraining.method import Attack, Method
+from advcl_hub.pretraining.method import Attack, Method, Objective
 from advcl_hub.pretraining.views import ViewConfig, weak_view_of
 
 
 @dataclass(frozen=True)
-class DeACLObjective:
+class DeACLObjective(Objective):
     """Settings of DeACL's loss.
 
     Attributes:
@@ -27,11 +27,8 @@ class DeACLObjective:
 
     robust_weight: float = 2.0
 
-    branches = ("adv",)
-    export_branch = "adv"
-    uses_labels = False
     needs_start = True
-    uses_projector = False
+    attacks_in_evaluation = True
 
     def __post_init__(self) -> None:
         if self.robust_weight < 0:
@@ -58,7 +55,7 @@ class DeACL(Method):
         loss = -cos(s(x), t(x)) - robust_weight * cos(s(x'), s(x)),    x' lowers cos(s(x'), t(x))
 
     Clean and adversarial images pass through the student as one batch, so that its batch norms see both. During the attack the
-    student is in evaluation mode: a copy with folded batch norms, refreshed in every step, which is the same to rounding.
+    student is in evaluation mode: a copy with folded batch norms, refreshed in every step, the same up to float32 rounding.
 
     Args:
         encoder: the teacher, a timm model; the student begins as a copy and is trained in its place. It may want normalised
@@ -82,7 +79,7 @@ class DeACL(Method):
         teacher = copy.deepcopy(encoder)
         super().__init__(encoder, objective, attack, views, memory_format)
         self.teacher = Companion(teacher)
-        self.attacked = FoldedCopy(self.encoder, "adv")
+        self.attack_copy = FoldedCopy(self.encoder, "adv")
 
     def augment(self, images: Tensor) -> Tensor:
         """The weak view."""
@@ -100,11 +97,11 @@ class DeACL(Method):
         return DeACLLosses(total, distillation.detach(), robustness.detach())
 
     def perturb(self, images: Tensor, target: Tensor) -> Tensor:
-        """Adversarial images: their features, as the student computes them in evaluation mode, leave the target (N, dim)."""
-        self.attacked.refresh(self.encoder)
+        """Adversarial images, whose features move away from the target (N, dim); the student is in evaluation mode."""
+        self.attack_copy.refresh(self.encoder)
 
         def loss(x: Tensor) -> Tensor:
-            return -cosine_similarity(self.attacked(self.inputs(x)), target).sum()
+            return -cosine_similarity(self.attack_copy(self.inputs(x)), target).sum()
 
         return self.attack.run(loss, images, uniform_start(images, self.attack.eps))
 

@@ -36,6 +36,28 @@ class Attack:
         return pgd(loss, images, eps=self.eps, step_size=self.step_size, steps=self.steps, start=start)
 
 
+@dataclass(frozen=True)
+class Objective:
+    """Settings of a method's loss; each method has a subclass of its own. These are facts about the method:
+
+    Attributes:
+        branches: names of the batch-norm branches.
+        export_branch: the one that is finetuned and exported.
+        uses_labels: whether the step takes pseudo-labels.
+        needs_start: whether the method makes sense only from trained weights.
+        needs_projector: whether it takes the projection head that belongs to these.
+        attacks_in_evaluation: whether the running averages of the batch norms decide the attack. Then several processes have to
+            begin each step with the same.
+    """
+
+    branches: ClassVar[tuple[str, ...]] = ("adv",)
+    export_branch: ClassVar[str] = "adv"
+    uses_labels: ClassVar[bool] = False
+    needs_start: ClassVar[bool] = False
+    needs_projector: ClassVar[bool] = False
+    attacks_in_evaluation: ClassVar[bool] = False
+
+
 class Method(nn.Module, ABC):
     """A pretraining method: an encoder, what the method adds to it, and a forward that is the whole training step.
 
@@ -45,10 +67,9 @@ class Method(nn.Module, ABC):
         losses = method(images, labels)     # uint8 (N, C, H, W); int64 (N, len(ks)), or None where no labels are used
         losses.total.backward()
 
-    A subclass has an `Objective`, a frozen dataclass of its settings. That names the batch-norm `branches`, the one to export
-    (`export_branch`), and whether the method uses pseudo-labels (`uses_labels`), makes sense only from trained weights
-    (`needs_start`), and takes the projection head that belongs to these (`uses_projector`). Its `Losses` is a NamedTuple of
-    scalars whose first is `total`.
+    A subclass has an `Objective` with its settings, `Losses`, a NamedTuple of scalars whose first is `total`, and perhaps
+    another `default_attack`. Networks beside the encoder, such as a teacher, are in no state dict: to continue, make the method
+    from the same encoder as before, then load the state.
 
     Args:
         encoder: a timm model without classifier (`num_classes=0`); its batch norms get branches in place.
@@ -61,8 +82,10 @@ class Method(nn.Module, ABC):
         ValueError: the encoder has a classifier.
     """
 
-    Objective: ClassVar[Any]
+    Objective: ClassVar[Any]  # a subclass of `Objective` above
     Losses: ClassVar[Any]
+    objective: Any
+    default_attack: ClassVar[Attack] = Attack()
     mean: Tensor | None
     std: Tensor | None
 
@@ -71,6 +94,8 @@ class Method(nn.Module, ABC):
     ) -> None:
         super().__init__()
         check_headless(encoder)
+        if type(objective) is not self.Objective:
+            raise ValueError(f"{type(self).__name__} takes a {self.Objective.__name__}, got {objective!r}.")
         self.objective, self.attack, self.views = objective, attack, views
         self._channels_last = memory_format is torch.channels_last  # a memory_format itself cannot be pickled by torch.save
         for name, values in normalisation(encoder).items():
@@ -110,8 +135,8 @@ class Method(nn.Module, ABC):
         return torch.channels_last if self._channels_last else torch.contiguous_format
 
     @property
-    def running(self) -> list[nn.Module]:
-        """The networks that images run through: the encoder and those beside it. To compile, for example."""
+    def networks(self) -> list[nn.Module]:
+        """The networks of a step: the encoder and those beside it. To compile, for example."""
         return [self.encoder, *(module for module in self.modules() if isinstance(module, Companion))]
 
     def inputs(self, images: Tensor) -> Tensor:

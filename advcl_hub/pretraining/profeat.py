@@ -14,12 +14,12 @@ from advcl_hub.attacks import uniform_start
 from advcl_hub.models.companion import Companion
 from advcl_hub.models.folding import FoldedCopy
 from advcl_hub.pretraining.losses import cosine_similarity
-from advcl_hub.pretraining.method import Attack, Method
+from advcl_hub.pretraining.method import Attack, Method, Objective
 from advcl_hub.pretraining.views import ViewConfig, weak_view_of
 
 
 @dataclass(frozen=True)
-class ProFeATObjective:
+class ProFeATObjective(Objective):
     """Settings of ProFeAT's loss.
 
     Attributes:
@@ -33,11 +33,9 @@ class ProFeATObjective:
     projector_weight: float = 0.5
     autoaugment: bool = True
 
-    branches = ("adv",)
-    export_branch = "adv"
-    uses_labels = False
     needs_start = True
-    uses_projector = True
+    needs_projector = True
+    attacks_in_evaluation = True
 
     def __post_init__(self) -> None:
         if self.robust_weight < 0:
@@ -79,10 +77,12 @@ class ProFeAT(Method):
 
         loss = -cos(s(x), t(y)) - robust_weight * cos(s(x'), s(x))
 
-    x' leaves the student's own clean features and the teacher's clean projections; the attack sees a copy of the student in
-    evaluation mode with folded batch norms. Clean and adversarial images are passes of their own, as in the published code. The
-    projection head is the teacher's and stays as it is. (The published one has no batch norm; one that has uses its running
-    averages.)
+    x' moves away from the student's own clean features and from the teacher's clean projections; the attack sees a copy of the
+    student in evaluation mode with folded batch norms. Clean and adversarial images pass through the student as two batches, as
+    in the published code. The projection head is the teacher's and does not change. The published head has no batch norm; a
+    head with one computes with its running averages.
+
+    AutoAugment is torchvision's, one call an image: on a GPU the step waits for it.
 
     Args:
         encoder: the teacher, a timm model; the student begins as a copy and is trained in its place.
@@ -90,7 +90,7 @@ class ProFeAT(Method):
         objective, attack, views, memory_format: see `Method`. Of the views ProFeAT takes the weak one.
 
     Raises:
-        ValueError: the encoder has a classifier, or the projection head takes features of another width.
+        ValueError: the encoder has a classifier, or the projection head is missing or takes features of another width.
     """
 
     Objective, Losses = ProFeATObjective, ProFeATLosses
@@ -98,12 +98,14 @@ class ProFeAT(Method):
     def __init__(
         self,
         encoder: nn.Module,
-        projector: nn.Module,
+        projector: nn.Module | None,
         objective: ProFeATObjective = ProFeATObjective(),
         attack: Attack = Attack(),
         views: ViewConfig = ViewConfig(),
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
+        if projector is None:
+            raise ValueError("ProFeAT needs the teacher's projection head: `load_projector(...)` of an export that kept it.")
         teacher = copy.deepcopy(encoder)
         super().__init__(encoder, objective, attack, views, memory_format)
         first = next(projector.parameters(), torch.empty(0, self.dim))
@@ -111,7 +113,7 @@ class ProFeAT(Method):
             raise ValueError(f"The projection head takes {first.shape[-1]} features, the encoder has {self.dim}.")
         self.teacher = Companion(teacher)
         self.projector = Companion(copy.deepcopy(projector))
-        self.attacked = FoldedCopy(self.encoder, "adv")
+        self.attack_copy = FoldedCopy(self.encoder, "adv")
         self.autoaugment = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10) if objective.autoaugment else None
 
     def augment(self, images: Tensor) -> ProFeATViews:
@@ -142,13 +144,13 @@ class ProFeAT(Method):
         weight = self.objective.projector_weight
         return (1 - weight) * on_features + weight * on_projections
 
-    def perturb(self, images: Tensor, away: Representations) -> Tensor:
-        """Adversarial images, whose features and projections in evaluation mode leave those given, with equal weight."""
-        self.attacked.refresh(self.encoder)
+    def perturb(self, images: Tensor, avoided: Representations) -> Tensor:
+        """Adversarial images, whose features and projections in evaluation mode move away from those given."""
+        self.attack_copy.refresh(self.encoder)
 
         def loss(x: Tensor) -> Tensor:
-            found = self.represent(self.attacked(self.inputs(x)))
-            return -torch.stack([cosine_similarity(a, b).sum() for a, b in zip(found, away, strict=True)]).sum()
+            made = self.represent(self.attack_copy(self.inputs(x)))
+            return -torch.stack([cosine_similarity(a, b).sum() for a, b in zip(made, avoided, strict=True)]).sum()
 
         return self.attack.run(loss, images, uniform_start(images, self.attack.eps))
 

@@ -14,20 +14,17 @@ from advcl_hub.attacks import uniform_start
 from advcl_hub.models.folding import FoldedCopy
 from advcl_hub.pretraining.heads import PseudoLabelHeads
 from advcl_hub.pretraining.losses import pseudo_label_loss
-from advcl_hub.pretraining.method import Attack, Method, constant_parameters
+from advcl_hub.pretraining.method import Attack, Method, Objective, constant_parameters
 from advcl_hub.pretraining.pseudo_labels import PAPER_KS
 from advcl_hub.pretraining.views import ViewConfig, weak_view_of
 
 
 @dataclass(frozen=True)
-class PseudoLabelATObjective:
+class PseudoLabelATObjective(Objective):
     """Adversarial training on pseudo-labels has no settings of its own."""
 
-    branches = ("adv",)
-    export_branch = "adv"
     uses_labels = True
-    needs_start = False
-    uses_projector = False
+    attacks_in_evaluation = True
 
 
 class PseudoLabelATLosses(NamedTuple):
@@ -52,19 +49,20 @@ class PseudoLabelAT(Method):
     """
 
     Objective, Losses = PseudoLabelATObjective, PseudoLabelATLosses
+    default_attack = Attack(step_size=5 / 255, steps=2)
 
     def __init__(
         self,
         encoder: nn.Module,
         objective: PseudoLabelATObjective = PseudoLabelATObjective(),
-        attack: Attack = Attack(step_size=5 / 255, steps=2),
+        attack: Attack = default_attack,
         views: ViewConfig = ViewConfig(),
         ks: tuple[int, ...] = PAPER_KS,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         super().__init__(encoder, objective, attack, views, memory_format)
         self.heads = PseudoLabelHeads(self.dim, ks)
-        self.attacked = FoldedCopy(self.encoder, "adv")
+        self.attack_copy = FoldedCopy(self.encoder, "adv")
 
     def augment(self, images: Tensor) -> Tensor:
         """The weak view."""
@@ -78,10 +76,10 @@ class PseudoLabelAT(Method):
 
     def perturb(self, images: Tensor, labels: Tensor) -> Tensor:
         """Adversarial images, which raise the loss as the network computes it in evaluation mode."""
-        self.attacked.refresh(self.encoder)
+        self.attack_copy.refresh(self.encoder)
 
         def loss(x: Tensor) -> Tensor:
-            return pseudo_label_loss(self.heads(self.attacked(self.inputs(x))), labels, reduction="sum")
+            return pseudo_label_loss(self.heads(self.attack_copy(self.inputs(x))), labels, reduction="sum")
 
         with constant_parameters(self.heads):
             return self.attack.run(loss, images, uniform_start(images, self.attack.eps))

@@ -151,6 +151,61 @@ def test_pretraining_is_told_with_its_pseudo_labels(copies: dict[str, Path]) -> 
     assert "datasets:\n- uoft-cs/cifar10" in text and '"step_size": 0.0156' in text
 
 
+RUN = {
+    "step": 1200,
+    "finished": True,
+    "seconds": 61.0,
+    "branch": "adv",
+    "provenance": {
+        "data": {"name": "parquet:cifar10", "images": 49000, "sha256": "ab" * 32},
+        "versions": {"torch": "2.14.1"},
+        "hardware": {"device": "cpu, 1 threads"},
+    },
+}
+ATTACK = {"steps": 5, "eps": 8 / 255, "step_size": 2 / 255}
+TEACHER = RUN | {"recipe": {"epochs": 40, "method": "simclr", "attack": ATTACK, "objective": {}}}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told", "robust"),
+    [
+        ({"method": "simclr"}, "contrastive learning on clean views (SimCLR)", False),
+        ({"objective": {"adversarial_views": [], "pairing": "joint"}}, "contrastive learning on clean views (SimCLR)", False),
+        (
+            {"objective": {"adversarial_views": ["a", "b"], "pairing": "separate"}},
+            "adversarial contrastive learning (ACL)",
+            True,
+        ),
+        ({"method": "acl"}, "adversarial contrastive learning (ACL)", True),
+        ({"method": "deacl"}, "DeACL", True),
+        ({"method": "profeat"}, "ProFeAT", True),
+        ({"method": "pseudo_label_at"}, "adversarial training on pseudo-labels", True),
+        ({"objective": {"pseudo_label_weight": 0}}, "AdvCL without pseudo-labels", True),
+    ],
+)
+def test_each_method_is_told_by_its_name_and_only_those_that_attack_as_robust(
+    copies: dict[str, Path], recipe: dict[str, Any], told: str, robust: bool
+) -> None:
+    results = evaluation_record(copies["encoder"]) | RUN | {"recipe": {"epochs": 3, "attack": ATTACK, "objective": {}} | recipe}
+    (copies["encoder"] / RESULTS).write_text(json.dumps(results), encoding="utf-8")
+    text = card(copies["encoder"])
+    assert f"pretrained with {told} on parquet:cifar10 without its labels" in text
+    assert ("keep adversarial robustness" in text) == robust
+    assert ("Pretraining made adversarial views within l_inf 8/255 (5 steps of 2/255)." in text) == robust
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_card_names_the_teacher_and_says_what_is_not_known_of_it(copies: dict[str, Path], known: bool) -> None:
+    start = {"name": "teacher/export", "weights_sha256": "ef" * 32, "provenance": TEACHER if known else None}
+    run = RUN | {"recipe": {"epochs": 3, "method": "deacl", "attack": ATTACK, "objective": {}}}
+    run["provenance"] = {**RUN["provenance"], "start_from": start}  # type: ignore[dict-item]
+    (copies["encoder"] / RESULTS).write_text(json.dumps(evaluation_record(copies["encoder"]) | run), encoding="utf-8")
+    text = card(copies["encoder"])
+    how = ", contrastive learning on clean views (SimCLR), 40 epochs" if known else ""
+    assert f"teacher/export{how} (weights sha256 `efefefefefefefef`)" in text
+    assert ("Nothing says how teacher/export was made" in text) != known
+
+
 @pytest.mark.parametrize("content", ["{", "{}", "[]"])
 def test_what_is_no_export_is_refused(content: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no results\.json"):

@@ -68,6 +68,20 @@ def test_the_copy_computes_what_the_encoder_computes_in_evaluation_mode(name: st
             assert not torch.allclose(other, expected)
 
 
+@torch.no_grad()
+def test_under_autocast_it_is_the_same_up_to_bfloat16() -> None:
+    encoder = make("resnet18_cifar").float()
+    switch = add_branches(encoder, ("adv",))
+    attacked = FoldedCopy(encoder, "adv")
+    move(encoder)
+    attacked.refresh(encoder)
+    images = torch.rand(4, 3, 16, 16)
+    encoder.eval()
+    with torch.autocast("cpu", torch.bfloat16), switch.use("adv"):
+        made, expected = attacked(images).float(), encoder(images).float()
+    assert (made - expected).norm() < 0.03 * expected.norm()
+
+
 def test_what_is_folded() -> None:
     encoder = make("resnet8_cifar").eval()
     folded = fold_batch_norms(encoder)

@@ -109,3 +109,7 @@ def test_the_table_of_methods_is_complete_and_each_can_be_made_by_its_name() -> 
         assert network.objective.uses_labels == ("pseudo-labels |" in text.partition(f"`{name}`")[2].partition("\n")[0])
     with pytest.raises(ValueError, match="No pretraining method 'moco': known are advcl, simclr"):
         create_method("moco", encoder())
+    with pytest.raises(ValueError, match=r"Unknown setting 'atack'\. Did you mean 'attack'"):
+        create_method("deacl", encoder(), atack=Attack(steps=9))
+    with pytest.raises(ValueError, match="ProFeAT needs the teacher's projection head"):
+        create_method("profeat", encoder(), projector=None)

@@ -166,8 +166,8 @@ def test_every_method_takes_a_step_and_folding_changes_only_its_time() -> None:
     network = DeACL(timm.create_model("resnet8_cifar", num_classes=0)).double()
     views, target = images / 255.0, torch.rand(8, 64, dtype=torch.float64)
     perturbed = []
-    for attacked in (network.attacked, methods.Unfolded(network)):
-        setattr(network, "attacked", attacked)  # noqa: B010
+    for attacked in (network.attack_copy, methods.Unfolded(network)):
+        setattr(network, "attack_copy", attacked)  # noqa: B010
         torch.manual_seed(0)
         perturbed.append(network.perturb(views.double(), target))
         assert network.encoder.training and all(p.requires_grad for p in network.encoder.parameters())

@@ -20,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from advcl_hub.pretraining import Method
 from advcl_hub.pretraining.method import constant_parameters
 from advcl_hub.training.layout import safe_channels_last
+from tests.support.small_encoders import export_teacher
 from tests.support.speed import channels_last, needs_compiler
 from train.network import build_encoder, build_network, build_optimizer, build_schedule, compile_encoder
 from train.recipe import Recipe, load_recipe
+from train.start import open_start
 
 SHAPE = (3, 16, 16)
 
@@ -329,3 +331,37 @@ def test_the_encoder_takes_images_as_they_are() -> None:
 def test_networks_that_cannot_be_built(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_encoder(load_recipe("digits_demo", overrides), SHAPE)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("method", ["deacl", "pseudo_label_at"])
+def test_networks_beside_the_encoder_compile_as_one_graph_and_follow_its_weights(method: str, tmp_path: Path) -> None:
+    """Two steps with a change of weights between them: whatever a graph holds of the first would show in the second."""
+    start = open_start(recipe(f"start_from={export_teacher(tmp_path / 'teacher')}"))
+    network = build_network(recipe(f"method={method}", "start_from=x", "attack.steps=2"), SHAPE, start=start)
+    compiled = copy.deepcopy(network)
+    assert len(network.networks) == {"deacl": 3, "pseudo_label_at": 2}[method]  # encoder, its folded copy, and the teacher
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(len(inputs))
+        return graph.forward
+
+    for module in compiled.networks:
+        module.compile(fullgraph=True, backend=backend)
+    images = torch.randint(256, (8, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(8)[:, None] % 3
+    for count in (len(network.networks), len(network.networks)):  # a graph for each network, none in the second step
+        results = []
+        for model in (network, compiled):
+            model.train()
+            torch.manual_seed(1)
+            losses = model(images, labels)
+            model.zero_grad()
+            losses.total.backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(parameter.grad, alpha=0.1)
+            results.append(torch.stack(list(losses)))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+        assert len(graphs) == count

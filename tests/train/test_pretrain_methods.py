@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -93,7 +94,7 @@ def counted_passes(network: Method) -> Iterator[Counter[str]]:
             made.register_hook(lambda gradient: counts.update(backward=len(gradient)))
 
     running = [
-        getattr(module, "network", module) for module in network.running if module is not getattr(network, "projector", 0)
+        getattr(module, "network", module) for module in network.networks if module is not getattr(network, "projector", 0)
     ]
     handles = [module.register_forward_hook(look) for module in running]
     yield counts
@@ -141,7 +142,6 @@ def step_of(rank: int, world: int, method: str) -> dict[str, Tensor]:
     def start(images: Tensor, eps: float) -> Tensor:
         return images + (noise[:, share][: len(images)] if images.ndim == 5 else noise[0, share])
 
-    vars(sys.modules[type(network).__module__])["uniform_start"] = start
     if isinstance(views, Tensor):
         views = mine(views)
     else:
@@ -156,7 +156,8 @@ def step_of(rank: int, world: int, method: str) -> dict[str, Tensor]:
             return self.network.losses(views, labels[share])
 
     step = DistributedDataParallel(Step(), broadcast_buffers=False) if world > 1 else Step()
-    losses = step()
+    with patch.object(sys.modules[type(network).__module__], "uniform_start", start, create=True):
+        losses = step()
     losses.total.backward()
     gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
     return {"losses": torch.stack([x.detach() for x in losses]), "gradient": gradient}

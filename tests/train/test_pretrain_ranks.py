@@ -19,6 +19,7 @@ from advcl_hub.pretraining.views import ViewConfig, Views
 from advcl_hub.training.runlog import read_log
 from tests.support import ROOT
 from tests.support.pool import run_ranks
+from tests.support.small_encoders import export_teacher
 from train.checkpoint import load_checkpoint
 from train.collectives import Collectives
 from train.pretrain import Trainer
@@ -164,12 +165,15 @@ def test_collectives_are_counted_with_their_bytes(counted: list[dict[str, Any]])
         assert [size for name, size in step if name == "allreduce_"] == [4 * (3 * 2 + 2 + 2 + 2)]
 
 
-def test_pretraining_in_two_processes(tmp_path: Path) -> None:
-    """The trainer itself under torchrun: both ranks take part, one writes; stopped and continued it ends the same."""
+@pytest.mark.parametrize("method", ["advcl", "deacl"])
+def test_pretraining_in_two_processes(method: str, tmp_path: Path) -> None:
+    """The trainer itself under torchrun: both ranks take part, one writes; stopped and continued it ends the same, also where
+    running averages decide the attack, of which each rank has its own."""
+    more = ["objective.pseudo_label_weight=0"] if method == "advcl" else [f"start_from={export_teacher(tmp_path / 'teacher')}"]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "train.pretrain"),
         *("digits_demo", "epochs=1", "optimizer.warmup_epochs=0", "attack.steps=1", "judge.every=1", "data.source=fake:200"),
-        *("batch_size=32", "speed.mixed_precision=no", "objective.pseudo_label_weight=0"),
+        *("batch_size=32", "speed.mixed_precision=no", "model_kwargs.channels=[16,16,16]", f"method={method}", *more),
         *("--output", str(tmp_path / "run")),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -8,13 +8,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from advcl_hub.pretraining import METHODS, Attack, Method, create_method
+from advcl_hub.pretraining import METHODS, Method, create_method
 from advcl_hub.pretraining.method import constant_parameters
+from advcl_hub.pretraining.pseudo_labels import PAPER_KS
 from train.benchmark.report import Row, Section
 from train.benchmark.timing import race
-
-_KS = (2, 10, 50, 100, 500)
-_STEPS = {"simclr": "", "pseudo_label_at": "2 x 5/255"}
 
 
 class Unfolded(nn.Module):
@@ -45,13 +43,13 @@ def measure(
     Those that attack in evaluation mode run a second time with the encoder itself in place of the folded copy.
     """
     device, shape = images.device, tuple(images.shape[1:])
-    labels = torch.stack([torch.arange(len(images), device=device) % k for k in _KS], 1)
+    labels = torch.stack([torch.arange(len(images), device=device) % k for k in PAPER_KS], 1)
     networks: dict[str, Method] = {}
     for name in METHODS:
         networks[name] = _make(name, model, shape, device)
-        if hasattr(networks[name], "attacked"):
+        if networks[name].objective.attacks_in_evaluation:
             networks[f"{name}, not folded"] = plain = _make(name, model, shape, device)
-            plain.attacked = Unfolded(plain)
+            plain.attack_copy = Unfolded(plain)
 
     def step(network: Method) -> None:
         with torch.autocast(device.type, dtype):
@@ -64,7 +62,8 @@ def measure(
     for name, timing in times.items():
         whole = times.get(f"{name}, not folded")
         gain = f"{whole.median / timing.median:.2f}" if whole else ""
-        attack = _STEPS.get(name.split(",")[0], "5 x 2/255")
+        steps, length = networks[name].attack.steps, networks[name].attack.step_size
+        attack = f"{steps} x {255 * length:g}/255" if steps else ""
         rows.append(Row(name, timing, len(images), {"attack": attack, "by folding": gain}))
     note = (
         f"{model}, batch {len(images)}, channels-last, {str(dtype).removeprefix('torch.')}: augmentations, forward and "
@@ -78,7 +77,5 @@ def _make(name: str, model: str, shape: tuple[int, ...], device: torch.device) -
     pixels = {"input_size": shape, "mean": (0.0,) * shape[0], "std": (1.0,) * shape[0]}
     encoder: Any = timm.create_model(model, num_classes=0, pretrained_cfg_overlay=pixels)
     projector = nn.Sequential(nn.Linear(encoder.num_features, 128))
-    settings: dict[str, Any] = {"ks": _KS, "projector": projector, "memory_format": torch.channels_last}
-    if name != "pseudo_label_at":
-        settings["attack"] = Attack()
-    return create_method(name, encoder, **settings).to(device).to(memory_format=torch.channels_last).train()
+    network = create_method(name, encoder, ks=PAPER_KS, projector=projector, memory_format=torch.channels_last)
+    return network.to(device).to(memory_format=torch.channels_last).train()

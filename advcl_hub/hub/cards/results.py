@@ -105,15 +105,23 @@ _METHODS = {
 
 def is_robust(made: Mapping[str, Any]) -> bool:
     """Whether a pretraining run had adversarial views."""
-    return made["recipe"].get("method") != "simclr" and bool(made["recipe"].get("attack", {}).get("steps"))
+    return _method(made) != "simclr" and bool(made["recipe"].get("attack", {}).get("steps"))
 
 
 def method(made: Mapping[str, Any]) -> str:
     """What a pretraining run did, in the terms of the field."""
-    name = made["recipe"].get("method", "advcl")  # records of 0.1.0 name none
+    name = _method(made)
     if name == "advcl" and not made["recipe"].get("objective", {}).get("pseudo_label_weight"):
         return "AdvCL without pseudo-labels"
     return _METHODS.get(name, name)
+
+
+def _method(made: Mapping[str, Any]) -> str:
+    """The name of the method; earlier records have SimCLR and ACL as settings of AdvCL's objective."""
+    recipe = made["recipe"]
+    objective = recipe.get("objective", {})
+    earlier = "acl" if objective.get("pairing") == "separate" else "advcl"
+    return str(recipe.get("method") or ("simclr" if objective.get("adversarial_views") == [] else earlier))
 
 
 def is_advcl(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> bool:

@@ -103,6 +103,8 @@ def summary(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         origin = f"converted from {_line(results['origin'])}"
     else:
         origin = f"of {(results.get('encoder') or {}).get('name', 'unknown origin')}"
+    if str(results.get("method")).startswith("LP-AFF"):
+        origin += f", then finetuned on clusters of {_line(results['images']['name'])} (LP-AFF)"
     if not config.get("num_classes"):
         return f"`{architecture}` image encoder for [timm](https://github.com/huggingface/pytorch-image-models), {origin}" + (
             ", so that classifiers finetuned from it keep adversarial robustness." if made and is_robust(made) else "."
@@ -133,6 +135,10 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
             lines["Pretraining"] += ", stopped before the end of the schedule"
         lines["Pretraining images"] = f"{data['images']:,} of {data['name']} (sha256 of the pixels `{data['sha256'][:16]}`)"
         lines["Pseudo-labels"] = _pseudo_labels(labels)
+        if start := place.get("start_from"):
+            teacher = pretraining(start.get("provenance") or {})
+            how = f", {method(teacher)}, {teacher['recipe']['epochs']} epochs" if teacher else ""
+            lines["Started from"] = f"{_line(start['name'])}{how} (weights sha256 `{start['weights_sha256'][:16]}`)"
         lines["Branch"] = f"batch norm `{made['branch']}`" + (", averaged weights" if made.get("ema") else "")
         lines["Pretraining took"] = f"{made['seconds']:,.0f} s on {place['hardware']['device']}"
         lines["Pretraining versions"] = _listed(place["versions"])
@@ -175,9 +181,9 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def _threat(evaluations: Sequence[Mapping[str, Any]], results: Mapping[str, Any], made: Mapping[str, Any] | None) -> str:
-    attack = (made or {}).get("recipe", {}).get("attack") or {}
     parts = []
-    if attack.get("steps"):
+    if made and is_robust(made):
+        attack = made["recipe"]["attack"]
         parts.append(
             f"Pretraining made adversarial views within l_inf {pixels(attack['eps'])} ({attack['steps']} steps of "
             f"{pixels(attack['step_size'])})."
@@ -221,6 +227,12 @@ def _limits(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> list[
     labels = ((made or {}).get("provenance") or {}).get("pseudo_labels") or {}
     if "imagenet" in json.dumps(labels).lower():
         limits.append("The pseudo-labels come from an encoder trained on ImageNet images: this is not learning from scratch.")
+    start = ((made or {}).get("provenance") or {}).get("start_from")
+    if start and not pretraining(start.get("provenance") or {}):
+        limits.append(
+            f"Nothing says how {_line(start['name'])} was made, from which the pretraining started: it may have seen labels or "
+            "other images."
+        )
     if made and not made.get("finished", True):
         limits.append("The pretraining was stopped before the end of its schedule.")
     return limits + [_line(note) for note in results.get("notes", [])]
