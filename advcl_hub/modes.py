@@ -17,7 +17,9 @@ def as_usual() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+            # torch keeps the bfloat16 copies of weights until the outermost autocast ends, which is this one: autocast inside
+            # would compute with the weights of the first step to the end. It inherits that nothing is kept.
+            stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         if device.type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.callback(torch.set_default_dtype, dtype)

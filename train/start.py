@@ -81,7 +81,7 @@ def open_start(recipe: Recipe) -> Start | None:
 def _check_architecture(source: str, architecture: str | None, recipe: Recipe, arguments: dict[str, Any] | None = None) -> None:
     """Raises ValueError unless this is the recipe's architecture."""
     if architecture != recipe.model.partition(".")[0]:
-        more = f" and model_kwargs='{arguments}'" if arguments else ""
+        more = f' and model_kwargs="{arguments}"' if arguments else ""
         raise ValueError(
             f"start_from is {source}, a {architecture}; the recipe trains a {recipe.model}: set model={architecture}{more}."
         )
@@ -99,7 +99,7 @@ def take_weights(encoder: nn.Module, start: Start, shape: tuple[int, int, int]) 
     Raises:
         ValueError: they do not fit, or the encoder computes something else with them: its arguments are not those of the start.
     """
-    wanted = f"set model_kwargs='{start.arguments}', as it was made" if start.arguments else "it was made without model_kwargs"
+    wanted = f'set model_kwargs="{start.arguments}", as it was made' if start.arguments else "it was made without model_kwargs"
     try:
         encoder.load_state_dict(start.encoder.state_dict())
     except RuntimeError as error:

@@ -58,8 +58,10 @@ def test_a_classifier_is_a_start_without_its_head(tmp_path: Path) -> None:
         (
             "resnet8_cifar",
             ["model_kwargs.channels=[8,8,8]"],
-            "not those of the recipe's network.*set model_kwargs as it was made",
+            r"not those of the recipe's network: set model_kwargs=\"\{'channels': \[16, 16, 16\].*\}\", as it was made",
         ),
+        ("resnet8_cifar", ["model_kwargs.stem_padding=2"], "computes something else with its weights: set model_kwargs="),
+        ("resnet18.a1_in1k", [], r"start_from is resnet18\.a1_in1k, a resnet18; the recipe trains a resnet8_cifar"),
         ("missing", [], "start_from: .*missing is"),
     ],
 )
