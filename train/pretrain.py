@@ -45,7 +45,7 @@ from train.export import export_checkpoint, usage_lines
 from train.inputs import check_same_recipe, continue_provenance, load_labels, load_training_data, provenance
 from train.network import build_network, build_optimizer, build_schedule, compile_encoder, plain_encoder
 from train.probe import linear_probe, with_linear_head
-from train.recipe import Recipe, load_recipe
+from train.recipe import RECIPES, Recipe, load_recipe
 from train.start import open_start
 
 # Its successor does less for buffers, and torch 2.8 does not have it.
@@ -240,6 +240,9 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m train.pretrain", description=__doc__.split("\n")[0].rstrip(":") + ".")
+    parser.epilog = (
+        f"Recipes: {', '.join(sorted(path.stem for path in RECIPES.glob('*.yaml')))}. Their keys: Recipe in train/recipe.py."
+    )
     parser.add_argument("recipe", help="name of a file in train/recipes, or a path")
     parser.add_argument(
         "overrides",

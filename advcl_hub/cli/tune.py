@@ -129,8 +129,8 @@ def lp_aff(encoder: str, root: Path | None, overrides: dict[str, Any], **options
     """Finetunes ENCODER adversarially on clusters of its features, without labels: LP-AFF, the last stage of DynACL++.
 
     k-means, then a linear head on the frozen encoder, then all weights with TRADES; what comes out is an encoder again. The
-    options are those of the last stage; batch, augmentation, precision, seed and the start of the head are also those of the
-    head's. Stop it whenever you like: the same command goes on. Several processes: as in finetune.
+    options apply to the last stage, that of all weights; batch size, augmentation, precision, seed and --zero-head apply to the
+    stage of the head, too. Stop it whenever you like: the same command goes on. Several processes: as in finetune.
 
     \b
     Example:

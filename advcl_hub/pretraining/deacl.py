@@ -55,11 +55,11 @@ class DeACL(Method):
         loss = -cos(s(x), t(x)) - robust_weight * cos(s(x'), s(x)),    x' lowers cos(s(x'), t(x))
 
     Clean and adversarial images pass through the student as one batch, so that its batch norms see both. During the attack the
-    student is in evaluation mode: a copy with folded batch norms, refreshed in every step, the same up to float32 rounding.
+    student is in evaluation mode: `attack_copy`, with folded batch norms, refreshed in every step, the same up to rounding.
 
     Args:
-        encoder: the teacher, a timm model; the student begins as a copy and is trained in its place. It may want normalised
-            images: the attack counts in pixels all the same.
+        encoder: a clean encoder, a timm model. A copy of it stays as the teacher; the encoder itself is trained, as the
+            student. It may want normalised images: the attack counts in pixels all the same.
         objective, attack, views, memory_format: see `Method`. Of the views DeACL takes the weak one only.
 
     Raises:

@@ -44,8 +44,8 @@ class Objective:
         branches: names of the batch-norm branches.
         export_branch: the one that is finetuned and exported.
         uses_labels: whether the step takes pseudo-labels.
-        needs_start: whether the method makes sense only from trained weights.
-        needs_projector: whether it takes the projection head that belongs to these.
+        needs_start: whether the encoder must start from trained weights.
+        needs_projector: whether the method takes the projection head that belongs to these.
         attacks_in_evaluation: whether the running averages of the batch norms decide the attack. Then several processes have to
             begin each step with the same.
     """
@@ -68,11 +68,13 @@ class Method(nn.Module, ABC):
         losses.total.backward()
 
     A subclass has an `Objective` with its settings, `Losses`, a NamedTuple of scalars whose first is `total`, and perhaps
-    another `default_attack`. Networks beside the encoder, such as a teacher, are in no state dict: to continue, make the method
-    from the same encoder as before, then load the state.
+    another `default_attack`; it writes `augment`, `losses` and `pictures`. Networks beside the encoder, such as a teacher, are
+    Companions, which are in no state dict: to continue, open the weights that the method started from again, make the method
+    from them, then load the state.
 
     Args:
-        encoder: a timm model without classifier (`num_classes=0`); its batch norms get branches in place.
+        encoder: a timm model without classifier (`num_classes=0`). It is trained itself, not a copy: its batch norms get
+            branches in place, and it comes into training mode.
         objective: the method's settings.
         attack: the perturbations of the step.
         views: strengths of the augmentations.
@@ -101,7 +103,7 @@ class Method(nn.Module, ABC):
         for name, values in normalisation(encoder).items():
             plain = all(value == (name == "std") for value in values)
             self.register_buffer(name, None if plain else torch.tensor(values).reshape(-1, 1, 1), persistent=False)
-        self.encoder = encoder
+        self.encoder = encoder.train()  # one that was opened to be used is in evaluation mode
         self.dim: int = getattr(encoder, "head_hidden_size", None) or encoder.num_features  # type: ignore[assignment]
         self.branch = add_branches(encoder, objective.branches)
 

@@ -69,6 +69,8 @@ class Representations(NamedTuple):
 class ProFeAT(Method):
     """A robust student that starts from a clean teacher, compared with it on features and through its projection head.
 
+        from advcl_hub.hub.projector import load_projector
+
         teacher = timm.create_model("local-dir:runs/simclr/export", pretrained=True, num_classes=0)
         network = ProFeAT(teacher, load_projector("runs/simclr/export"))
         network(images).total.backward()  # uint8 (N, 3, 32, 32)
@@ -85,7 +87,8 @@ class ProFeAT(Method):
     AutoAugment is torchvision's, one call an image: on a GPU the step waits for it.
 
     Args:
-        encoder: the teacher, a timm model; the student begins as a copy and is trained in its place.
+        encoder: a clean encoder, a timm model. A copy of it stays as the teacher; the encoder itself is trained, as the
+            student.
         projector: the teacher's projection head: features (N, dim) to (N, D).
         objective, attack, views, memory_format: see `Method`. Of the views ProFeAT takes the weak one.
 
@@ -98,7 +101,7 @@ class ProFeAT(Method):
     def __init__(
         self,
         encoder: nn.Module,
-        projector: nn.Module | None,
+        projector: nn.Module | None = None,
         objective: ProFeATObjective = ProFeATObjective(),
         attack: Attack = Attack(),
         views: ViewConfig = ViewConfig(),

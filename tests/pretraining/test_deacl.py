@@ -60,6 +60,16 @@ def test_the_student_starts_as_its_teacher_and_only_the_student_is_trained() -> 
     assert {name.partition(".")[0] for name in network.state_dict()} == {"encoder"}  # a checkpoint does not grow by the teacher
 
 
+def test_an_encoder_that_was_in_evaluation_mode_is_trained() -> None:
+    """As `plain_encoder` gives it: its running averages have to move."""
+    encoder = make_encoder().float().eval()
+    network = DeACL(encoder, attack=ATTACK)
+    before = network.plain_encoder().bn1.running_mean.clone()
+    network(torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8))
+    assert network.encoder.training and not network.teacher.network.training
+    assert not torch.equal(network.plain_encoder().bn1.running_mean, before)
+
+
 def test_attack_and_student_see_images_normalised_as_the_teacher_wants() -> None:
     """eps counts in pixels: the same network with its normalisation inside takes the same step."""
 
