@@ -56,7 +56,8 @@ def export_folder(
             last part stays (`advcl_hub.files.without_local_paths`): the folder is made to be published.
         model_args: arguments of `timm.create_model` that the architecture needs, e.g. `img_size`.
         label_names: class names of a classifier.
-        dtype: of the stored weights, `float32` or `float16`; timm loads either into float32.
+        dtype: of the stored weights, `float32` or `float16`; timm loads either into float32. Running averages of batch norms
+            are float32 in both.
         projector: the projection head that the encoder was pretrained with, of Linear, BatchNorm1d (or SyncBatchNorm) and ReLU
             layers; its input is as wide as the model's pooled features. results.json tells its layers and widths (`projector`).
 
@@ -77,7 +78,7 @@ def export_folder(
     head = None if projector is None else _head(model, projector)
     save_config = config_writer()  # before anything is written
     with replacing_folder(folder) as draft:
-        state = {k: _stored(v, DTYPES[dtype]) for k, v in separate(model.state_dict()).items()}
+        state = _stored(separate(model.state_dict()), DTYPES[dtype])
         save_file(state, draft / WEIGHTS, metadata={"format": "pt"})
         save_config(
             model,
@@ -90,7 +91,7 @@ def export_folder(
         _save_golden(exported, draft / GOLDEN)
         record, files = without_local_paths(results), list(CHECKED)
         if projector is not None:
-            tensors = {k: _stored(v, DTYPES[dtype]) for k, v in separate(projector.state_dict()).items()}
+            tensors = _stored(separate(projector.state_dict()), DTYPES[dtype])
             save_projector(tensors, layers_of(projector), draft / PROJECTOR)
             record["projector"] = head
             files.append(PROJECTOR)
@@ -206,9 +207,13 @@ def check_replaceable(folder: Path) -> None:
         raise ValueError(f"{folder} exists and is not an earlier export: choose another folder.")
 
 
-def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype)
-    if not stored.isfinite().all():
+def _stored(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in another type. Running averages stay as they are: few, and a variance may exceed float16's 65,504."""
+    stored = {}
+    for name, tensor in state.items():
+        kept = name.endswith(("running_mean", "running_var")) or not tensor.is_floating_point()
+        stored[name] = tensor.detach().cpu().to(tensor.dtype if kept else dtype)
+    if not all(tensor.isfinite().all() for tensor in stored.values()):
         raise ValueError(f"Some weights are not finite as {str(dtype).removeprefix('torch.')}: export them as float32.")
     return stored
 

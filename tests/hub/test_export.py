@@ -42,12 +42,16 @@ def test_reloads_equal_with_and_without_a_head(tmp_path: Path, name: str, kwargs
     assert verify_folder(folder) < 1e-3
 
 
-def test_float16_is_the_rounded_weights(tmp_path: Path) -> None:
+def test_float16_is_the_rounded_weights_and_the_running_averages_as_they_are(tmp_path: Path) -> None:
     encoder = model()
-    whole = export_folder(encoder, tmp_path / "whole", results={}, dtype="float16")
-    half = {k: v.half() if v.is_floating_point() else v for k, v in encoder.state_dict().items()}
-    state = load_folder(whole).state_dict()
+    encoder.bn1.running_var.fill_(1e5)  # more than float16 holds
+    folder = export_folder(encoder, tmp_path / "whole", results={}, dtype="float16")
+    half = {k: v.half() if v.is_floating_point() and "running" not in k else v for k, v in encoder.state_dict().items()}
+    state = load_folder(folder).state_dict()
     assert all(torch.equal(state[k], v.to(state[k].dtype)) for k, v in half.items())
+    stored = load_file(folder / WEIGHTS)
+    assert {v.dtype for k, v in stored.items() if "running" in k} == {torch.float32}
+    assert {v.dtype for k, v in stored.items() if k.endswith("weight")} == {torch.float16}
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", GOLDEN])
@@ -173,7 +177,7 @@ def test_foreign_files_in_an_earlier_export_are_not_deleted(tmp_path: Path) -> N
 
 def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
     encoder = model()
-    encoder.bn1.running_var.fill_(1e5)
+    encoder.bn1.weight.data.fill_(1e5)
     with pytest.raises(ValueError, match="not finite as float16"):
         export_folder(encoder, tmp_path / "e", results={}, dtype="float16")
     assert not (tmp_path / "e").exists()

@@ -119,7 +119,8 @@ def test_heads_as_other_methods_build_them(tmp_path: Path) -> None:
 
 def test_float16_rounds_the_head_too_and_loads_as_float32(folder: Path, tmp_path: Path) -> None:
     half = export_again(folder, tmp_path / "half", dtype="float16")
-    expected = {k: v.half() if v.is_floating_point() else v for k, v in load_file(folder / PROJECTOR).items()}
+    whole = load_file(folder / PROJECTOR)
+    expected = {k: v.half() if v.is_floating_point() and "running" not in k else v for k, v in whole.items()}
     stored, loaded = load_file(half / PROJECTOR), load_projector(half).state_dict()
     assert all(stored[k].dtype == v.dtype and torch.equal(stored[k], v) for k, v in expected.items())
     assert loaded["0.weight"].dtype == torch.float32 and torch.equal(loaded["0.weight"], expected["0.weight"].float())
