@@ -3,7 +3,6 @@
 A plan's keys are the fields of `Plan`; its stages have those of `Stage`. `train.flagship` runs it.
 """
 
-import inspect
 import json
 import re
 import sys
@@ -21,7 +20,6 @@ from advcl_hub.cli.tune import finetune, lp_aff
 from advcl_hub.finetuning.lp_aff import stage_values
 from advcl_hub.finetuning.presets import Settings, choose_settings
 from advcl_hub.hub.registry import check_name
-from advcl_hub.pretraining import METHODS
 from train.recipe import Recipe, build, load_recipe, read_yaml, require
 
 PLANS = Path(__file__).with_name("plans")
@@ -203,7 +201,7 @@ def _check_start(made: Recipe, stage: Stage, source: Stage, inputs: Inputs) -> N
     """Raises ValueError unless a benchmark's recipe can start from the encoder of another one."""
     require("start_from" not in stage.settings, "of and settings.start_from both say where it starts: leave one out")
     require(
-        "projector" not in inspect.signature(METHODS[made.method]).parameters,
+        not made.objective.needs_projector,
         f"{made.method} needs its teacher's projection head, which no stage exports: leave out `of`, and set "
         "settings.start_from to an encoder exported with --keep-projector",
     )

@@ -14,6 +14,7 @@ import click
 import advcl_hub
 from advcl_hub.cli.common import DATA, class_order, length, numbers, seconds, user_errors, words
 from advcl_hub.evaluation import Protocol
+from advcl_hub.finetuning import Finetuned
 from advcl_hub.finetuning.presets import AUGMENTATIONS, PRECISIONS, PRESETS, PROTOCOLS, Settings, table
 from advcl_hub.training.processes import Processes, leave
 
@@ -55,6 +56,20 @@ def _overrides(function: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def _tell(run: Finetuned) -> bool:
+    """Whether this is the main process of a finished run, which has more to say; if it was stopped, it says how to go on."""
+    main_process = Processes.current().rank == 0
+    leave()
+    if main_process and not run.finished:
+        click.echo(f"Stopped with a checkpoint in {run.output}. The same command continues.")
+    return main_process and run.finished
+
+
+def _next(command: str, run: Finetuned, data: str, root: Path | None) -> str:
+    """What to type to go on with the model of a run, on the same data."""
+    return shlex.join(["advcl-hub", command, str(run.folder), "--data", data, *(["--root", str(root)] if root else [])])
+
+
 @click.command(short_help="Finetunes an encoder: SLF, ALF, AFF, SFF.")
 @click.argument("model")
 @click.option("--data", required=True, help=DATA)
@@ -88,25 +103,13 @@ def finetune(model: str, root: Path | None, overrides: dict[str, Any], **options
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     command = shlex.join(["advcl-hub", *sys.argv[1:]])
     tuned = advcl_hub.finetune(model, root=root, command=command, **options, **overrides)
-    main_process = Processes.current().rank == 0
-    leave()
-    if not main_process:
+    if not _tell(tuned):
         return
-    if not tuned.finished:
-        click.echo(f"Stopped with a checkpoint in {tuned.output}. The same command continues.")
-        return
-    evaluation = [
-        "advcl-hub",
-        "evaluate",
-        str(tuned.folder),
-        "--data",
-        options["data"],
-        *(["--root", str(root)] if root else []),
-    ]
+    evaluation = _next("evaluate", tuned, options["data"], root)
     click.echo(
         f"Use it:       import advcl_hub, timm\n"
         f'              model = timm.create_model("local-dir:{tuned.folder}", pretrained=True)\n'
-        f"Evaluate it:  {shlex.join(evaluation)}"
+        f"Evaluate it:  {evaluation}"
     )
 
 
@@ -139,25 +142,13 @@ def lp_aff(encoder: str, root: Path | None, overrides: dict[str, Any], **options
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     command = shlex.join(["advcl-hub", *sys.argv[1:]])
     done = advcl_hub.lp_aff(encoder, root=root, command=command, **options, **overrides)
-    main_process = Processes.current().rank == 0
-    leave()
-    if not main_process:
+    if not _tell(done):
         return
-    if not done.finished:
-        click.echo(f"Stopped with a checkpoint in {done.output}. The same command continues.")
-        return
-    finetuning = [
-        "advcl-hub",
-        "finetune",
-        str(done.folder),
-        "--data",
-        options["data"],
-        *(["--root", str(root)] if root else []),
-    ]
+    finetuning = _next("finetune", done, options["data"], root)
     click.echo(
         f"Use it:       import advcl_hub, timm\n"
         f'              encoder = timm.create_model("local-dir:{done.folder}", pretrained=True)\n'
-        f"Finetune it:  {shlex.join(finetuning)} --protocol slf"
+        f"Finetune it:  {finetuning} --protocol slf"
     )
 
 
