@@ -14,6 +14,7 @@ from tests.support import ROOT
 from tests.support.hub_client import TOKENS, Client, open_client
 from tests.support.hub_server import Hub
 from tests.support.image_files import write_pets
+from tests.support.kept_registry import kept_registry
 from tests.support.small_encoders import save_encoder
 from tests.support.tiny_classifiers import shortened
 
@@ -26,6 +27,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def other_accelerator() -> None:
     """accelerate keeps its state for the whole process; every module of tests starts as a process does."""
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def other_registry() -> Iterator[None]:
+    """Names that a module of tests registers are gone for the next, whichever shares its process."""
+    with kept_registry():
+        yield
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 """Released weights in timm's registry: names, defaults, arguments, checks, and what stays as timm has it."""
 
-import copy
 import json
 import pickle
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models import _registry as timm_registry
 
 import advcl_hub
 from advcl_hub.files import file_sha256
@@ -22,6 +19,7 @@ from advcl_hub.hub.export import GOLDEN, WEIGHTS, load_folder
 from advcl_hub.opening import load_model
 from tests.support.hub_client import Client, open_client
 from tests.support.hub_server import Fault, Hub, flipped
+from tests.support.kept_registry import kept_registry
 from tests.support.small_encoders import SMALL_VIT, export_encoder
 
 VIT = "vit_tiny_patch16_224"
@@ -31,26 +29,8 @@ NAME = "acme/resnet8_cifar.test"
 @pytest.fixture(autouse=True)
 def clean_registry() -> Iterator[None]:
     """What a test registers is gone afterwards."""
-    kept = {name: getattr(timm_registry, name) for name in vars(timm_registry) if name.startswith(("_model_", "_module_to"))}
-    saved = {name: copy.deepcopy(value) for name, value in kept.items() if name != "_model_entrypoints"}
-    entry_points, releases = dict(timm_registry._model_entrypoints), dict(registry._releases)
-    tags = {architecture: dict(found) for architecture, found in registry._tags.items()}
-    yield
-    for name, wrapper in timm_registry._model_entrypoints.items():
-        original = entry_points.get(name, wrapper)
-        for module in (original.__module__, original.__module__.rpartition(".")[0]):
-            if getattr(sys.modules.get(module), name, None) is wrapper:
-                setattr(sys.modules[module], name, original)
-    for name, value in saved.items():
-        kept[name].clear()
-        kept[name].update(value)
-    for store, value in ((timm_registry._model_entrypoints, entry_points), (registry._releases, releases)):
-        store.clear()
-        store.update(value)
-    for architecture in list(registry._tags):  # the entry points hold the inner dictionaries
-        found = registry._tags[architecture] if architecture in tags else registry._tags.pop(architecture)
-        found.clear()
-        found.update(tags.get(architecture, {}))
+    with kept_registry():
+        yield
 
 
 @pytest.fixture(scope="module")
