@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 
-from advcl_hub.models.resnet_cifar import TIMM_STEM_STRIDE, check_output_stride, check_stages, cifar_cfg, undo_stem_stride
+from advcl_hub.models.resnet_cifar import TIMM_STEM_STRIDE, check_output_stride, check_stages, cifar_cfg, correct_reductions
 from advcl_hub.private import feature_take_indices
 
 __all__ = ["PreActResNetCifar"]
@@ -91,7 +91,7 @@ class PreActResNetCifar(ResNetV2):
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         if not final_norm:
             self.norm = nn.Identity()
-        undo_stem_stride(self.feature_info)
+        correct_reductions(self.feature_info)
 
     def forward_intermediates(
         self,

@@ -22,16 +22,17 @@ from advcl_hub.private import feature_take_indices
 
 __all__ = ["ResNetCifar"]
 
-# timm's stem divides the resolution by 4, ours by 1. timm counts strides from its own stem.
+# timm's stem divides the resolution by 4, ours by 1 or 2. timm counts strides from its own stem.
 TIMM_STEM_STRIDE = 4
 
 
 class ResNetCifar(ResNet):
-    """timm's `ResNet` with a 3x3 stem of stride 1, no max-pooling, and three or four stages.
+    """timm's `ResNet` with a 3x3 stem of stride 1 or 2, no max-pooling, and three or four stages.
 
     Input (N, in_chans, H, W); the last feature map is (N, C, H/4, W/4) with three stages and (N, C, H/8, W/8)
-    with four. With `stem_padding=2` it is that of images with 2 more pixels each way, rounded up: 5x5 for 32x32 images
-    and four stages. Images are floats in [0, 1]: the default configuration has mean 0 and std 1.
+    with four, half as high and wide with `stem_stride=2`. With `stem_padding=2` it is that of images with 2 more pixels
+    each way, rounded up: 5x5 for 32x32 images and four stages. Images are floats in [0, 1]: the default configuration has
+    mean 0 and std 1.
 
     Args:
         block: `BasicBlock` or `Bottleneck` of timm.
@@ -39,13 +40,15 @@ class ResNetCifar(ResNet):
         channels: Width of each stage, before the expansion of the block. The stem has the first of them.
         in_chans: Number of image channels.
         num_classes: Number of classes, 0 for pooled features.
-        output_stride: Most that the input may be reduced: 2, 4 or 8. Later stages are dilated instead.
+        output_stride: Most that the input may be reduced: 2, 4 or 8 times the stride of the stem. Later stages are dilated
+            instead. None is no limit.
         stem_padding: Pixels that the stem adds on each side of the image: 1, or 2 as in solo-learn and DeACL.
+        stem_stride: 1, or 2: four times fewer positions from the stem on, for wider networks at the same cost.
         **kwargs: Other arguments of timm's `ResNet`, e.g. `global_pool`, `drop_path_rate`, `zero_init_last`.
 
     Raises:
-        ValueError: `layers` and `channels` do not describe three or four stages; or another `output_stride` or
-            `stem_padding`.
+        ValueError: `layers` and `channels` do not describe three or four stages; or another `output_stride`,
+            `stem_padding` or `stem_stride`.
     """
 
     def __init__(
@@ -55,13 +58,14 @@ class ResNetCifar(ResNet):
         channels: Sequence[int] = (64, 128, 256, 512),
         in_chans: int = 3,
         num_classes: int = 10,
-        output_stride: int = 8,
+        output_stride: int | None = None,
         stem_padding: int = 1,
+        stem_stride: int = 1,
         **kwargs: Any,
     ):
         check_stages(layers, channels)
-        check_output_stride(output_stride)
-        check_stem_padding(stem_padding)
+        check_stem(stem_padding, stem_stride)
+        check_output_stride(output_stride, stem_stride)
         width = channels[0]
         super().__init__(
             block,
@@ -69,20 +73,20 @@ class ResNetCifar(ResNet):
             channels=tuple(channels),
             in_chans=in_chans,
             num_classes=num_classes,
-            output_stride=TIMM_STEM_STRIDE * output_stride,
+            output_stride=TIMM_STEM_STRIDE * (output_stride or 8 * stem_stride) // stem_stride,
             # Of timm's stems only the deep one has a width to choose; its convolutions are replaced below.
             stem_type="deep",
             stem_width=width // 2,
             **kwargs,
         )
         factory = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
-        conv = nn.Conv2d(in_chans, width, kernel_size=3, padding=stem_padding, bias=False, **factory)
+        conv = nn.Conv2d(in_chans, width, kernel_size=3, stride=stem_stride, padding=stem_padding, bias=False, **factory)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         self.add_module("conv1", conv)
         self.add_module("maxpool", nn.Identity())
         if len(layers) == 3:
             self.layer4 = nn.Sequential()  # timm's forward names four stages
-        undo_stem_stride(self.feature_info)
+        correct_reductions(self.feature_info, stem_stride)
 
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, *args: Any, **kwargs: Any
@@ -116,33 +120,39 @@ def check_stages(layers: Sequence[int], channels: Sequence[int]) -> None:
         )
 
 
-def check_output_stride(output_stride: int) -> None:
+def check_output_stride(output_stride: int | None, stem_stride: int = 1) -> None:
     """Refuses an output stride that dilation cannot reach.
 
     Raises:
-        ValueError: If `output_stride` is not 2, 4 or 8.
+        ValueError: If `output_stride` is not 2, 4 or 8 times `stem_stride`.
     """
-    if output_stride not in (2, 4, 8):
-        raise ValueError(f"got output_stride={output_stride}: expected 2, 4 or 8 (the stem has stride 1)")
-
-
-def check_stem_padding(stem_padding: int) -> None:
-    """Refuses a padding that no published network has.
-
-    Raises:
-        ValueError: If `stem_padding` is not 1 or 2.
-    """
-    if isinstance(stem_padding, bool) or not isinstance(stem_padding, int) or stem_padding not in (1, 2):
+    known = [stem_stride * stride for stride in (2, 4, 8)]
+    if output_stride is not None and output_stride not in known:
         raise ValueError(
-            f"got stem_padding={stem_padding!r}: expected 1 (most codes) or 2 (solo-learn, DeACL); with less the 3x3 stem "
-            "would cut off the border of the image, with more its outermost outputs would see no pixel"
+            f"got output_stride={output_stride}: expected {known[0]}, {known[1]} or {known[2]} (the stem has "
+            f"stride {stem_stride})"
         )
 
 
-def undo_stem_stride(feature_info: list[dict[str, Any]]) -> None:
+def check_stem(padding: int, stride: int) -> None:
+    """Refuses a stem that no published network has.
+
+    Raises:
+        ValueError: If `padding` is not 1 or 2, or `stride` neither.
+    """
+    if isinstance(padding, bool) or not isinstance(padding, int) or padding not in (1, 2):
+        raise ValueError(
+            f"got stem_padding={padding!r}: expected 1 (most codes) or 2 (solo-learn, DeACL); with less the 3x3 stem "
+            "would cut off the border of the image, with more its outermost outputs would see no pixel"
+        )
+    if isinstance(stride, bool) or not isinstance(stride, int) or stride not in (1, 2):
+        raise ValueError(f"got stem_stride={stride!r}: expected 1 or 2; with more the 3x3 stem would miss pixels")
+
+
+def correct_reductions(feature_info: list[dict[str, Any]], stem_stride: int = 1) -> None:
     """Corrects, in place, the reductions that timm counts from a stem of stride 4."""
     for info in feature_info:
-        info["reduction"] = max(1, info["reduction"] // TIMM_STEM_STRIDE)
+        info["reduction"] = max(stem_stride, info["reduction"] * stem_stride // TIMM_STEM_STRIDE)
 
 
 def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
