@@ -163,9 +163,14 @@ def presets() -> None:
 @click.option("--to", type=words, required=True, help="Data sets, such as cifar10,fashion-mnist,folder:PATH.")
 @click.option("--protocols", type=words, default="slf", show_default=True, help="Such as slf,alf,aff.")
 @click.option("--shots", type=words, default="all", show_default=True, help="Images of every class, such as 10,100,all.")
+@click.option(
+    "--held-out", type=length, default=0.0, help="Evaluate on this share of the training images: to choose encoders by."
+)
 @click.option("--preset", type=click.Choice(_PRESET_NAMES), default="advcl", show_default=True, help="Whose values to take.")
 @click.option("--root", type=click.Path(path_type=Path), help="Folder that holds the data sets.")
-@click.option("--n", "--images", "n", type=int, default=1000, show_default=True, help="Class-balanced test images; 0: all.")
+@click.option(
+    "--n", "--images", "n", type=int, default=1000, show_default=True, help="Class-balanced images to evaluate on; 0: all."
+)
 @click.option("--check-images", type=int, default=Protocol.check_images, show_default=True, help="As in evaluate.")
 @_overrides
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/transfer"), show_default=True)

@@ -109,12 +109,13 @@ def _note(cell: Cell) -> str:
         cell.tuned["data"],
         cell.evaluated["data"],
     )
+    tests = f"{tested['split'] or 'held-out training'} images"  # images without a split are those of transfer(held_out=)
     rate = f"batch {s['batch_size']}, lr {s['lr']:g}" + (f", beta {s['beta']:g}" if s["objective"] == "trades" else "")
     attack = f"; attack {s['steps']} steps within {pixels(s['eps'])}" if s["objective"] != "ce" else ""
     return (
         f"{cell.training} on {trained['name']}: preset {cell.tuned['preset']}, {s['epochs']} epochs over {trained['images']:,} "
         f"images, {rate}, augmentation {s['augment']}, {s['precision']}{attack}; {cell.tuned['chosen']}. Tested on "
-        f"{tested['selection']} {tested['images']:,} of {tested['of']:,} test images; PGD-{p['steps']}, {p['norm']} "
+        f"{tested['selection']} {tested['images']:,} of {tested['of']:,} {tests}; PGD-{p['steps']}, {p['norm']} "
         f"{pixels(p['eps'], p['norm'])}, step {pixels(p['step_size'], p['norm'])}; seeds {s['seed']} and {p['seed']}."
     )
 

@@ -4,12 +4,12 @@ import logging
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from advcl_hub.data import matching
+from advcl_hub.data import ImageData, matching, train_val_split
 from advcl_hub.data.sources import read_source
 from advcl_hub.evaluation.protocol import Protocol
 from advcl_hub.evaluation.results import Evaluation, folder_name
@@ -50,6 +50,7 @@ def transfer(
     protocols: Sequence[str] = ("slf",),
     *,
     shots: Sequence[int | None] = (None,),
+    held_out: float = 0.0,
     preset: str = "advcl",
     root: str | Path | None = None,
     n: int | None = 1000,
@@ -62,14 +63,17 @@ def transfer(
 ) -> Transfer:
     """Finetunes every encoder on every data set under every protocol, and evaluates each on the test split.
 
-    Stop it whenever you like: the same call goes on, and takes from the folder what is finished.
+    To choose among encoders, evaluate them on `held_out` training images instead, and keep the test split for the one that is
+    chosen. Stop it whenever you like: the same call goes on, and takes from the folder what is finished.
 
     Args:
         models: what `finetune` takes, by the name that the table shows, or without names.
         to: sources that `load_data` knows, with a training and a test split.
         protocols, preset, root, cpu, overrides: as in `finetune`, for every cell.
         shots: training images of every class; None takes all.
-        n: class-balanced test images; None, or more than there are, takes all.
+        held_out: evaluate on this share of the training images, which is not trained on, instead of the test split. These are
+            the images that pretraining on the same data holds out with the same `data.val_fraction`.
+        n: class-balanced images to evaluate on; None, or more than there are, takes all.
         evaluation: how to attack; by default PGD-20 at the eps of the training.
         output: folder of the grid. Its report shows every cell in the folder, those of earlier calls included.
         time_budget: stop after so many seconds, in training with a checkpoint.
@@ -83,7 +87,7 @@ def transfer(
     folder = Path(output)
     check_writable(folder)
     attack = evaluation or Protocol(eps=overrides.get("eps"))
-    _check(named, to, protocols, shots, preset, root, overrides)
+    _check(named, to, protocols, shots, held_out, preset, root, overrides)
     cells: list[grid.Cell] = []
     wanted = list(dict.fromkeys(product(named.items(), protocols, shots, to)))
     for number, ((name, model), protocol, shot, data) in enumerate(wanted, 1):
@@ -94,10 +98,12 @@ def transfer(
             count = "" if shot is None else f", {shot} shots"
             log.info("\n[%d of %d] %s, %s on %s%s", number, len(wanted), name, protocol.upper(), data, count)
         relevant = {key: value for key, value in overrides.items() if key not in without_effect(protocol, overrides)}
-        place = folder / slug(name) / slug(data) / (protocol + (f"-{shot}shot" if shot else ""))
+        label = data + (f"-held-out-{held_out:g}" if held_out else "")
+        place = folder / slug(name) / slug(label) / (protocol + (f"-{shot}shot" if shot else ""))
+        train, test = _parts(model, data, root, held_out) if held_out else (data, data)
         tuned = finetune(
             model,
-            data,
+            train,
             protocol,
             preset=preset,
             root=root,
@@ -110,8 +116,8 @@ def transfer(
         )
         if not tuned.finished:
             break
-        measured, result = _evaluate(tuned.folder, data, attack, root, n, place, cpu, command)
-        cells.append(grid.Cell(name, protocol, shot, data, tuned.record, result.record, measured))
+        measured, result = _evaluate(tuned.folder, test, attack, root, n, place, cpu, command)
+        cells.append(grid.Cell(name, protocol, shot, label, tuned.record, result.record, measured))
         if Processes.current().rank == 0:
             grid.save(folder, cells)
         Processes.current().wait()
@@ -137,6 +143,7 @@ def _check(
     to: Sequence[str],
     protocols: Sequence[str],
     shots: Sequence[int | None],
+    held_out: float,
     preset: str,
     root: str | Path | None,
     overrides: Mapping[str, Any],
@@ -146,20 +153,31 @@ def _check(
         choose_settings(protocol, preset, overrides=overrides)
     if not to or not protocols or not shots:
         raise ValueError("A grid needs a data set and a protocol at least, and a number of shots or None.")
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out is {held_out}, expected a share of the training images in [0, 1); 0 takes the test split.")
     most = max((count or 0 for count in shots), default=0)
     for source in to:
         stored = read_source(source, "train", root, False)
-        fewest = min(int((stored.labels == label).sum()) for label in range(len(stored.classes)))
-        if fewest < most:
-            raise ValueError(f"{most} images of every class were asked for, {source} has {fewest} of one.")
-        read_source(source, "test", root, False)
+        counts = [int((stored.labels == label).sum()) for label in range(len(stored.classes))]
+        if (fewest := min(counts) - round(held_out * min(counts))) < most:
+            kept = f" besides the {held_out:g} held out" if held_out else ""
+            raise ValueError(f"{most} images of every class were asked for, {source} has {fewest} of one{kept}.")
+        if not held_out:
+            read_source(source, "test", root, False)
     for model in named.values():
         open_encoder(model)
 
 
+def _parts(model: str, data: str, root: str | Path | None, held_out: float) -> tuple[ImageData, ImageData]:
+    """The training images as the model takes them: those to train on, and those held out."""
+    whole = matching.load_images(data, "train", root, open_encoder(model).model)
+    train, test = train_val_split(whole, held_out)
+    return train, replace(test, name=f"{test.name} (held out)", source_length=None)
+
+
 def _evaluate(
     classifier: Path,
-    data: str,
+    data: str | ImageData,
     attack: Protocol,
     root: str | Path | None,
     n: int | None,
@@ -170,9 +188,12 @@ def _evaluate(
     """The evaluation and its folder, within the cell's: one for each way to measure, so that another way costs no training."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # evaluate will say the same of the data
-        available = len(matching.load_images(data, "test", root, load_model(classifier).model))
+        images = matching.load_images(data, "test", root, load_model(classifier).model) if isinstance(data, str) else data
+        available = len(images)
     count = n if n is not None and n < available else None
-    output = place / "evaluations" / folder_name(data, attack, {"n": count, "first": False})
+    output = (
+        place / "evaluations" / folder_name(data if isinstance(data, str) else data.name, attack, {"n": count, "first": False})
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*holds this evaluation already")  # a grid goes on: that is no news
         device = "cpu" if cpu else None

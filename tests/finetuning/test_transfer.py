@@ -11,10 +11,13 @@ from PIL import Image
 
 import advcl_hub
 from advcl_hub.cli import main
+from advcl_hub.data import load_data
 from advcl_hub.finetuning import transfer
 from advcl_hub.training.state import FILE
 from tests.support.image_files import write_pets
 from tests.support.small_encoders import SMALL_RESNET, export_encoder
+from train.inputs import load_training_data
+from train.recipe import from_dict
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 8, "steps": 1, "eps": 1 / 255, "lr": 0.1, "cpu": True}
@@ -134,6 +137,21 @@ def test_another_way_to_measure_costs_no_training_and_other_cells_stay_in_the_re
     ).read_text(encoding="utf-8")
 
 
+def test_held_out_images_of_the_training_split_take_the_place_of_the_test_split(encoder: Path, tmp_path: Path) -> None:
+    """They are those of pretraining with the same fraction, and nothing is trained on them; the report says what they are."""
+    options: Any = {"output": tmp_path, "n": None, "evaluation": advcl_hub.Protocol(steps=1, check_images=0), **QUICK}
+    (cell,) = advcl_hub.transfer([encoder], ["digits"], ["slf"], held_out=0.1, **options).cells
+    data = {"source": "digits", "size": cell.tuned["data"]["shape"][-1], "val_fraction": 0.1}
+    train, held_out = load_training_data(from_dict({"model": "resnet8_cifar", "method": "simclr", "data": data}))
+    assert held_out is not None and cell.tuned["data"]["sha256"] == train.fingerprint()
+    assert cell.evaluated["data"]["images"] == cell.evaluated["data"]["of"] == len(held_out) != len(load_data("digits", "test"))
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert f"all {len(held_out)} of {len(held_out)} held-out training images" in report and "digits-held-out-0.1 SA" in report
+    assert "test images" not in report
+    (cell,) = advcl_hub.transfer([encoder], ["digits"], ["slf"], **options).cells  # a grid of both ways
+    assert "test images" in (tmp_path / "report.md").read_text(encoding="utf-8") and cell.data == "digits"
+
+
 def test_files_that_cannot_be_read_are_not_counted_on(encoder: Path, tmp_path: Path) -> None:
     pets = write_pets(tmp_path)
     (pets / "test" / "cat" / "1.png").write_bytes(b"no image")
@@ -164,6 +182,8 @@ def test_the_command_prints_the_table(encoder: Path, tmp_path: Path) -> None:
         (["ENCODER"], ["fake:80"], ["slf", "sff"], {"preset": "deacl"}, "The preset deacl has no sff"),
         (["ENCODER"], [], ["slf"], {}, "needs a data set and a protocol"),
         (["ENCODER"], ["fake:80"], ["slf"], {"epoch": 1}, "Did you mean 'epochs'"),
+        (["ENCODER"], ["fake:80"], ["slf"], {"held_out": 1.0}, "held_out is 1.0, expected a share"),
+        (["ENCODER"], ["fake:80"], ["slf"], {"held_out": 0.5, "shots": [5]}, "fake:80 has 4 of one besides the 0.5 held out"),
     ],
 )
 def test_what_any_cell_would_refuse_is_said_before_the_first_trains(
