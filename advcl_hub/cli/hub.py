@@ -111,9 +111,21 @@ def verify_command(name: str) -> None:
 @click.option("--note", "notes", multiple=True, help="A sentence for the section on limits.")
 @click.option("--licence", help="Of the weights, as the Hub writes it: apache-2.0, mit, cc-by-nc-4.0 ...")
 @click.option("--name", help="Title.  [default: the folder's name]")
+@click.option(
+    "--other-seed",
+    "other_seeds",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="An evaluation of a model made in the same way with another seed: for mean and spread.",
+)
 @user_errors
 def card_command(
-    folder: Path, evaluations: tuple[Path, ...], notes: tuple[str, ...], licence: str | None, name: str | None
+    folder: Path,
+    evaluations: tuple[Path, ...],
+    notes: tuple[str, ...],
+    licence: str | None,
+    name: str | None,
+    other_seeds: tuple[Path, ...],
 ) -> None:
     """Writes the model card of an exported FOLDER (README.md), with the figures of EVALUATIONS, which its results.json keeps.
 
@@ -121,10 +133,10 @@ def card_command(
 
     \b
     Example:
-      advcl-hub card runs/resnet18/export evaluations/resnet18-slf/* --note "One seed."
+      advcl-hub card runs/resnet18/export evaluations/resnet18-slf/* --other-seed evaluations/seed1-slf/NAME
     """
-    if evaluations or notes or licence:
-        add_to_results(folder, evaluations, notes, licence)
+    if evaluations or notes or licence or other_seeds:
+        add_to_results(folder, evaluations, notes, licence, other_seeds)
     click.echo(f"Card: {write_card(folder, name)}")
 
 

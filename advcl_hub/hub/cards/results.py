@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from advcl_hub.files import replacing, without_local_paths
+from advcl_hub.hub.cards.seeds import of_another_seed
 from advcl_hub.hub.export import CONFIG, PICTURE, WEIGHTS
 from advcl_hub.records import RESULTS, load_record
 
@@ -48,6 +49,7 @@ def add_to_results(
     evaluations: Sequence[str | Path] = (),
     notes: Sequence[str] = (),
     licence: str | None = None,
+    other_seeds: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """Adds evaluations and notes to an export's results.json, for its card, and takes the picture of the last evaluation.
 
@@ -57,12 +59,14 @@ def add_to_results(
             them. An earlier one of the same model, data and attacks is replaced.
         notes: sentences for the card's section on limits; those that stand there already are not repeated.
         licence: of the weights, as the Hub writes it: apache-2.0, mit, cc-by-nc-4.0 ...
+        other_seeds: folders that `advcl-hub evaluate` wrote, of models made as these weights and what was finetuned from them,
+            but with other seeds: for mean and spread. Each needs a counterpart among the evaluations.
 
     Returns:
         results.json as it is now.
 
     Raises:
-        ValueError: an evaluation of other weights.
+        ValueError: an evaluation of other weights; or of other seeds, see `advcl_hub.hub.cards.seeds.of_another_seed`.
         OSError: a folder or file is missing, or cannot be written.
     """
     folder = Path(folder)
@@ -71,6 +75,15 @@ def add_to_results(
     added = {_identity(evaluation): evaluation for evaluation in read.values()}
     standing = [e for e in results.get("evaluations", []) if _identity(e) not in added]
     results["evaluations"] = [*standing, *added.values()]
+    if other_seeds:
+        records = {path: load_record(Path(path)) for path in other_seeds}
+        recipe, *others = [
+            (pretraining(made) or {}).get("recipe")
+            for made in (results, *(record["model"].get("provenance") or {} for record in records.values()))
+        ]
+        more = [of_another_seed(*each, results, recipe, other) for each, other in zip(records.items(), others, strict=True)]
+        kept = {_seed_identity(found): found for found in [*results.get("other_seeds", []), *more]}
+        results["other_seeds"] = list(kept.values())
     if licence:
         results["licence"] = licence
     results["notes"] = list(dict.fromkeys([*results.get("notes", []), *notes]))
@@ -154,6 +167,10 @@ def _ancestors(tuned: Mapping[str, Any]) -> set[str]:
         found |= {(record.get("sha256") or {}).get(WEIGHTS), (record.get("rounded_from") or {}).get("sha256")}
         record = (record.get("encoder") or {}).get("provenance")
     return found - {None}
+
+
+def _seed_identity(record: Mapping[str, Any]) -> str:
+    return json.dumps([record["model"], record["seed"], record["data"], record["protocol"]], sort_keys=True)
 
 
 def _identity(record: Mapping[str, Any]) -> str:

@@ -1,0 +1,87 @@
+"""Mean and spread over seeds in a card, and that only the same training counts as another seed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import advcl_hub
+from advcl_hub.cli import main
+from advcl_hub.hub.cards import add_to_results, card, read_export
+from advcl_hub.records import RESULTS, load_record
+from tests.support.small_encoders import export_encoder
+
+RECIPE = {"method": "advcl", "model": "resnet8_cifar", "epochs": 3, "data": {"source": "digits", "root": "/a"}, "objective": {}}
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """For three seeds an encoder, a classifier on it and its evaluation; the second encoder is said to have another recipe."""
+    folders = []
+    for seed, epochs in ((0, 3), (1, 4), (2, 3)):
+        folder = tmp_path_factory.mktemp(f"seed{seed}")
+        encoder = export_encoder(folder / "encoder", seed=seed)
+        data = {"name": "digits", "images": 100, "sha256": "0" * 64}
+        place = {"data": data, "pseudo_labels": None, "versions": {}, "hardware": {"device": "cpu"}}
+        recipe = RECIPE | {"seed": seed, "epochs": epochs, "data": {"source": "digits", "root": f"/home/{seed}"}}
+        made = {"kind": "encoder", "recipe": recipe, "provenance": place, "step": 1, "seconds": 1.0, "branch": "adv"}
+        edit(encoder, partial(dict.update, **made))
+        tuned = advcl_hub.finetune(encoder, "digits", "slf", epochs=1, lr=0.1, seed=seed, output=folder / "run", cpu=True)
+        protocol = advcl_hub.Protocol(steps=1, check_images=0)
+        advcl_hub.evaluate(tuned.folder, "digits", protocol, n=40, output=folder / "evaluation", progress=False)
+        folders.append(folder)
+    return folders
+
+
+@pytest.fixture
+def copies(seeds: list[Path], tmp_path: Path) -> list[Path]:
+    return [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in seeds]
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    change(results)
+    (folder / RESULTS).write_text(json.dumps(results), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("encoder", "linear head on the frozen encoder (SLF)"), ("run/classifier", "this model")]
+)
+def test_mean_lowest_and_highest_stand_in_the_card(copies: list[Path], kind: str, name: str) -> None:
+    first, _, third = copies
+    arguments = [first / kind, first / "evaluation", "--other-seed", third / "evaluation"]
+    for _ in range(2):  # the second time changes nothing
+        done = CliRunner().invoke(main, ["card", *map(str, arguments)])
+        assert done.exit_code == 0, done.output
+    found = [load_record(folder / "evaluation")["accuracy"] for folder in (first, third)]
+    cells = []
+    for key in ("standard", "pgd"):
+        low, high = sorted(100 * accuracy[key]["value"] for accuracy in found)
+        cells.append(f"{(low + high) / 2:.1f} ({low:.1f} to {high:.1f})")
+    text = (first / kind / "README.md").read_text(encoding="utf-8")
+    assert f"| {name} | 0, 2 | {cells[0]} | {cells[1]} | - |" in text and "these weights have seed 0:" in text
+    assert "/home" not in json.dumps(read_export(first / kind)[0]["other_seeds"])
+
+
+def test_what_is_not_the_same_training_is_refused(copies: list[Path], tmp_path: Path) -> None:
+    first, second, third = copies
+    encoder = first / "encoder"
+    with pytest.raises(ValueError, match="has no counterpart: add an evaluation of these weights"):
+        add_to_results(encoder, other_seeds=[third / "evaluation"])
+    before = (encoder / RESULTS).read_bytes()
+    for other, message in ((second, r"made otherwise:\n  epochs: 3 there, 4 now"), (first, "the same seed of pretraining, 0")):
+        with pytest.raises(ValueError, match=message):
+            add_to_results(encoder, [first / "evaluation"], other_seeds=[other / "evaluation"])
+    edit(third / "evaluation", lambda record: record["model"]["provenance"]["settings"].update(lr=0.2))
+    with pytest.raises(ValueError, match=r"lr: 0\.1 there, 0\.2 now"):
+        add_to_results(encoder, [first / "evaluation"], other_seeds=[third / "evaluation"])
+    edit(third / "evaluation", lambda record: record["model"].pop("provenance"))
+    with pytest.raises(ValueError, match=r"the pretraining of .* is not on record"):
+        add_to_results(encoder, [first / "evaluation"], other_seeds=[third / "evaluation"])
+    assert (encoder / RESULTS).read_bytes() == before
+    assert "other seeds" not in card(encoder)
