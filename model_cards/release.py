@@ -1,12 +1,13 @@
 """Releases weights: an entry in advcl_hub/hub/released.json, their files in place, and their card in this folder.
 
 python -m model_cards.release FOLDER resnet8_cifar.advcl_c10
+python -m model_cards.release ENCODER resnet8_cifar.mine SLF resnet8_cifar.mine_slf    # several in one call
 python -m model_cards.release KEPT --licence apache-2.0                          # all that a plan kept (train/flagship.py)
 python -m model_cards.release FOLDER resnet18_cifar.advcl_c10 --hub ORG/NAME@COMMIT   # pushed there before
 python -m model_cards.release                                                    # all cards and the README's table anew
 
-Weights below 1 MB go into the package. Larger ones lie in model_cards/weights, in parts, until somebody has pushed them:
-`advcl-hub push NAME ORG/NAME`, then the third command above.
+Weights below 4 MB go into the package; of a linear head on an encoder that lies there, too, only the head. Larger ones lie in
+model_cards/weights, in parts, until somebody has pushed them: `advcl-hub push NAME ORG/NAME`, then the command with --hub.
 
 FOLDER may be where NAME lies now. New files are written beside their places and renamed, then released.json is replaced, and
 only then earlier files are removed. A call that was stopped on the way is undone by the next one.
@@ -34,6 +35,8 @@ from advcl_hub.hub.registry import CHECKOUT as CHECKOUT
 from advcl_hub.hub.registry import RELEASED as RELEASED
 from advcl_hub.hub.registry import Release, check_name, head_of, load_releases, open_source, row
 from advcl_hub.records import RESULTS, pixels
+from model_cards import heads
+from model_cards.heads import HEAD
 from train import kept
 from train.plan import Plan
 from train.recipe import build
@@ -41,8 +44,8 @@ from train.recipe import build
 ROOT = Path(__file__).parents[1]
 CARDS = Path(__file__).parent
 README = ROOT / "README.md"
-BUNDLED_BYTES = 1_000_000  # larger weights do not go into the package
-_FILES = {RESULTS, CONFIG, PICTURE, CARD, GOLDEN, WEIGHTS, PROJECTOR}
+BUNDLED_BYTES = 4_000_000  # larger weights do not go into the package
+_FILES = {RESULTS, CONFIG, PICTURE, CARD, GOLDEN, WEIGHTS, PROJECTOR, HEAD}
 # How hidden folders begin beside the folders of releases: those not finished yet, and those that a new one replaces.
 _DRAFT, _EARLIER = ".release-draft-", ".release-earlier-"
 _MARKS = ("<!-- released weights: made by model_cards/release.py -->\n", "<!-- end of released weights -->")
@@ -153,11 +156,16 @@ def release(
         large = {n: f for n, f in whole.items() if not hub and (f / WEIGHTS).stat().st_size >= BUNDLED_BYTES}
         store = _draft(CHECKOUT, drafts) if large else None
         parts = split(large, store) if store else {}
+        small = {} if hub else {n: f for n, f in whole.items() if n not in large}
+        encoders = heads.encoders_below(small, [found for n, found in known.items() if n not in whole], BUNDLED)
+        heads.check_shared(known, {n: f for n, f in small.items() if n not in encoders}, set(whole), BUNDLED)
         moves: dict[Path, Path] = {}  # by home its draft
         for name, folder in whole.items():
-            where, parent, files = _place(name, folder, hub, parts.get(name))
+            where, parent, files = _place(name, folder, hub, parts.get(name), encoders.get(name))
             draft = _draft(parent, drafts) / name
             draft.mkdir()
+            if name in encoders:
+                heads.write_head(folder / WEIGHTS, whole.get(encoders[name], BUNDLED / encoders[name]) / WEIGHTS, draft / HEAD)
             for file in (RESULTS, CONFIG, PICTURE, *files):
                 if (folder / file).is_file():
                     shutil.copyfile(folder / file, draft / file)
@@ -231,13 +239,17 @@ def _same_weights(known: Release, folder: Path) -> bool:
     return file_sha256(folder / WEIGHTS) == known.files[WEIGHTS]["sha256"]
 
 
-def _place(name: str, folder: Path, hub: str | None, parts: list[str] | None) -> tuple[dict[str, Any], Path, tuple[str, ...]]:
+def _place(
+    name: str, folder: Path, hub: str | None, parts: list[str] | None, encoder: str | None
+) -> tuple[dict[str, Any], Path, tuple[str, ...]]:
     """What released.json says of where a release lies, the folder that its home is in, and which files that has besides."""
     if hub:
         return dict(pushed(hub, folder)), CARDS, ()
     more = (PROJECTOR,) if (folder / PROJECTOR).is_file() else ()
     if parts:
         return {"hub_id": name, "revision": FIRST_VERSION, "parts": parts}, CHECKOUT, (GOLDEN, *more)
+    if encoder:
+        return {"bundled": True, "parts": [f"{encoder}/{WEIGHTS}", f"{name}/{HEAD}"]}, BUNDLED, (GOLDEN, *more)
     return {"bundled": True}, BUNDLED, (WEIGHTS, GOLDEN, *more)
 
 
@@ -336,9 +348,12 @@ def main() -> None:
         prog="python -m model_cards.release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "folder", nargs="?", type=Path, help="exported, with its evaluations (advcl-hub card); or kept by a plan"
+        "releases",
+        nargs="*",
+        metavar="FOLDER NAME",
+        help="exported, with its evaluations (advcl-hub card), and ARCHITECTURE.TAG, an encoder before the heads on it; "
+        "or a single folder that a plan kept",
     )
-    parser.add_argument("name", nargs="?", help="ARCHITECTURE.TAG")
     parser.add_argument("--licence", help="of what a plan kept, as the Hub writes it")
     parser.add_argument("--note", action="append", default=[], help="a sentence for its cards' section on limits")
     parser.add_argument("--replace", action="store_true", help="other weights of that name")
@@ -346,22 +361,28 @@ def main() -> None:
     parser.add_argument("--hub", metavar="ORG/NAME@COMMIT", help="where it was pushed")
     parser.add_argument("--robustbench", metavar="MODEL_DATASET_THREAT", help="name for RobustBench, of a classifier")
     args = parser.parse_args()
+    first, names = Path(args.releases[0]) if args.releases else None, args.releases[1::2]
     with script(), (CARDS / "release.py").open(encoding="utf-8") as program:
         if not lock(program):
             raise OSError(f"Another call of this command works in {CARDS}: wait until it has ended.")
         recover()
-        if args.folder and (args.folder / kept.FOLDERS).is_file():
-            if args.name or args.hub or args.robustbench or not args.licence:
+        if first and (first / kept.FOLDERS).is_file():
+            if names or args.hub or args.robustbench or not args.licence:
                 raise ValueError("What a plan kept has its name and is not on the Hub yet: give a --licence only.")
-            release_kept(args.folder, args.licence, args.note, overwrite=args.replace, rehearsal=args.rehearsal)
-        elif args.folder and not args.name and not args.folder.is_dir():
-            raise ValueError(f"{args.folder} is no folder.")
-        elif args.folder and (args.folder / "kept" / kept.FOLDERS).is_file():
-            raise ValueError(f"{args.folder} is the folder of a plan: did you mean {args.folder / 'kept'}?")
-        elif args.folder:
-            if not args.name or args.licence or args.note:
+            release_kept(first, args.licence, args.note, overwrite=args.replace, rehearsal=args.rehearsal)
+        elif first and not names and not first.is_dir():
+            raise ValueError(f"{first} is no folder.")
+        elif first and (first / "kept" / kept.FOLDERS).is_file():
+            raise ValueError(f"{first} is the folder of a plan: did you mean {first / 'kept'}?")
+        elif first:
+            if len(args.releases) % 2 or args.licence or args.note:
                 raise ValueError("A folder needs a name; its licence and notes are those of `advcl-hub card`.")
-            release({args.name: args.folder}, overwrite=args.replace, hub=args.hub, robustbench=args.robustbench)
+            if len(set(names)) < len(names):
+                raise ValueError("The same name was given twice.")
+            if len(names) > 1 and (args.hub or args.robustbench):
+                raise ValueError("--hub and --robustbench are for one release: give one folder with its name.")
+            folders = dict(zip(names, map(Path, args.releases[::2]), strict=True))
+            release(folders, overwrite=args.replace, hub=args.hub, robustbench=args.robustbench)
         for path, text in cards().items():
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as draft:

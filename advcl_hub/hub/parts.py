@@ -42,8 +42,8 @@ def split(folders: Mapping[str, Path], target: Path, limit: int = LIMIT) -> dict
     whole: dict[str, dict[str, Tensor]] = {}
     parts: dict[str, list[str]] = {}
     for name, folder in folders.items():
-        state = _read(folder / WEIGHTS)
-        base = next((n for n in reversed(whole) if _contains(state, whole[n])), None)
+        state = read(folder / WEIGHTS)
+        base = next((n for n in reversed(whole) if contains(state, whole[n])), None)
         parts[name] = list(parts[base]) if base else []
         rest = {key: value for key, value in state.items() if base is None or key not in whole[base]}
         shards = split_torch_state_dict_into_shards(rest, max_shard_size=limit - _HEADER)
@@ -67,11 +67,13 @@ def _write(target: Path, name: str, tensors: dict[str, Tensor], limit: int) -> s
     return path.name
 
 
-def _contains(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> bool:
+def contains(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> bool:
+    """Whether a model holds all tensors of another one, bit for bit."""
     return all(key in state and state[key].dtype == v.dtype and torch.equal(state[key], v) for key, v in base.items())
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file. Raises ValueError if it is damaged."""
     refuse_pointer(path)
     try:
         return load_file(path)
@@ -97,7 +99,7 @@ def join(parts: Sequence[Path], path: Path, sha256: str) -> Path:
     for part in parts:
         if not part.is_file():
             raise FileNotFoundError(f"{part} is missing: get it from where the others come from.")
-        state |= _read(part)
+        state |= read(part)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

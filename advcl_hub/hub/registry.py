@@ -30,7 +30,8 @@ from advcl_hub.records import RESULTS
 __all__ = ["Release", "load_releases", "open_source", "register", "releases", "row"]  # timm adds the models of this module
 
 RELEASED = Path(__file__).with_name("released.json")
-BUNDLED = Path(__file__).with_name("weights")  # folders of exports, named like their releases
+# Folders of exports, named like their releases. Of a head on the weights of another release, only the head lies there.
+BUNDLED = Path(__file__).with_name("weights")
 # In a checkout, weights too large for the package until they are pushed: their parts, and a folder with all else for each.
 CHECKOUT = Path(__file__).parents[2] / "model_cards" / "weights"
 
@@ -50,7 +51,8 @@ class Release:
         hub_id: `ORG/NAME` on the Hub, None if they are not there.
         revision: commit on the Hub; of weights that are not pushed yet, the tag that the push will make.
         folder: where they lie on this machine (in the package, a checkout, or a user's own), None for those on the Hub.
-        parts: files that the weights are made of, where they lie in a checkout; see `advcl_hub.hub.parts`.
+        parts: files that the weights are made of, where several releases share them or they are large; see
+            `advcl_hub.hub.parts`.
         facts: for people: `summary`, `head` (see `head_of`), `data`, `threat_model`, `results`, `provenance`, `licence`,
             `parameters`; for weights that a user registered, `own` and `head` only.
         robustbench: name under which RobustBench finds the classifier: `MODEL_DATASET_THREAT`.
@@ -162,8 +164,9 @@ def load_releases(path: Path = RELEASED) -> list[Release]:
                 hub_id = f"{organisation(data)}/{hub_id}"
             if not entry.get("bundled") and not (hub_id and entry["revision"]):
                 raise ValueError("it is neither bundled nor pinned to a commit or a tag on the Hub")
-            parts = tuple(CHECKOUT / part for part in entry.get("parts", ()) if (CHECKOUT / name).is_dir())
-            folder = BUNDLED / name if entry.get("bundled") else CHECKOUT / name if parts else None
+            store = BUNDLED if entry.get("bundled") else CHECKOUT
+            parts = tuple(store / part for part in entry.get("parts", ()) if (store / name).is_dir())
+            folder = store / name if entry.get("bundled") or parts else None
             found.append(
                 Release(
                     name,
@@ -280,7 +283,7 @@ def row(release: Release) -> dict[str, str]:
 def _where(release: Release) -> str:
     if release.folder is None or release.facts.get("own"):
         return str(release.folder or release.hub_id)
-    return "checkout" if release.parts else "package"
+    return "checkout" if release.folder.parent == CHECKOUT else "package"
 
 
 def head_of(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:

@@ -9,17 +9,21 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 import advcl_hub
 from advcl_hub.hub import registry
 from advcl_hub.hub.cards import add_to_results
-from advcl_hub.hub.export import GOLDEN, PICTURE, WEIGHTS, load_folder
+from advcl_hub.hub.export import GOLDEN, PICTURE, WEIGHTS, export_folder, load_folder
 from model_cards import release
-from tests.support.checkouts import CARD, DESCRIBED, NAME, PACKAGE, files, homes, loaded, released, run
+from model_cards.heads import HEAD
+from tests.support.checkouts import CARD, DESCRIBED, NAME, PACKAGE, bytes_of_the_package, files, homes, loaded, released, run
 from tests.support.hub_client import TOKENS, Client, open_client
 from tests.support.hub_server import Hub
 from tests.support.small_encoders import SMALL_RESNET, export_encoder
 from train.kept import keep
+
+IMAGES = torch.linspace(0, 1, 768).reshape(1, 3, 16, 16)
 
 
 def test_bundled_first_and_on_the_hub_later(checkout: Path, tmp_path: Path) -> None:
@@ -53,7 +57,7 @@ def load_by_name(name: str) -> torch.Tensor:
     """In the client's process, as timm's users do; the checkout's data file is registered first."""
     found = next(release for release in registry.load_releases(release.RELEASED) if release.name == name)
     registry._register(found)
-    return timm.create_model(name, pretrained=True).eval()(torch.linspace(0, 1, 768).reshape(1, 3, 16, 16)).detach()
+    return timm.create_model(name, pretrained=True).eval()(IMAGES).detach()
 
 
 def hide_checkout(checkout: Path) -> None:
@@ -62,11 +66,12 @@ def hide_checkout(checkout: Path) -> None:
 
 
 def test_large_weights_lie_in_the_checkout_until_they_are_pushed(checkout: Path, tmp_path: Path) -> None:
+    """Of 1 MB, where the package takes less."""
     folder = export_encoder(tmp_path / "encoder", "resnet20_cifar")
-    expected = load_folder(folder)(torch.linspace(0, 1, 768).reshape(1, 3, 16, 16)).detach()
+    expected = load_folder(folder)(IMAGES).detach()
     weights = checkout / "model_cards" / "weights"
-    assert (folder / WEIGHTS).stat().st_size >= release.BUNDLED_BYTES
     with Hub(TOKENS).serve() as hub, open_client(hub, tmp_path / "home", ADVCL_HUB_ORG="acme") as client:
+        client(bytes_of_the_package, 1_000_000)
         assert client(run, checkout, folder, NAME) == ""
         entry = released(checkout)[NAME]
         (file,) = entry["parts"]
@@ -88,6 +93,48 @@ def test_large_weights_lie_in_the_checkout_until_they_are_pushed(checkout: Path,
         assert client(run, checkout, folder, NAME, "--hub", f"acme/{NAME}@{pushed.commit}") == ""
     assert "parts" not in released(checkout)[NAME] and released(checkout)[NAME]["revision"] == pushed.commit
     assert list(weights.iterdir()) == []
+
+
+def head_on(encoder: Path, folder: Path, seed: int) -> Path:
+    """A classifier on the frozen encoder in a folder."""
+    model = timm.create_model(f"local-dir:{encoder}", pretrained=True)
+    torch.manual_seed(seed)
+    model.reset_classifier(10)  # type: ignore[operator]
+    return export_folder(model, folder, results={}, model_args=SMALL_RESNET)
+
+
+def test_of_a_head_on_a_bundled_encoder_only_the_head_is_stored(checkout: Path, tmp_path: Path, client: Client) -> None:
+    encoder = export_encoder(tmp_path / "encoder", "resnet20_cifar", **SMALL_RESNET)
+    other = export_encoder(tmp_path / "other", "resnet20_cifar", seed=1, **SMALL_RESNET)
+    slf, alf = head_on(encoder, tmp_path / "slf", 2), head_on(encoder, tmp_path / "alf", 3)
+    package = checkout / "advcl_hub/hub/weights"
+    assert client(run, checkout, encoder, NAME, slf, f"{NAME}_slf") == ""
+    assert client(run, checkout, alf, f"{NAME}_alf") == ""  # later
+    for name, folder in ((f"{NAME}_slf", slf), (f"{NAME}_alf", alf)):
+        entry = released(checkout)[name]
+        assert entry["bundled"] and entry["parts"] == [f"{NAME}/{WEIGHTS}", f"{name}/{HEAD}"]
+        assert set(load_file(package / name / HEAD)) == {"fc.weight", "fc.bias"} and not (package / name / WEIGHTS).exists()
+        assert entry["files"][WEIGHTS]["size"] == (folder / WEIGHTS).stat().st_size
+        assert torch.equal(client(load_by_name, name), load_folder(folder)(IMAGES).detach())
+    assert "| other | - | - | - | - | - | - | package |" in (checkout / "README.md").read_text(encoding="utf-8")
+    before = files(checkout)
+    assert client(run, checkout, package / f"{NAME}_slf", f"{NAME}_slf") == "" and files(checkout) == before
+
+    # An encoder does not change, or leave the package, under its heads.
+    assert f"{NAME}_slf is a head on {NAME}: release both in one call" in client(run, checkout, other, NAME, "--replace")
+    assert files(checkout) == before
+    new = head_on(other, tmp_path / "new", 4)
+    pairs = (other, NAME, new, f"{NAME}_slf", head_on(other, tmp_path / "new_alf", 5), f"{NAME}_alf")
+    assert client(run, checkout, *pairs, "--replace") == ""
+    assert torch.equal(client(load_by_name, f"{NAME}_slf"), load_folder(new)(IMAGES).detach())
+
+
+def test_several_releases_in_one_call_are_checked(checkout: Path, tmp_path: Path, client: Client) -> None:
+    folder = export_encoder(tmp_path / "encoder", "resnet20_cifar", **SMALL_RESNET)
+    assert "needs a name" in client(run, checkout, folder, NAME, folder)
+    assert "The same name was given twice" in client(run, checkout, folder, NAME, folder, NAME)
+    assert "are for one release" in client(run, checkout, folder, NAME, folder, f"{NAME}2", "--robustbench", "a_b_linf")
+    assert NAME not in released(checkout)
 
 
 def test_what_a_plan_kept_needs_a_licence_and_an_encoder(checkout: Path, tmp_path: Path, client: Client) -> None:

@@ -28,7 +28,7 @@ def copy_checkout(folder: Path) -> Path:
     shutil.rmtree(folder / "model_cards" / "weights", ignore_errors=True)  # large weights, where there are any
     released = folder / "advcl_hub" / "hub" / "released.json"
     data = json.loads(released.read_text(encoding="utf-8"))
-    data["releases"] = {name: entry for name, entry in data["releases"].items() if "parts" not in entry}
+    data["releases"] = {name: entry for name, entry in data["releases"].items() if "bundled" in entry}
     released.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     shutil.copy(ROOT / "README.md", folder)
     return folder

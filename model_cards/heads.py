@@ -1,0 +1,71 @@
+"""Heads in the package: of a classifier on the frozen encoder of another release, only the head is stored."""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from advcl_hub.files import make_readable
+from advcl_hub.hub.export import WEIGHTS
+from advcl_hub.hub.parts import contains, read
+from advcl_hub.hub.registry import Release
+
+HEAD = "head.safetensors"  # the tensors that the encoder does not have
+
+
+def encoders_below(folders: Mapping[str, Path], others: Sequence[Release], package: Path) -> dict[str, str]:
+    """By name of a release the name of the one in the package that has all its tensors but those of the head.
+
+    Args:
+        folders: exported ones that go into the package by name, an encoder before its classifiers.
+        others: releases that stay as they are.
+        package: folder of the weights in the package.
+    """
+    paths = {other.name: package / other.name for other in others if in_package(other, package) and not other.parts} | dict(
+        folders
+    )
+    states: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, str] = {}
+    for name, folder in folders.items():
+        state = read(folder / WEIGHTS)
+        earlier = list(paths)[: list(paths).index(name)]
+        for other in (other for other in earlier if other not in found and other.partition(".")[0] == name.partition(".")[0]):
+            if other not in states:
+                states[other] = read(paths[other] / WEIGHTS)
+            if len(state) > len(states[other]) and contains(state, states[other]):
+                found[name] = other
+                break
+    return found
+
+
+def write_head(weights: Path, encoder: Path, head: Path) -> None:
+    """Writes the tensors of a classifier that its encoder does not have."""
+    rest = read(encoder)
+    save_file({key: value for key, value in read(weights).items() if key not in rest}, head, metadata={"format": "pt"})
+    make_readable(head)
+
+
+def check_shared(known: Mapping[str, Release], stored: Mapping[str, Path], given: Collection[str], package: Path) -> None:
+    """Checks that no release loses the encoder that it shares.
+
+    Args:
+        known: the releases before the call.
+        stored: exported folders whose whole weights go into the package, by name.
+        given: names of all releases in the call.
+        package: folder of the weights in the package.
+
+    Raises:
+        ValueError: an encoder is replaced, or leaves the package, without the heads on it.
+    """
+    for release in known.values():
+        if release.name in given or not in_package(release, package) or not release.parts:
+            continue
+        encoder = release.parts[0].parent.name
+        if encoder in given and not (encoder in stored and contains(read(stored[encoder] / WEIGHTS), read(release.parts[0]))):
+            raise ValueError(f"{release.name} is a head on {encoder}: release both in one call, the encoder first.")
+
+
+def in_package(release: Release, package: Path) -> bool:
+    """Whether the files of a release lie in the package."""
+    return release.folder is not None and release.folder.parent == package
