@@ -1,4 +1,4 @@
-"""ResNets whose stem pads images by 2 pixels, as those of solo-learn and DeACL do."""
+"""ResNets with other stems: padded by 2 pixels, as in solo-learn and DeACL, and of stride 2."""
 
 import json
 import math
@@ -51,6 +51,44 @@ def test_feature_maps_behind_a_padded_stem(size: tuple[int, int]) -> None:
     final, intermediates = model.forward_intermediates(images)
     torch.testing.assert_close(intermediates, levels)
     torch.testing.assert_close(final, model.forward_features(images))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 48), (33, 31)])
+@pytest.mark.parametrize(
+    ("name", "channels", "reductions"),
+    [("resnet8_cifar", NARROW[:3], [2, 2, 4, 8]), ("resnet18_cifar", NARROW, [2, 2, 4, 8, 16])],
+)
+def test_a_stem_of_stride_2_is_the_same_network_on_half_as_many_rows(
+    name: str, channels: tuple[int, ...], reductions: list[int], size: tuple[int, int]
+) -> None:
+    """Its stem takes every second output of the stem of stride 1, and `feature_info` counts from there."""
+    model, usual = (timm.create_model(name, channels=channels, stem_stride=stride).eval() for stride in (2, 1))
+    usual.double().load_state_dict(randomise(model))
+    images = torch.rand(2, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        stem = usual.act1(usual.bn1(usual.conv1(images)))[..., ::2, ::2]
+        expected = usual.fc(usual.global_pool(usual.layer4(usual.layer3(usual.layer2(usual.layer1(stem))))))
+        torch.testing.assert_close(model(images), expected)
+    features = timm.create_model(name, channels=channels, stem_stride=2, features_only=True).eval()
+    assert features.feature_info.reduction() == reductions
+    maps = [tuple(level.shape[-2:]) for level in features(images.float())]
+    assert maps == [tuple(math.ceil(side / reduction) for side in size) for reduction in reductions]
+    dilated = timm.create_model(name, channels=channels, stem_stride=2, features_only=True, output_stride=4)
+    assert max(dilated.feature_info.reduction()) == 4 and dilated(images.float())[-1].shape[-1] == math.ceil(size[1] / 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stem_stride": 3}, "stem_stride=3: expected 1 or 2"),
+        ({"stem_stride": True}, "stem_stride=True: expected 1 or 2"),
+        ({"stem_stride": 2, "output_stride": 2}, r"output_stride=2: expected 4, 8 or 16 \(the stem has stride 2\)"),
+        ({"output_stride": 16}, r"output_stride=16: expected 2, 4 or 8 \(the stem has stride 1\)"),
+    ],
+)
+def test_other_strides_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("resnet8_cifar", **arguments)
 
 
 @pytest.mark.parametrize("padding", [0, 3, -1, True, 2.0, "2"])
