@@ -4,6 +4,7 @@ from advcl_hub.models.preact_resnet_cifar import PreActResNetCifar, preact_resne
 from advcl_hub.models.resnet_cifar import (
     ResNetCifar,
     resnet8_cifar,
+    resnet10_cifar,
     resnet18_cifar,
     resnet20_cifar,
     resnet34_cifar,
@@ -15,6 +16,7 @@ __all__ = [
     "ResNetCifar",
     "preact_resnet18_cifar",
     "resnet8_cifar",
+    "resnet10_cifar",
     "resnet18_cifar",
     "resnet20_cifar",
     "resnet34_cifar",

@@ -3,6 +3,7 @@
 `resnet8_cifar` and `resnet20_cifar` are the three-stage networks of He et al. 2016 (arXiv 1512.03385,
 section 4.2), with projection shortcuts. `resnet18_cifar`, `resnet34_cifar` and `resnet50_cifar` are those of
 torchvision behind a 3x3 stem without max-pooling, the encoders of SimCLR, AdvCL and most other work on CIFAR.
+`resnet10_cifar` is a compact one of our own for training on a CPU, chosen by measurement (train/RUNS.md, 2026-11-27).
 Their state dict has the keys of timm's and torchvision's own ResNets.
 
 solo-learn and the codes that follow it (DeACL, ProFeAT) pad the images of the stem by 2 pixels instead of 1, so that it
@@ -178,6 +179,7 @@ default_cfgs = generate_default_cfgs(
     {
         "resnet8_cifar": cifar_cfg(pool_size=(8, 8)),
         "resnet20_cifar": cifar_cfg(pool_size=(8, 8)),
+        "resnet10_cifar": cifar_cfg(pool_size=(2, 2)),
         "resnet18_cifar": cifar_cfg(),
         "resnet34_cifar": cifar_cfg(),
         "resnet50_cifar": cifar_cfg(),
@@ -202,6 +204,13 @@ def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """ResNet-20 for 32x32 images (arXiv 1512.03385, section 4.2, n = 3): 0.27 M parameters."""
     model_args = {"block": BasicBlock, "layers": (3, 3, 3), "channels": (16, 32, 64)}
     return _create_resnet_cifar("resnet20_cifar", pretrained, model_args | kwargs)
+
+
+@register_model
+def resnet10_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
+    """ResNet-10 of half the usual width behind a stem of stride 2, for training on a CPU: 1.23 M parameters."""
+    model_args = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_stride": 2}
+    return _create_resnet_cifar("resnet10_cifar", pretrained, model_args | kwargs)
 
 
 @register_model

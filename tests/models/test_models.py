@@ -21,6 +21,7 @@ import advcl_hub.models
 PARAMETERS = {
     "resnet8_cifar": 78_042,
     "resnet20_cifar": 272_474,
+    "resnet10_cifar": 1_228_970,
     "resnet18_cifar": 11_173_962,
     "resnet34_cifar": 21_282_122,
     "resnet50_cifar": 23_520_842,
@@ -29,9 +30,11 @@ PARAMETERS = {
     "wrn34_10_cifar": 46_160_474,
 }
 NAMES = list(PARAMETERS)
+STEM_STRIDE = dict.fromkeys(NAMES, 1) | {"resnet10_cifar": 2}
 # One small network of each class and of each number of stages.
 SMALL: dict[str, dict[str, Any]] = {
     "resnet8_cifar": {},
+    "resnet10_cifar": {"channels": (8, 16, 24, 32)},
     "resnet18_cifar": {"layers": (1, 1, 1, 2), "channels": (8, 16, 24, 32)},
     "preact_resnet18_cifar": {"layers": (1, 1, 1, 2), "channels": (8, 16, 24, 32), "stem_chs": 8},
     "wrn28_10_cifar": {"layers": (2, 1, 1), "channels": (16, 32, 48)},
@@ -66,8 +69,8 @@ def randomise(model: nn.Module) -> dict[str, Tensor]:
 class Reference:
     """The networks of the literature on plain torch functions, from timm's state dict."""
 
-    def __init__(self, weights: dict[str, Tensor], training: bool):
-        self.weights, self.training = weights, training
+    def __init__(self, weights: dict[str, Tensor], training: bool, stem_stride: int):
+        self.weights, self.training, self.stem_stride = weights, training, stem_stride
 
     def conv(self, x: Tensor, key: str, stride: int = 1) -> Tensor:
         weight = self.weights[f"{key}.weight"]
@@ -97,7 +100,7 @@ class Reference:
                 x = self.norm(self.conv(x, f"{key}.downsample.0", stride), f"{key}.downsample.1")
             return F.relu(out + x)
 
-        x = F.relu(self.norm(self.conv(x, "conv1"), "bn1"))
+        x = F.relu(self.norm(self.conv(x, "conv1", self.stem_stride), "bn1"))
         return self.linear(self.blocks(layers, block, "layer{1}.{2}", x), "fc")
 
     def pre_activation(self, x: Tensor, layers: tuple[int, ...]) -> Tensor:
@@ -128,6 +131,7 @@ def test_parameter_count_of_the_literature(name: str) -> None:
     ("name", "model_args", "layers", "method"),
     [
         ("resnet20_cifar", {}, (3, 3, 3), "post_activation"),
+        ("resnet10_cifar", {}, (1, 1, 1, 1), "post_activation"),
         ("resnet18_cifar", {}, (2, 2, 2, 2), "post_activation"),
         ("preact_resnet18_cifar", {}, (2, 2, 2, 2), "pre_activation"),
         ("preact_resnet18_cifar", {"final_norm": True}, (2, 2, 2, 2), "pre_activation"),
@@ -140,7 +144,7 @@ def test_outputs_of_the_literature(
     model = create(name, **model_args).train(training)
     weights = randomise(model)
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
-    expected = getattr(Reference(weights, training), method)(images, layers)
+    expected = getattr(Reference(weights, training, STEM_STRIDE[name]), method)(images, layers)
     torch.testing.assert_close(model(images), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -171,12 +175,12 @@ def test_configuration_is_that_of_unnormalised_cifar(name: str) -> None:
     assert data["crop_pct"] == 1.0
     reduction = model.feature_info[-1]["reduction"]
     assert model.pretrained_cfg["pool_size"] == (32 // reduction, 32 // reduction)
-    assert len(model.feature_info) == (5 if reduction == 8 else 4)
+    assert len(model.feature_info) == (5 if reduction == 8 * STEM_STRIDE[name] else 4)
     assert model.num_classes == model.pretrained_cfg["num_classes"] == 10
     assert isinstance(model.get_classifier(), nn.Linear)
     assert model.get_submodule(model.pretrained_cfg["classifier"]) is model.get_classifier()
     stem = model.get_submodule(model.pretrained_cfg["first_conv"])
-    assert (stem.kernel_size, stem.stride, stem.padding) == ((3, 3), (1, 1), (1, 1))
+    assert (stem.kernel_size, stem.stride, stem.padding) == ((3, 3), (STEM_STRIDE[name],) * 2, (1, 1))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 48)])
@@ -186,14 +190,15 @@ def test_feature_info_describes_the_features(name: str, size: tuple[int, int]) -
         model = create(name, features_only=True)
         features = model(torch.empty(2, 3, *size))
     info = list(zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True))
-    assert [reduction for _, reduction in info] == [1, 1, 2, 4, 8][: len(info)]
+    assert [reduction for _, reduction in info] == [STEM_STRIDE[name] * r for r in (1, 1, 2, 4, 8)][: len(info)]
     expected = [(2, channels, size[0] // reduction, size[1] // reduction) for channels, reduction in info]
     assert [tuple(feature.shape) for feature in features] == expected
 
 
-@pytest.mark.parametrize("output_stride", [2, 4, 8])
+@pytest.mark.parametrize("times", [2, 4, 8])
 @small_networks
-def test_output_stride_is_counted_from_the_image(name: str, output_stride: int) -> None:
+def test_output_stride_is_counted_from_the_image(name: str, times: int) -> None:
+    output_stride = times * STEM_STRIDE[name]
     model = create_small(name, features_only=True, output_stride=output_stride)
     full = create_small(name, features_only=True).feature_info.reduction()
     assert model.feature_info.reduction() == [min(reduction, output_stride) for reduction in full]
@@ -286,7 +291,7 @@ def test_other_channels_and_image_sizes(name: str, size: tuple[int, int]) -> Non
 def test_drop_path_grows_with_depth_up_to_its_rate(name: str) -> None:
     model = create_small(name, drop_path_rate=0.3)
     rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
-    depth = sum(SMALL[name].get("layers", (1, 1, 1)))
+    depth = sum(SMALL[name].get("layers", (1,) * len(SMALL[name].get("channels", (1, 1, 1)))))
     torch.testing.assert_close(rates, [0.3 * block / (depth - 1) for block in range(1, depth)])
 
 
