@@ -128,12 +128,12 @@ def test_fashion_mnist_is_enlarged_inside_the_attacked_function(
     run: Callable[..., Finetuned], fashion: tuple[Path, ImageData, ImageData], protocol: str
 ) -> None:
     encoder, train, test = fashion
-    tuned = run(protocol, train, model=encoder, epochs=4, lr=0.3, eps=2 / 255)
+    tuned = run(protocol, train, model=encoder, epochs=12, lr=0.3, eps=2 / 255)
     assert tuned.record["data"]["shape"] == [3, 28, 28] and tuned.load().pretrained_cfg["input_size"] == (3, 32, 32)
     attack = advcl_hub.Protocol(eps=2 / 255, steps=2, check_images=0)
     result = advcl_hub.evaluate(tuned.folder, test, attack, progress=False)
     assert result.record["model"]["attacked_at"] == [3, 28, 28] and result.record["model"]["fitted_inside"] == "enlarged"
-    assert result.record["classes"][0] == "T-shirt/top" and result.standard > 0.2
+    assert result.record["classes"][0] == "T-shirt/top" and result.standard > 0.2  # by chance: 0.1
 
 
 def test_a_frozen_encoder_and_fixed_images_are_seen_once(
