@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from advcl_hub.files import make_readable
 from advcl_hub.hub.export import WEIGHTS
@@ -22,21 +21,26 @@ def encoders_below(folders: Mapping[str, Path], others: Sequence[Release], packa
         others: releases that stay as they are.
         package: folder of the weights in the package.
     """
-    paths = {other.name: package / other.name for other in others if in_package(other, package) and not other.parts} | dict(
-        folders
-    )
-    states: dict[str, dict[str, Tensor]] = {}
+    architectures = {_architecture(name) for name in folders}
+    states = {
+        other.name: read(package / other.name / WEIGHTS)
+        for other in others
+        if in_package(other, package) and not other.parts and other.architecture in architectures
+    }
     found: dict[str, str] = {}
     for name, folder in folders.items():
         state = read(folder / WEIGHTS)
-        earlier = list(paths)[: list(paths).index(name)]
-        for other in (other for other in earlier if other not in found and other.partition(".")[0] == name.partition(".")[0]):
-            if other not in states:
-                states[other] = read(paths[other] / WEIGHTS)
-            if len(state) > len(states[other]) and contains(state, states[other]):
+        for other, base in states.items():
+            if _architecture(other) == _architecture(name) and len(state) > len(base) and contains(state, base):
                 found[name] = other
                 break
+        else:
+            states[name] = state
     return found
+
+
+def _architecture(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def write_head(weights: Path, encoder: Path, head: Path) -> None:

@@ -189,11 +189,9 @@ def _evaluate(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # evaluate will say the same of the data
         images = matching.load_images(data, "test", root, load_model(classifier).model) if isinstance(data, str) else data
-        available = len(images)
+    name, available = data if isinstance(data, str) else data.name, len(images)
     count = n if n is not None and n < available else None
-    output = (
-        place / "evaluations" / folder_name(data if isinstance(data, str) else data.name, attack, {"n": count, "first": False})
-    )
+    output = place / "evaluations" / folder_name(name, attack, {"n": count, "first": False})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*holds this evaluation already")  # a grid goes on: that is no news
         device = "cpu" if cpu else None

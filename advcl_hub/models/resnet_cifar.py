@@ -136,10 +136,10 @@ def check_output_stride(output_stride: int | None, stem_stride: int = 1) -> None
 
 
 def check_stem(padding: int, stride: int) -> None:
-    """Refuses a stem that no published network has.
+    """Refuses a stem that would cut off the border of the image, look beyond it, or skip pixels.
 
     Raises:
-        ValueError: If `padding` is not 1 or 2, or `stride` neither.
+        ValueError: If `padding` or `stride` is not 1 or 2.
     """
     if isinstance(padding, bool) or not isinstance(padding, int) or padding not in (1, 2):
         raise ValueError(

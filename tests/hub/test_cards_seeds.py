@@ -16,7 +16,7 @@ from advcl_hub.hub.cards import add_to_results, card, read_export
 from advcl_hub.records import RESULTS, load_record
 from tests.support.small_encoders import export_encoder
 
-RECIPE = {"method": "advcl", "model": "resnet8_cifar", "epochs": 3, "data": {"source": "digits", "root": "/a"}, "objective": {}}
+RECIPE = {"method": "advcl", "model": "resnet8_cifar", "objective": {}}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_mean_lowest_and_highest_stand_in_the_card(copies: list[Path], kind: str
     assert "/home" not in json.dumps(read_export(first / kind)[0]["other_seeds"])
 
 
-def test_what_is_not_the_same_training_is_refused(copies: list[Path], tmp_path: Path) -> None:
+def test_what_is_not_the_same_training_is_refused(copies: list[Path]) -> None:
     first, second, third = copies
     encoder = first / "encoder"
     with pytest.raises(ValueError, match="has no counterpart: add an evaluation of these weights"):

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -97,9 +98,9 @@ def test_large_weights_lie_in_the_checkout_until_they_are_pushed(checkout: Path,
 
 def head_on(encoder: Path, folder: Path, seed: int) -> Path:
     """A classifier on the frozen encoder in a folder."""
-    model = timm.create_model(f"local-dir:{encoder}", pretrained=True)
+    model: Any = timm.create_model(f"local-dir:{encoder}", pretrained=True)
     torch.manual_seed(seed)
-    model.reset_classifier(10)  # type: ignore[operator]
+    model.reset_classifier(10)
     return export_folder(model, folder, results={}, model_args=SMALL_RESNET)
 
 

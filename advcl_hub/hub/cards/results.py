@@ -76,12 +76,11 @@ def add_to_results(
     standing = [e for e in results.get("evaluations", []) if _identity(e) not in added]
     results["evaluations"] = [*standing, *added.values()]
     if other_seeds:
-        records = {path: load_record(Path(path)) for path in other_seeds}
-        recipe, *others = [
-            (pretraining(made) or {}).get("recipe")
-            for made in (results, *(record["model"].get("provenance") or {} for record in records.values()))
-        ]
-        more = [of_another_seed(*each, results, recipe, other) for each, other in zip(records.items(), others, strict=True)]
+        recipe, more = _recipe(results), []
+        for path in other_seeds:
+            record = load_record(Path(path))
+            other = _recipe(record["model"].get("provenance") or {})
+            more.append(of_another_seed(path, record, results, recipe, other))
         kept = {_seed_identity(found): found for found in [*results.get("other_seeds", []), *more]}
         results["other_seeds"] = list(kept.values())
     if licence:
@@ -167,6 +166,10 @@ def _ancestors(tuned: Mapping[str, Any]) -> set[str]:
         found |= {(record.get("sha256") or {}).get(WEIGHTS), (record.get("rounded_from") or {}).get("sha256")}
         record = (record.get("encoder") or {}).get("provenance")
     return found - {None}
+
+
+def _recipe(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return (pretraining(results) or {}).get("recipe")
 
 
 def _seed_identity(record: Mapping[str, Any]) -> str:
