@@ -52,7 +52,7 @@ def test_warm_up_and_probes_keep_their_share_of_the_epochs() -> None:
         ({"stages": {"benchmark": {"settings": {"atack.steps": 3}}}}, "stages.benchmark: Unknown key 'atack'"),
         ({"stages": {"benchmark": {"recipe": "cifar11"}}}, "No recipe 'cifar11'"),
         (
-            {"stages": {"benchmark": {"recipe": "cifar10_resnet8_cpu_deacl"}}},
+            {"stages": {"benchmark": {"recipe": "cifar10_resnet10_cpu_deacl"}}},
             "stages.benchmark: deacl starts from a clean teacher: set start_from to a run, a folder, hf-hub:ORG/NAME or a name "
             "of timm; or give `of`, a stage that makes the teacher",
         ),
