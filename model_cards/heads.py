@@ -67,7 +67,10 @@ def check_shared(known: Mapping[str, Release], stored: Mapping[str, Path], given
             continue
         encoder = release.parts[0].parent.name
         if encoder in given and not (encoder in stored and contains(read(stored[encoder] / WEIGHTS), read(release.parts[0]))):
-            raise ValueError(f"{release.name} is a head on {encoder}: release both in one call, the encoder first.")
+            raise ValueError(
+                f"{release.name} is a head on {encoder}: give both in one call, the encoder first; or, to move {encoder} "
+                f"to the Hub, move {release.name} there before."
+            )
 
 
 def in_package(release: Release, package: Path) -> bool:

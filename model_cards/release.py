@@ -6,7 +6,7 @@ python -m model_cards.release KEPT --licence apache-2.0                         
 python -m model_cards.release FOLDER resnet18_cifar.advcl_c10 --hub ORG/NAME@COMMIT   # pushed there before
 python -m model_cards.release                                                    # all cards and the README's table anew
 
-Weights below 4 MB go into the package; of a linear head on an encoder that lies there, too, only the head. Larger ones lie in
+Weights below 4 MB go into the package. Of a linear head whose encoder is there, only the head is stored. Larger weights lie in
 model_cards/weights, in parts, until somebody has pushed them: `advcl-hub push NAME ORG/NAME`, then the command with --hub.
 
 FOLDER may be where NAME lies now. New files are written beside their places and renamed, then released.json is replaced, and
@@ -137,8 +137,8 @@ def release(
         robustbench: name of the one folder for RobustBench, by default the one that the same weights have now.
 
     Raises:
-        ValueError: no name of a release, another architecture, other weights that would be replaced or are on the Hub, or files
-            of somebody else where the release is to lie.
+        ValueError: no name of a release, another architecture, other weights that would be replaced or are on the Hub, an
+            encoder without the heads in the package that share it, or files of somebody else where the release is to lie.
         OSError: a folder or a file is missing, or cannot be written.
     """
     data = json.loads(RELEASED.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 import advcl_hub
 from advcl_hub.data import ImageData, load_data, train_val_split
 from advcl_hub.pretraining.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
-from advcl_hub.training.state import differences
+from advcl_hub.training.state import FREE, differences
 from train.recipe import Recipe, require
 
 
@@ -69,23 +69,10 @@ def provenance(
     }
 
 
-# These decide how a run is watched and where its files lie, not what it computes: they may change between starts.
-_FREE = (
-    "checkpoint_minutes",
-    "judge",
-    "data.root",
-    "data.download",
-    "data.workers",
-    "start_from",
-    "pseudo_labels.path",
-    "pseudo_labels.cache",
-)
-
-
 def check_same_recipe(earlier: Recipe, recipe: Recipe, folder: Path) -> None:
-    """Raises ValueError, listing what differs, unless a checkpoint's recipe computes the same as this one."""
+    """Raises ValueError, listing what differs, unless a checkpoint's recipe computes the same; what is `FREE` may change."""
     found = differences(earlier.to_dict(), recipe.to_dict())
-    differing = [sentence for key, sentence in found.items() if not key.startswith(_FREE)]
+    differing = [sentence for key, sentence in found.items() if not key.startswith(FREE)]
     require(
         not differing,
         f"{folder} holds a run of another recipe; choose another --output, or undo:\n  " + "\n  ".join(differing),

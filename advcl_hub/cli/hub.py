@@ -129,7 +129,8 @@ def card_command(
 ) -> None:
     """Writes the model card of an exported FOLDER (README.md), with the figures of EVALUATIONS, which its results.json keeps.
 
-    EVALUATIONS are folders that advcl-hub evaluate wrote, of these very weights or of a classifier finetuned from them.
+    EVALUATIONS are folders that advcl-hub evaluate wrote, of these very weights or of a classifier finetuned from them. With
+    --other-seed, mean and spread stand beside them: the records must show the same training.
 
     \b
     Example:

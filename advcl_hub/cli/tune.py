@@ -164,7 +164,11 @@ def presets() -> None:
 @click.option("--protocols", type=words, default="slf", show_default=True, help="Such as slf,alf,aff.")
 @click.option("--shots", type=words, default="all", show_default=True, help="Images of every class, such as 10,100,all.")
 @click.option(
-    "--held-out", type=length, default=0.0, help="Evaluate on this share of the training images: to choose encoders by."
+    "--held-out",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Evaluate on this share of the training images, not trained on, instead of the test split.",
 )
 @click.option("--preset", type=click.Choice(_PRESET_NAMES), default="advcl", show_default=True, help="Whose values to take.")
 @click.option("--root", type=click.Path(path_type=Path), help="Folder that holds the data sets.")

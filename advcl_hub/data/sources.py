@@ -28,7 +28,7 @@ from advcl_hub.errors import need
 
 FORMS = ("digits", "cifar10-samples", "cifar10", "cifar100", "stl10", "fashion-mnist", "folder:PATH", "parquet:PATH", "fake:N")
 FOLDER_SPLITS = ("train", "val", "test")
-CIFAR10_SAMPLES = Path(__file__).with_name("cifar10_samples.png")  # a row a class
+CIFAR10_SAMPLES = Path(__file__).with_name("cifar10_samples.png")  # 320x320 pixels: one row a class, ten images a row
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -159,7 +159,7 @@ def _read_cifar10_samples(split: str) -> Source:
     with Image.open(CIFAR10_SAMPLES) as sheet:
         images = np.asarray(sheet).reshape(10, 32, 10, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3)
     classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    return Source(list(images), _numbered(100), np.repeat(np.arange(10), 10), classes, "cifar10-samples")
+    return Source(list(images), _numbered(100), np.arange(10, dtype=np.int64).repeat(10), classes, "cifar10-samples")
 
 
 def _read_fake(source: str, count: str, split: str) -> Source:

@@ -23,6 +23,7 @@ class Cell:
         tuned: results.json of the classifier.
         evaluated: results.json of its evaluation.
         folder: of the evaluation; the run's is two above.
+        held_out: share of the training images that it was evaluated on, 0 for the test split.
     """
 
     encoder: str
@@ -32,6 +33,7 @@ class Cell:
     tuned: dict[str, Any]
     evaluated: dict[str, Any]
     folder: Path
+    held_out: float = 0.0
 
     @property
     def standard(self) -> float:
@@ -54,7 +56,7 @@ def save(folder: Path, cells: Sequence[Cell]) -> None:
     """Writes report.md, results.csv and comparison.png: of these cells, and of those that earlier calls left in the folder."""
     with replacing(cells[-1].folder.parents[1] / CELL) as draft:
         last = cells[-1]
-        asked = {"encoder": last.encoder, "protocol": last.protocol, "shots": last.shots, "data": last.data}
+        asked = {key: getattr(last, key) for key in ("encoder", "protocol", "shots", "data", "held_out")}
         draft.write_text(json.dumps({**asked, "evaluation": last.folder.name}) + "\n", encoding="utf-8")
     known = {cell.folder.parents[1] for cell in cells}
     cells = [*cells, *(read(path) for path in sorted(folder.glob(f"*/*/*/{CELL}")) if path.parent not in known)]
@@ -109,7 +111,7 @@ def _note(cell: Cell) -> str:
         cell.tuned["data"],
         cell.evaluated["data"],
     )
-    tests = f"{tested['split'] or 'held-out training'} images"  # images without a split are those of transfer(held_out=)
+    tests = "held-out training images" if cell.held_out else "test images"
     rate = f"batch {s['batch_size']}, lr {s['lr']:g}" + (f", beta {s['beta']:g}" if s["objective"] == "trades" else "")
     attack = f"; attack {s['steps']} steps within {pixels(s['eps'])}" if s["objective"] != "ce" else ""
     return (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from advcl_hub.data import ImageData, matching, train_val_split
-from advcl_hub.data.sources import read_source
+from advcl_hub.data.sources import balanced_holdout, read_source
 from advcl_hub.evaluation.protocol import Protocol
 from advcl_hub.evaluation.results import Evaluation, folder_name
 from advcl_hub.evaluation.runner import evaluate
@@ -61,18 +61,19 @@ def transfer(
     command: str | None = None,
     **overrides: Any,
 ) -> Transfer:
-    """Finetunes every encoder on every data set under every protocol, and evaluates each on the test split.
+    """Finetunes every encoder on every data set under every protocol, and evaluates each on test or held-out training images.
 
     To choose among encoders, evaluate them on `held_out` training images instead, and keep the test split for the one that is
     chosen. Stop it whenever you like: the same call goes on, and takes from the folder what is finished.
 
     Args:
         models: what `finetune` takes, by the name that the table shows, or without names.
-        to: sources that `load_data` knows, with a training and a test split.
+        to: sources that `load_data` knows, with a training and, unless `held_out` is given, a test split.
         protocols, preset, root, cpu, overrides: as in `finetune`, for every cell.
         shots: training images of every class; None takes all.
-        held_out: evaluate on this share of the training images, which is not trained on, instead of the test split. These are
-            the images that pretraining on the same data holds out with the same `data.val_fraction`.
+        held_out: share of every class of the training images, in [0, 1), that is evaluated on instead of the test split, and
+            not trained on; 0 takes the test split. Give at most the `data.val_fraction` of the pretraining, such as 0.02: then
+            an encoder that was pretrained on the same data has not seen these images either.
         n: class-balanced images to evaluate on; None, or more than there are, takes all.
         evaluation: how to attack; by default PGD-20 at the eps of the training.
         output: folder of the grid. Its report shows every cell in the folder, those of earlier calls included.
@@ -100,7 +101,7 @@ def transfer(
         relevant = {key: value for key, value in overrides.items() if key not in without_effect(protocol, overrides)}
         label = data + (f"-held-out-{held_out:g}" if held_out else "")
         place = folder / slug(name) / slug(label) / (protocol + (f"-{shot}shot" if shot else ""))
-        train, test = _parts(model, data, root, held_out) if held_out else (data, data)
+        train, test = _split(model, data, root, held_out) if held_out else (data, data)
         tuned = finetune(
             model,
             train,
@@ -117,7 +118,7 @@ def transfer(
         if not tuned.finished:
             break
         measured, result = _evaluate(tuned.folder, test, attack, root, n, place, cpu, command)
-        cells.append(grid.Cell(name, protocol, shot, label, tuned.record, result.record, measured))
+        cells.append(grid.Cell(name, protocol, shot, label, tuned.record, result.record, measured, held_out))
         if Processes.current().rank == 0:
             grid.save(folder, cells)
         Processes.current().wait()
@@ -158,21 +159,23 @@ def _check(
     most = max((count or 0 for count in shots), default=0)
     for source in to:
         stored = read_source(source, "train", root, False)
-        counts = [int((stored.labels == label).sum()) for label in range(len(stored.classes))]
-        if (fewest := min(counts) - round(held_out * min(counts))) < most:
-            kept = f" besides the {held_out:g} held out" if held_out else ""
-            raise ValueError(f"{most} images of every class were asked for, {source} has {fewest} of one{kept}.")
-        if not held_out:
+        labels, rest = stored.labels, ""
+        if held_out:
+            labels, rest = labels[~balanced_holdout(labels, held_out, seed=0)], f" after {held_out:g} of them are held out"
+        else:
             read_source(source, "test", root, False)
+        fewest = min(int((labels == label).sum()) for label in range(len(stored.classes)))
+        if fewest < most:
+            raise ValueError(f"{most} images of every class were asked for, {source} has {fewest} of one class{rest}.")
     for model in named.values():
         open_encoder(model)
 
 
-def _parts(model: str, data: str, root: str | Path | None, held_out: float) -> tuple[ImageData, ImageData]:
-    """The training images as the model takes them: those to train on, and those held out."""
-    whole = matching.load_images(data, "train", root, open_encoder(model).model)
-    train, test = train_val_split(whole, held_out)
-    return train, replace(test, name=f"{test.name} (held out)", source_length=None)
+def _split(model: str, data: str, root: str | Path | None, share: float) -> tuple[ImageData, ImageData]:
+    """The training images as the model takes them: those to train on, and the share of every class that is held out."""
+    train, held_out = train_val_split(matching.load_images(data, "train", root, open_encoder(model).model), share)
+    # Without the length of the whole split: "all of N" counts held-out images.
+    return train, replace(held_out, name=f"{held_out.name} (held out {share:g} of train)", source_length=None)
 
 
 def _evaluate(

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -20,7 +21,7 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 import advcl_hub.models  # noqa: F401  # whose architectures released weights belong to
-from advcl_hub.files import refuse_pointer
+from advcl_hub.files import check_writable, refuse_pointer
 from advcl_hub.hub.download import check_file, commit_of, fetch, is_cached, split_revision
 from advcl_hub.hub.export import CONFIG, WEIGHTS, verify_folder
 from advcl_hub.hub.parts import join
@@ -52,7 +53,7 @@ class Release:
         revision: commit on the Hub; of weights that are not pushed yet, the tag that the push will make.
         folder: where they lie on this machine (in the package, a checkout, or a user's own), None for those on the Hub.
         parts: files that the weights are made of, where several releases share them or they are large; see
-            `advcl_hub.hub.parts`.
+            `advcl_hub.hub.parts`. The first use writes the whole weights to `HF_HOME/advcl_hub`.
         facts: for people: `summary`, `head` (see `head_of`), `data`, `threat_model`, `results`, `provenance`, `licence`,
             `parameters`; for weights that a user registered, `own` and `head` only.
         robustbench: name under which RobustBench finds the classifier: `MODEL_DATASET_THREAT`.
@@ -109,8 +110,8 @@ class Release:
             assert self.hub_id is not None
             return fetch(self.hub_id, file, revision=self.revision, cache_dir=cache_dir, expected=expected)
         if file == WEIGHTS and self.parts:
-            home = Path(cache_dir or constants.HF_HOME, "advcl_hub", self.files[WEIGHTS]["sha256"])
-            return join(self.parts, home / WEIGHTS, self.files[WEIGHTS]["sha256"])
+            home = Path(cache_dir) if cache_dir else _home()
+            return join(self.parts, home / "advcl_hub" / self.files[WEIGHTS]["sha256"] / WEIGHTS, self.files[WEIGHTS]["sha256"])
         path = self.folder / file
         if not path.is_file():
             what = "is gone: register its new place" if not self.folder.is_dir() else f"has no {file}"
@@ -122,6 +123,20 @@ class Release:
         except ValueError as error:
             raise ValueError(f"{path} is not the file that was registered: {error}.") from None
         return path
+
+
+def _home() -> Path:
+    """HF_HOME; where that cannot be written (a read-only container), a folder that goes with this process."""
+    try:
+        check_writable(Path(constants.HF_HOME))
+    except OSError:
+        return Path(_temporary().name)
+    return Path(constants.HF_HOME)
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="advcl_hub-")
 
 
 _releases: dict[str, Release] = {}

@@ -178,8 +178,8 @@ def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         "resnet8_cifar": cifar_cfg(pool_size=(8, 8)),
-        "resnet20_cifar": cifar_cfg(pool_size=(8, 8)),
         "resnet10_cifar": cifar_cfg(pool_size=(2, 2)),
+        "resnet20_cifar": cifar_cfg(pool_size=(8, 8)),
         "resnet18_cifar": cifar_cfg(),
         "resnet34_cifar": cifar_cfg(),
         "resnet50_cifar": cifar_cfg(),
@@ -200,17 +200,17 @@ def resnet8_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
 
 
 @register_model
+def resnet10_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
+    """ResNet-10 (one block a stage, widths 32 to 256) behind a stem of stride 2, for training on a CPU: 1.23 M parameters."""
+    model_args = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_stride": 2}
+    return _create_resnet_cifar("resnet10_cifar", pretrained, model_args | kwargs)
+
+
+@register_model
 def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """ResNet-20 for 32x32 images (arXiv 1512.03385, section 4.2, n = 3): 0.27 M parameters."""
     model_args = {"block": BasicBlock, "layers": (3, 3, 3), "channels": (16, 32, 64)}
     return _create_resnet_cifar("resnet20_cifar", pretrained, model_args | kwargs)
-
-
-@register_model
-def resnet10_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
-    """ResNet-10 of half the usual width behind a stem of stride 2, for training on a CPU: 1.23 M parameters."""
-    model_args = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_stride": 2}
-    return _create_resnet_cifar("resnet10_cifar", pretrained, model_args | kwargs)
 
 
 @register_model

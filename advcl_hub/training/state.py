@@ -134,6 +134,19 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} is not a readable training checkpoint ({error}). Remove it to start over.") from None
 
 
+# Of a pretraining recipe, what decides how a run is watched and where its files lie, not what it computes.
+FREE = (
+    "checkpoint_minutes",
+    "judge",
+    "data.root",
+    "data.download",
+    "data.workers",
+    "start_from",
+    "pseudo_labels.path",
+    "pseudo_labels.cache",
+)
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """What differs between two nested records: by dotted key, a sentence."""
     earlier, later = _flat(before), _flat(now)

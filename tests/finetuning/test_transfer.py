@@ -144,6 +144,7 @@ def test_held_out_images_of_the_training_split_take_the_place_of_the_test_split(
     data = {"source": "digits", "size": cell.tuned["data"]["shape"][-1], "val_fraction": 0.1}
     train, held_out = load_training_data(from_dict({"model": "resnet8_cifar", "method": "simclr", "data": data}))
     assert held_out is not None and cell.tuned["data"]["sha256"] == train.fingerprint()
+    assert cell.evaluated["data"]["sha256"] == held_out.fingerprint()
     assert cell.evaluated["data"]["images"] == cell.evaluated["data"]["of"] == len(held_out) != len(load_data("digits", "test"))
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert f"all {len(held_out)} of {len(held_out)} held-out training images" in report and "digits-held-out-0.1 SA" in report
@@ -175,7 +176,13 @@ def test_the_command_prints_the_table(encoder: Path, tmp_path: Path) -> None:
     [
         (["no/such"], ["fake:80"], ["slf"], {}, "neither a folder nor a model"),
         ([], ["fake:80"], ["slf"], {}, "No model was given"),
-        (["ENCODER"], ["fake:80"], ["slf"], {"shots": [2, 9]}, "9 images of every class were asked for, fake:80 has 8 of one"),
+        (
+            ["ENCODER"],
+            ["fake:80"],
+            ["slf"],
+            {"shots": [2, 9]},
+            "9 images of every class were asked for, fake:80 has 8 of one class",
+        ),
         (["ENCODER", "ENCODER"], ["fake:80"], ["slf"], {}, "The same model was given twice"),
         (["ENCODER"], ["fake:80", "cifar11"], ["slf"], {}, "unknown data source 'cifar11'"),
         (["ENCODER"], ["fake:80"], ["slf", "lsf"], {}, "protocol is 'lsf'"),
@@ -183,7 +190,9 @@ def test_the_command_prints_the_table(encoder: Path, tmp_path: Path) -> None:
         (["ENCODER"], [], ["slf"], {}, "needs a data set and a protocol"),
         (["ENCODER"], ["fake:80"], ["slf"], {"epoch": 1}, "Did you mean 'epochs'"),
         (["ENCODER"], ["fake:80"], ["slf"], {"held_out": 1.0}, "held_out is 1.0, expected a share"),
-        (["ENCODER"], ["fake:80"], ["slf"], {"held_out": 0.5, "shots": [5]}, "fake:80 has 4 of one besides the 0.5 held out"),
+        (["ENCODER"], ["fake:80"], ["slf"], {"held_out": 0.5, "shots": [5]}, "fake:80 has 4 of one class after 0.5"),
+        (["ENCODER"], ["fake:80"], ["slf"], {"held_out": 0.01, "shots": [8]}, "fake:80 has 7 of one class after 0.01"),
+        (["ENCODER"], ["fake:10"], ["slf"], {"held_out": 0.5}, "label 0 has a single image"),
     ],
 )
 def test_what_any_cell_would_refuse_is_said_before_the_first_trains(

@@ -64,7 +64,8 @@ def test_mean_lowest_and_highest_stand_in_the_card(copies: list[Path], kind: str
         low, high = sorted(100 * accuracy[key]["value"] for accuracy in found)
         cells.append(f"{(low + high) / 2:.1f} ({low:.1f} to {high:.1f})")
     text = (first / kind / "README.md").read_text(encoding="utf-8")
-    assert f"| {name} | 0, 2 | {cells[0]} | {cells[1]} | - |" in text and "these weights have seed 0:" in text
+    assert f"| {name} | digits, Linf 8/255 | 0, 2 | {cells[0]} | {cells[1]} | - |" in text
+    assert "These weights have seed 0." in text
     assert "/home" not in json.dumps(read_export(first / kind)[0]["other_seeds"])
 
 
@@ -74,14 +75,70 @@ def test_what_is_not_the_same_training_is_refused(copies: list[Path]) -> None:
     with pytest.raises(ValueError, match="has no counterpart: add an evaluation of these weights"):
         add_to_results(encoder, other_seeds=[third / "evaluation"])
     before = (encoder / RESULTS).read_bytes()
-    for other, message in ((second, r"made otherwise:\n  epochs: 3 there, 4 now"), (first, "the same seed of pretraining, 0")):
+    for other, message in ((second, r"\(now\):\n  recipe.epochs: 4 there, 3 now"), (first, "the same seed of pretraining, 0")):
         with pytest.raises(ValueError, match=message):
             add_to_results(encoder, [first / "evaluation"], other_seeds=[other / "evaluation"])
-    edit(third / "evaluation", lambda record: record["model"]["provenance"]["settings"].update(lr=0.2))
-    with pytest.raises(ValueError, match=r"lr: 0\.1 there, 0\.2 now"):
-        add_to_results(encoder, [first / "evaluation"], other_seeds=[third / "evaluation"])
-    edit(third / "evaluation", lambda record: record["model"].pop("provenance"))
-    with pytest.raises(ValueError, match=r"the pretraining of .* is not on record"):
-        add_to_results(encoder, [first / "evaluation"], other_seeds=[third / "evaluation"])
     assert (encoder / RESULTS).read_bytes() == before
-    assert "other seeds" not in card(encoder)
+    assert "several seeds" not in card(encoder)
+
+
+def classifier(record: dict[str, Any]) -> dict[str, Any]:
+    return record["model"]["provenance"]
+
+
+def pretraining(record: dict[str, Any]) -> dict[str, Any]:
+    return classifier(record)["encoder"]["provenance"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: classifier(r)["settings"].update(lr=0.2), r"finetuning.1.settings.lr: 0\.2 there, 0\.1 now"),
+        (lambda r: classifier(r)["data"].update(shots=10), r"finetuning.1.data.shots: 10 there, None now"),
+        (lambda r: pretraining(r).update(step=2), "  step: 2 there, 1 now"),
+        (lambda r: pretraining(r)["provenance"]["data"].update(sha256="1"), r"images: '1' there, '0+' now"),
+        (
+            lambda r: pretraining(r)["provenance"].update(pseudo_labels={"file_sha256": "1"}),
+            r"pseudo_labels.file_sha256: '1' there, None now",
+        ),
+        (
+            lambda r: pretraining(r)["provenance"].update(start_from={"provenance": {"recipe": RECIPE | {"seed": 5}}}),
+            r"start_from.recipe.method: 'advcl' there, None now",
+        ),
+        (
+            lambda r: classifier(r)["encoder"].update(
+                provenance={"settings": {"protocol": "aff"}, "encoder": {"provenance": pretraining(r)}}
+            ),
+            "has no counterpart",
+        ),
+        (lambda r: r["model"].pop("provenance"), r"the pretraining of .* is not on record"),
+    ],
+)
+def test_a_record_that_shows_another_training_is_refused(
+    copies: list[Path], change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    first, _, third = copies
+    edit(third / "evaluation", change)
+    with pytest.raises(ValueError, match=message):
+        add_to_results(first / "encoder", [first / "evaluation"], other_seeds=[third / "evaluation"])
+
+
+def test_labels_clustered_anew_and_other_places_are_the_same_training(copies: list[Path]) -> None:
+    """Every seed clusters the features of one encoder with its own seed; where the run's files lay does not count."""
+    first, _, third = copies
+    clusters = {"encoder": "resnet18", "weights_sha256": "a", "method": "k-means", "k": "2 10", "preprocessing": "none"}
+
+    def labels(seed: int) -> dict[str, Any]:
+        return {"pseudo_labels": clusters | {"seed": str(seed), "file": f"{seed}.safetensors", "file_sha256": str(seed)}}
+
+    edit(first / "encoder", lambda results: results["provenance"].update(labels(0)))
+    edit(third / "evaluation", lambda record: pretraining(record)["provenance"].update(labels(2)))
+    results = add_to_results(first / "encoder", [first / "evaluation"], other_seeds=[third / "evaluation"])
+    assert [other["seed"] for other in results["other_seeds"]] == [2]
+
+
+def test_other_seeds_of_an_evaluation_that_is_gone_show_no_table(copies: list[Path]) -> None:
+    first, _, third = copies
+    add_to_results(first / "encoder", [first / "evaluation"], other_seeds=[third / "evaluation"])
+    edit(first / "encoder", lambda results: results["evaluations"][0]["protocol"].update(steps=7))
+    assert "several seeds" not in card(first / "encoder")

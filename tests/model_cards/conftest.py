@@ -29,7 +29,7 @@ def limit(client: Client) -> Iterator[Callable[[int], None]]:
 def small(checkout: Path, tmp_path: Path, client: Client) -> Path:
     """A checkout with one release, in the package, which RobustBench knows, too."""
     shutil.rmtree(checkout / "advcl_hub/hub/weights")
-    for card in (checkout / "model_cards").glob("resnet8_cifar.*"):
+    for card in (checkout / "model_cards").glob("*_cifar.*"):
         shutil.rmtree(card)
     (checkout / "advcl_hub/hub/released.json").write_text('{"organisation": "acme", "releases": {}}\n', encoding="utf-8")
     folder = export_encoder(tmp_path / "encoder", "resnet20_cifar", **SMALL_RESNET)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import advcl_hub
@@ -96,6 +97,12 @@ def test_large_weights_lie_in_the_checkout_until_they_are_pushed(checkout: Path,
     assert list(weights.iterdir()) == []
 
 
+def load_with_a_home_that_cannot_be_written(name: str) -> torch.Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HOME", "/dev/null/home")
+        return load_by_name(name)
+
+
 def head_on(encoder: Path, folder: Path, seed: int) -> Path:
     """A classifier on the frozen encoder in a folder."""
     model: Any = timm.create_model(f"local-dir:{encoder}", pretrained=True)
@@ -117,12 +124,13 @@ def test_of_a_head_on_a_bundled_encoder_only_the_head_is_stored(checkout: Path, 
         assert set(load_file(package / name / HEAD)) == {"fc.weight", "fc.bias"} and not (package / name / WEIGHTS).exists()
         assert entry["files"][WEIGHTS]["size"] == (folder / WEIGHTS).stat().st_size
         assert torch.equal(client(load_by_name, name), load_folder(folder)(IMAGES).detach())
+    assert torch.equal(client(load_with_a_home_that_cannot_be_written, f"{NAME}_slf"), load_folder(slf)(IMAGES).detach())
     assert "| other | - | - | - | - | - | - | package |" in (checkout / "README.md").read_text(encoding="utf-8")
     before = files(checkout)
     assert client(run, checkout, package / f"{NAME}_slf", f"{NAME}_slf") == "" and files(checkout) == before
 
     # An encoder does not change, or leave the package, under its heads.
-    assert f"{NAME}_slf is a head on {NAME}: release both in one call" in client(run, checkout, other, NAME, "--replace")
+    assert f"{NAME}_slf is a head on {NAME}: give both in one call" in client(run, checkout, other, NAME, "--replace")
     assert files(checkout) == before
     new = head_on(other, tmp_path / "new", 4)
     pairs = (other, NAME, new, f"{NAME}_slf", head_on(other, tmp_path / "new_alf", 5), f"{NAME}_alf")

@@ -34,7 +34,7 @@ STEM_STRIDE = dict.fromkeys(NAMES, 1) | {"resnet10_cifar": 2}
 # One small network of each class and of each number of stages.
 SMALL: dict[str, dict[str, Any]] = {
     "resnet8_cifar": {},
-    "resnet10_cifar": {"channels": (8, 16, 24, 32)},
+    "resnet10_cifar": {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)},
     "resnet18_cifar": {"layers": (1, 1, 1, 2), "channels": (8, 16, 24, 32)},
     "preact_resnet18_cifar": {"layers": (1, 1, 1, 2), "channels": (8, 16, 24, 32), "stem_chs": 8},
     "wrn28_10_cifar": {"layers": (2, 1, 1), "channels": (16, 32, 48)},
@@ -195,10 +195,10 @@ def test_feature_info_describes_the_features(name: str, size: tuple[int, int]) -
     assert [tuple(feature.shape) for feature in features] == expected
 
 
-@pytest.mark.parametrize("times", [2, 4, 8])
+@pytest.mark.parametrize("multiple", [2, 4, 8])
 @small_networks
-def test_output_stride_is_counted_from_the_image(name: str, times: int) -> None:
-    output_stride = times * STEM_STRIDE[name]
+def test_output_stride_is_counted_from_the_image(name: str, multiple: int) -> None:
+    output_stride = multiple * STEM_STRIDE[name]
     model = create_small(name, features_only=True, output_stride=output_stride)
     full = create_small(name, features_only=True).feature_info.reduction()
     assert model.feature_info.reduction() == [min(reduction, output_stride) for reduction in full]
@@ -291,7 +291,7 @@ def test_other_channels_and_image_sizes(name: str, size: tuple[int, int]) -> Non
 def test_drop_path_grows_with_depth_up_to_its_rate(name: str) -> None:
     model = create_small(name, drop_path_rate=0.3)
     rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
-    depth = sum(SMALL[name].get("layers", (1,) * len(SMALL[name].get("channels", (1, 1, 1)))))
+    depth = sum(SMALL[name].get("layers", (1, 1, 1)))
     torch.testing.assert_close(rates, [0.3 * block / (depth - 1) for block in range(1, depth)])
 
 

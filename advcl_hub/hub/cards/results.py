@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from advcl_hub.files import replacing, without_local_paths
-from advcl_hub.hub.cards.seeds import of_another_seed
+from advcl_hub.hub.cards.seeds import compact_other_seed
 from advcl_hub.hub.export import CONFIG, PICTURE, WEIGHTS
 from advcl_hub.records import RESULTS, load_record
 
@@ -66,7 +66,7 @@ def add_to_results(
         results.json as it is now.
 
     Raises:
-        ValueError: an evaluation of other weights; or of other seeds, see `advcl_hub.hub.cards.seeds.of_another_seed`.
+        ValueError: an evaluation of other weights; or of other seeds, see `advcl_hub.hub.cards.seeds.compact_other_seed`.
         OSError: a folder or file is missing, or cannot be written.
     """
     folder = Path(folder)
@@ -76,11 +76,7 @@ def add_to_results(
     standing = [e for e in results.get("evaluations", []) if _identity(e) not in added]
     results["evaluations"] = [*standing, *added.values()]
     if other_seeds:
-        recipe, more = _recipe(results), []
-        for path in other_seeds:
-            record = load_record(Path(path))
-            other = _recipe(record["model"].get("provenance") or {})
-            more.append(of_another_seed(path, record, results, recipe, other))
+        more = [compact_other_seed(path, load_record(Path(path)), results) for path in other_seeds]
         kept = {_seed_identity(found): found for found in [*results.get("other_seeds", []), *more]}
         results["other_seeds"] = list(kept.values())
     if licence:
@@ -166,10 +162,6 @@ def _ancestors(tuned: Mapping[str, Any]) -> set[str]:
         found |= {(record.get("sha256") or {}).get(WEIGHTS), (record.get("rounded_from") or {}).get("sha256")}
         record = (record.get("encoder") or {}).get("provenance")
     return found - {None}
-
-
-def _recipe(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    return (pretraining(results) or {}).get("recipe")
 
 
 def _seed_identity(record: Mapping[str, Any]) -> str:

@@ -5,77 +5,71 @@ from pathlib import Path
 from typing import Any
 
 from advcl_hub.files import without_local_paths
-from advcl_hub.training.state import differences
+from advcl_hub.records import pixels
+from advcl_hub.training.state import FREE, differences
 
-# Of a recipe, what decides nothing besides the seed: places on a machine, and what is repeated with the seed (the encoder that
-# pretraining started from, pseudo-labels that were made for it).
-_PLACES = (
-    *("seed", "start_from", "checkpoint_minutes", "judge", "data.root", "data.workers", "data.download"),
-    *("pseudo_labels.path", "pseudo_labels.encoder", "pseudo_labels.cache"),
-)
 _COLUMNS = {"standard": "SA", "pgd": "PGD", "autoattack": "AA"}
+_OF_CLUSTERS = ("method", "weights_sha256", "preprocessing", "k")  # of labels that were clustered anew for every seed
+_OF_DATA = ("name", "images", "shots")  # which images of a class a few shots are, is drawn with the seed
 
 
-def of_another_seed(
-    path: str | Path,
-    record: Mapping[str, Any],
-    results: Mapping[str, Any],
-    recipe: Mapping[str, Any] | None,
-    other: Mapping[str, Any] | None,
-) -> dict[str, Any]:
+def compact_other_seed(path: str | Path, record: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
     """What a card keeps of an evaluation of a model that was made as this one is, with another seed.
 
     Args:
         path: how to call the evaluation in errors.
         record: of the evaluation, as `load_record` reads it.
         results: results.json of the export, with its evaluations: one of them must have the same data and attacks.
-        recipe: of the pretraining behind the export, None if it is not known.
-        other: of the pretraining behind the other model.
+
+    Returns:
+        Model, seed, data, protocol, accuracy (values in [0, 1]), command, seconds and hardware.
 
     Raises:
         ValueError: the other model was made otherwise, or with the same seed; or there is nothing to compare it with.
     """
-    theirs = record["model"].get("provenance") or {}
-    if recipe is None or other is None:
-        raise ValueError(f"{path}: the pretraining of {record['model']['name'] if recipe else 'this export'} is not on record.")
+    theirs, recipe = _stages(record["model"].get("provenance") or {})
     ours = [e for e in results.get("evaluations", []) if _measured(e) == _measured(record)]
-    same = [e for e in ours if _settings(e, results).get("protocol") == (theirs.get("settings") or {}).get("protocol")]
+    chains = {e["model"]["name"]: _stages(results, e.get("finetuning")) for e in ours}
+    same = {name: chain for name, chain in chains.items() if _protocols(chain[0]) == _protocols(theirs)}
+    if recipe is None or _stages(results)[1] is None:
+        raise ValueError(f"{path}: the pretraining of {'this export' if recipe else record['model']['name']} is not on record.")
     if not same:
         raise ValueError(
             f"{path} has no counterpart: add an evaluation of these weights on the same data, with the same attacks."
         )
-    kind, now = _settings(same[0], results), theirs.get("settings") or {}
-    found = differences(_without(recipe, _PLACES), _without(other, _PLACES)) | differences(
-        _without(kind, ("seed",)), _without(now, ("seed",))
-    )
-    if found:
-        raise ValueError(f"{path} is of a model that was made otherwise:\n  " + "\n  ".join(found.values()))
-    if other["seed"] == recipe["seed"]:
-        raise ValueError(f"{path} is of a model with the same seed of pretraining, {recipe['seed']}.")
+    name, (stages, own) = next(iter(same.items()))
+    assert own is not None
+    found = differences(_decided(theirs, recipe), _decided(stages, own))
+    if differing := [sentence for key, sentence in found.items() if _decides(key)]:
+        raise ValueError(
+            f"{path} is of a model that was trained otherwise (there) than these weights (now):\n  " + "\n  ".join(differing)
+        )
+    if recipe["recipe"].get("seed") == own["recipe"].get("seed"):
+        raise ValueError(f"{path} is of a model with the same seed of pretraining, {own['recipe'].get('seed')}.")
     kept = {key: record[key] for key in ("data", "protocol", "accuracy", "command", "seconds", "hardware")}
-    return without_local_paths({"model": same[0]["model"]["name"], "seed": other["seed"], **kept})
+    return without_local_paths({"model": name, "seed": recipe["recipe"]["seed"], **kept})
 
 
-def table(evaluations: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], seed: int | None) -> str | None:
+def seeds_table(evaluations: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], seed: int | None) -> str | None:
     """Mean, lowest and highest accuracy over the seeds in percent, as markdown; None without other seeds.
 
     Args:
         evaluations: of the export.
-        others: of `of_another_seed`.
+        others: of `compact_other_seed`.
         seed: of the export's pretraining.
     """
-    if not others or seed is None:
-        return None
-    lines = [f"| model | seeds | {' | '.join(_COLUMNS.values())} |", "|---|---|" + "---:|" * len(_COLUMNS)]
+    rows = []
     for evaluation in evaluations:
-        name = evaluation["model"]["name"]
+        name, data, protocol = evaluation["model"]["name"], evaluation["data"]["name"], evaluation["protocol"]
         same = [o for o in others if o["model"] == name and _measured(o) == _measured(evaluation)]
-        if not same:
+        if not same or seed is None:
             continue
         seeds = ", ".join(str(s) for s in sorted([seed, *(o["seed"] for o in same)]))
+        attack = f"{protocol['norm']} {pixels(protocol['eps'], protocol['norm'])}"
         cells = [_spread([r["accuracy"].get(key) for r in (evaluation, *same)]) for key in _COLUMNS]
-        lines.append(f"| {name} | {seeds} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(f"| {' | '.join([name, f'{data}, {attack}', seeds, *cells])} |")
+    header = [f"| model | on | seeds | {' | '.join(_COLUMNS.values())} |", "|---|---|---|" + "---:|" * len(_COLUMNS)]
+    return "\n".join([*header, *rows]) if rows else None
 
 
 def _spread(found: Sequence[Mapping[str, Any] | None]) -> str:
@@ -90,19 +84,41 @@ def _measured(record: Mapping[str, Any]) -> tuple[Any, ...]:
     return record["data"].get("sha256"), record["protocol"]
 
 
-def _settings(evaluation: Mapping[str, Any], results: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Those with which the evaluated classifier was finetuned."""
-    tuned = evaluation.get("finetuning") or (results if results.get("kind") == "classifier" else {})
-    return tuned.get("settings") or {}
+def _stages(
+    record: Mapping[str, Any] | None, finetuning: Mapping[str, Any] | None = None
+) -> tuple[list[Mapping[str, Any]], Mapping[str, Any] | None]:
+    """The stages of finetuning, the last one first, and the record of the pretraining below, None if it is not known."""
+    found = [finetuning] if finetuning else []
+    while record and "recipe" not in record:
+        found.append(record)
+        record = (record.get("encoder") or {}).get("provenance")
+    return found, record or None
 
 
-def _without(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested values without some, named with dots."""
-    copy = {key: _without(value, ()) if isinstance(value, Mapping) else value for key, value in values.items()}
-    for key in keys:
-        *groups, leaf = key.split(".")
-        inner: Any = copy
-        for group in groups:
-            inner = inner.get(group, {})
-        inner.pop(leaf, None)
-    return copy
+def _protocols(stages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    return [(stage.get("settings") or {}).get("protocol") for stage in stages]
+
+
+def _decided(stages: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> dict[str, Any]:
+    """What decided the weights of a model: recipe, length and inputs of its pretraining, and every stage of finetuning."""
+    inputs = made.get("provenance") or {}
+    labels, start = inputs.get("pseudo_labels") or {}, inputs.get("start_from") or {}
+    before, teacher = _stages(start.get("provenance"))
+    return {
+        **{key: made.get(key) for key in ("recipe", "step", "branch", "ema")},
+        "images": (inputs.get("data") or {}).get("sha256"),
+        "pseudo_labels": {key: labels.get(key) for key in (_OF_CLUSTERS if "encoder" in labels else ("file_sha256",))},
+        "start_from": _decided(before, teacher) if teacher else {"weights_sha256": start.get("weights_sha256")},
+        "finetuning": {
+            str(number): {
+                "settings": stage.get("settings"),
+                "data": {key: (stage.get("data") or {}).get(key) for key in _OF_DATA},
+            }
+            for number, stage in enumerate(reversed(stages), 1)
+        },
+    }
+
+
+def _decides(key: str) -> bool:
+    """Whether a dotted key of `_decided` is neither a seed nor what decides nothing."""
+    return not key.endswith("seed") and not key.rpartition("recipe.")[2].startswith(FREE)

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from advcl_hub.files import replacing
 from advcl_hub.hub.cards.metadata import metadata
 from advcl_hub.hub.cards.results import PROTOCOLS, is_advcl, is_robust, method, pretraining, read_export
-from advcl_hub.hub.cards.seeds import table
+from advcl_hub.hub.cards.seeds import seeds_table
 from advcl_hub.hub.export import CARD, PICTURE
 from advcl_hub.records import RESULTS, pixels
 from advcl_hub.records.tables import report
@@ -76,7 +76,7 @@ def _render(folder: Path, results: Mapping[str, Any], config: Mapping[str, Any],
         "projector": _projector(results),
         "normalisation": "without normalisation" if plain else f"normalised with mean {mean} and standard deviation {std}",
         "table": report(evaluations, "markdown") if evaluations else None,
-        "seeds": table(evaluations, results.get("other_seeds", []), seed),
+        "seeds": seeds_table(evaluations, results.get("other_seeds", []), seed),
         "seed": seed,
         "corruptions": _corruptions(evaluations),
         "checks": _checks(evaluations),
