@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from advcl_hub.files import make_readable
 from advcl_hub.hub.export import WEIGHTS
-from advcl_hub.hub.parts import contains, read
+from advcl_hub.hub.parts import contains, read, rebuilds
 from advcl_hub.hub.registry import Release
 
 HEAD = "head.safetensors"  # the tensors that the encoder does not have
@@ -17,7 +17,7 @@ def encoders_below(folders: Mapping[str, Path], others: Sequence[Release], packa
     """By name of a release the name of the one in the package that has all its tensors but those of the head.
 
     Args:
-        folders: exported ones that go into the package by name, an encoder before its classifiers.
+        folders: exported ones that go into the package, by name.
         others: releases that stay as they are.
         package: folder of the weights in the package.
     """
@@ -28,10 +28,11 @@ def encoders_below(folders: Mapping[str, Path], others: Sequence[Release], packa
         if in_package(other, package) and not other.parts and other.architecture in architectures
     }
     found: dict[str, str] = {}
-    for name, folder in folders.items():
-        state = read(folder / WEIGHTS)
+    given = {name: read(folder / WEIGHTS) for name, folder in folders.items()}
+    for name, state in sorted(given.items(), key=lambda item: len(item[1])):  # an encoder before its classifiers
         for other, base in states.items():
-            if _architecture(other) == _architecture(name) and len(state) > len(base) and contains(state, base):
+            same = _architecture(other) == _architecture(name) and len(state) > len(base) and contains(state, base)
+            if same and rebuilds(state, folders[name] / WEIGHTS):
                 found[name] = other
                 break
         else:
@@ -62,15 +63,18 @@ def check_shared(known: Mapping[str, Release], stored: Mapping[str, Path], given
     Raises:
         ValueError: an encoder is replaced, or leaves the package, without the heads on it.
     """
+    lost: dict[str, list[str]] = {}
     for release in known.values():
         if release.name in given or not in_package(release, package) or not release.parts:
             continue
         encoder = release.parts[0].parent.name
         if encoder in given and not (encoder in stored and contains(read(stored[encoder] / WEIGHTS), read(release.parts[0]))):
-            raise ValueError(
-                f"{release.name} is a head on {encoder}: give both in one call, the encoder first; or, to move {encoder} "
-                f"to the Hub, move {release.name} there before."
-            )
+            lost.setdefault(encoder, []).append(release.name)
+    for encoder, names in lost.items():
+        raise ValueError(
+            f"Of {', '.join(names)} only the head is stored, on {encoder}: release them in one call; or, to move "
+            f"{encoder} to the Hub, move them there before."
+        )
 
 
 def in_package(release: Release, package: Path) -> bool:

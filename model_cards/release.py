@@ -48,6 +48,8 @@ BUNDLED_BYTES = 4_000_000  # larger weights do not go into the package
 _FILES = {RESULTS, CONFIG, PICTURE, CARD, GOLDEN, WEIGHTS, PROJECTOR, HEAD}
 # How hidden folders begin beside the folders of releases: those not finished yet, and those that a new one replaces.
 _DRAFT, _EARLIER = ".release-draft-", ".release-earlier-"
+# While files are renamed: the sha256 of the released.json that the call ends with. If that is in place, the call is done.
+_JOURNAL = ".release-journal"  # beside released.json
 _MARKS = ("<!-- released weights: made by model_cards/release.py -->\n", "<!-- end of released weights -->")
 
 
@@ -177,6 +179,7 @@ def release(
         released = _draft(RELEASED.parent, drafts) / RELEASED.name
         released.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         # All that is new is on the disk: from here on files are renamed, and then removed.
+        RELEASED.with_name(_JOURNAL).write_text(file_sha256(released), encoding="utf-8")
         for path in store.iterdir() if store else ():
             path.replace(CHECKOUT / path.name)
         for home in [home for name in folders for home in _homes(name)]:
@@ -194,18 +197,6 @@ def release(
 def _homes(name: str) -> tuple[Path, Path, Path]:
     """Where files of a release may lie: its card, what is in the package, what is in the checkout."""
     return CARDS / name, BUNDLED / name, CHECKOUT / name
-
-
-def _home_of(name: str, entry: Mapping[str, Any]) -> Path:
-    """Where the files of a release lie."""
-    card, package, checkout = _homes(name)
-    return package if entry.get("bundled") else checkout if entry.get("parts") else card
-
-
-def _describes(entry: Mapping[str, Any], folder: Path) -> bool:
-    """Whether a folder holds files whose sha256 released.json tells, and all of these are right."""
-    present = [file for file in entry.get("files", {}) if (folder / file).is_file()]
-    return bool(present) and all(file_sha256(folder / file) == entry["files"][file]["sha256"] for file in present)
 
 
 def _check_homes(name: str, known: Release | None) -> None:
@@ -289,17 +280,16 @@ def _remove_parts(entries: Mapping[str, Any]) -> None:
 
 
 def recover() -> None:
-    """Ends or undoes what an earlier call has begun: it was done if released.json describes the files in their home."""
+    """Ends or undoes what an earlier call has begun: it was done if released.json is the one that it was to end with."""
     entries = json.loads(RELEASED.read_text(encoding="utf-8"))["releases"]
     for path in filter(is_draft, [*README.parent.iterdir(), *CARDS.glob("*/.*")]):
         path.unlink()
     parents = (CARDS, BUNDLED, CHECKOUT)
-    replaced = [path for parent in parents for path in parent.glob(f"{_EARLIER}*")]
-    names = {path: path.name.removeprefix(_EARLIER) for path in replaced}
-    done = {name: _describes(entries.get(name, {}), _home_of(name, entries.get(name, {}))) for name in names.values()}
-    for earlier, name in names.items():
-        home = earlier.with_name(name)
-        if done[name]:
+    journal = RELEASED.with_name(_JOURNAL)
+    done = journal.is_file() and journal.read_text(encoding="utf-8") == file_sha256(RELEASED)
+    for earlier in [path for parent in parents for path in parent.glob(f"{_EARLIER}*")]:
+        home = earlier.with_name(earlier.name.removeprefix(_EARLIER))
+        if done:
             _remove(earlier)
         else:
             _remove(home)
@@ -308,6 +298,7 @@ def recover() -> None:
                 home.rmdir()
     for path in [path for parent in (*parents, RELEASED.parent) for path in parent.glob(f"{_DRAFT}????????")]:
         shutil.rmtree(path)
+    journal.unlink(missing_ok=True)
     _remove_parts(entries)
 
 

@@ -27,7 +27,7 @@ class_order = click.option(
     type=click.Choice(list(CLASS_ORDERS)),
     help="How a model that does not name its classes numbers folders: natural as timm, plain as torchvision's ImageFolder.",
 )
-DATA = "cifar10-samples, cifar10, cifar100, stl10, fashion-mnist, digits, folder:PATH or parquet:PATH."
+DATA = "cifar10, cifar100, stl10, fashion-mnist, digits, folder:PATH or parquet:PATH."
 
 
 def length(text: str) -> float:

@@ -158,7 +158,6 @@ def load_data(
     - `parquet:PATH`: the Hugging Face layouts, such as PATH/data/SPLIT-00000-of-00002.parquet (all are in
       `advcl_hub.data.parquet`), with columns img or image (struct of bytes and path) and label; class names are
       those in the Hugging Face metadata of the files.
-    - `cifar10-samples`: 100 test images of CIFAR-10 (JPEG-75), ten of each class, which come with the package.
     - `fake`, `fake:N`: 1,000 or N noisy 32x32 patterns of 10 classes, for trials without data.
 
     The order is that of the source, files sorted by name. Sets of encoded images that take more than

@@ -19,16 +19,14 @@ from urllib.error import URLError
 
 import numpy as np
 import torchvision
-from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from advcl_hub.data.decoding import Item
 from advcl_hub.data.parquet import has_parquet, read_parquet
 from advcl_hub.errors import need
 
-FORMS = ("digits", "cifar10-samples", "cifar10", "cifar100", "stl10", "fashion-mnist", "folder:PATH", "parquet:PATH", "fake:N")
+FORMS = ("digits", "cifar10", "cifar100", "stl10", "fashion-mnist", "folder:PATH", "parquet:PATH", "fake:N")
 FOLDER_SPLITS = ("train", "val", "test")
-CIFAR10_SAMPLES = Path(__file__).with_name("cifar10_samples.png")  # 320x320 pixels: one row a class, ten images a row
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -63,8 +61,6 @@ def read_source(source: str, split: str, root: str | Path | None, download: bool
     match source.partition(":"):
         case ("digits", "", _):
             return _read_digits(split)
-        case ("cifar10-samples", "", _):
-            return _read_cifar10_samples(split)
         case ("cifar10" | "cifar100" | "stl10" as name, "", _):
             return _read_torchvision(name, split, base, download)
         case ("fashion-mnist", "", _):
@@ -151,15 +147,6 @@ def _read_digits(split: str) -> Source:
     classes = tuple(str(digit) for digit in digits.target_names)
     labels = digits.target[rows].astype(np.int64)
     return Source(list(images), _numbered(len(images)), labels, classes, "digits", default_size=32)
-
-
-def _read_cifar10_samples(split: str) -> Source:
-    """The first ten test images of each class of CIFAR-10 (JPEG-75 copies), which come with the package as one picture."""
-    _check_split(split, ("test",), "cifar10-samples")
-    with Image.open(CIFAR10_SAMPLES) as sheet:
-        images = np.asarray(sheet).reshape(10, 32, 10, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3)
-    classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    return Source(list(images), _numbered(100), np.arange(10, dtype=np.int64).repeat(10), classes, "cifar10-samples")
 
 
 def _read_fake(source: str, count: str, split: str) -> Source:

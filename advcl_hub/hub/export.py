@@ -123,7 +123,7 @@ def export_again(source: str | Path, folder: str | Path, *, dtype: str) -> Path:
     verify_folder(source)
     results, config = (json.loads((source / name).read_text(encoding="utf-8")) for name in (RESULTS, CONFIG))
     earlier = {"dtype": results.get("dtype"), "sha256": results["sha256"][WEIGHTS]}
-    kept = {key: value for key, value in results.items() if key not in ("dtype", "sha256", "evaluations")}
+    kept = {key: value for key, value in results.items() if key not in ("dtype", "sha256", "evaluations", "other_seeds")}
     projector = read_projector(source / PROJECTOR) if PROJECTOR in results["sha256"] else None
     again = export_folder(
         load_folder(source),

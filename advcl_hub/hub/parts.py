@@ -4,13 +4,14 @@ A model is the union of the tensors in its parts. A linear head on a frozen enco
 are named after their content, so that a part never replaces another one.
 """
 
+import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from advcl_hub.errors import reason_of
@@ -33,7 +34,7 @@ def split(folders: Mapping[str, Path], target: Path, limit: int = LIMIT) -> dict
         By name of the model the files whose tensors it is made of.
 
     Raises:
-        ValueError: a single tensor is larger than a file may be, or a file of weights is damaged.
+        ValueError: a single tensor is larger than a file may be, or a file of weights is damaged or of another program.
         OSError: a file cannot be read or written.
     """
     from huggingface_hub import split_torch_state_dict_into_shards  # every start of the library would wait for it
@@ -43,6 +44,8 @@ def split(folders: Mapping[str, Path], target: Path, limit: int = LIMIT) -> dict
     parts: dict[str, list[str]] = {}
     for name, folder in folders.items():
         state = read(folder / WEIGHTS)
+        if not rebuilds(state, folder / WEIGHTS):
+            raise ValueError(f"{folder / WEIGHTS} was not written by advcl-hub: load the model and export it again.")
         base = next((n for n in reversed(whole) if contains(state, whole[n])), None)
         parts[name] = list(parts[base]) if base else []
         rest = {key: value for key, value in state.items() if base is None or key not in whole[base]}
@@ -69,7 +72,19 @@ def _write(target: Path, name: str, tensors: dict[str, Tensor], limit: int) -> s
 
 def contains(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> bool:
     """Whether a model holds all tensors of another one, bit for bit."""
-    return all(key in state and state[key].dtype == v.dtype and torch.equal(state[key], v) for key, v in base.items())
+    return all(key in state and _same_bytes(state[key], value) for key, value in base.items())
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    """0.0 and -0.0 are equal numbers, but other weights."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
+
+
+def rebuilds(state: Mapping[str, Tensor], path: Path) -> bool:
+    """Whether `join` would write a file's very bytes from its tensors; others than `export_folder` may add metadata."""
+    return hashlib.sha256(save(dict(state), metadata={"format": "pt"})).hexdigest() == file_sha256(path)
 
 
 def read(path: Path) -> dict[str, Tensor]:

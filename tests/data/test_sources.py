@@ -213,22 +213,6 @@ def test_digits_split_is_fixed_balanced_and_complete() -> None:
     assert together.round().sum() == load_digits().data.sum()
 
 
-def test_cifar10_samples_are_the_first_test_images_of_each_class(cifar10_folder: Path) -> None:
-    samples, test = load_data("cifar10-samples", "test"), load_data("cifar10", "test", root=cifar10_folder)
-    assert (samples.shape, samples.classes) == ((3, 32, 32), test.classes)
-    rows = torch.cat([(test.labels == label).nonzero()[:10, 0] for label in range(10)])
-    assert torch.equal(samples.labels, test.labels[rows])
-    assert torch.equal(all_images(samples), all_images(test.subset(rows)))
-
-
-def test_cifar10_samples_come_with_the_package() -> None:
-    samples = load_data("cifar10-samples", "test")
-    assert samples.labels.bincount().tolist() == [10] * 10 and samples.shape == (3, 32, 32)
-    assert samples.fingerprint().startswith("ac37c64f54e0abf8")  # figures on these images are compared over time
-    with pytest.raises(ValueError, match="cifar10-samples has no split 'train', it has: test"):
-        load_data("cifar10-samples")
-
-
 def test_fake_images_can_be_learnt_and_splits_differ() -> None:
     train, test = load_data("fake"), load_data("fake:200", "test")
     assert (len(train), len(test), test.name) == (1000, 200, "fake:200")

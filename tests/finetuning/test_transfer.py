@@ -131,7 +131,10 @@ def test_another_way_to_measure_costs_no_training_and_other_cells_stay_in_the_re
     other = advcl_hub.transfer([encoder], ["digits"], ["slf"], shots=[2], n=20, **options)
     assert len(other.cells) == 1
     with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
-        assert [(line["data"], line["test_images"]) for line in csv.DictReader(file)] == [("digits", "20"), ("fake:80", "80")]
+        assert [(line["data"], line["evaluated_images"]) for line in csv.DictReader(file)] == [
+            ("digits", "20"),
+            ("fake:80", "80"),
+        ]
     assert "digits SA" in (tmp_path / "report.md").read_text(encoding="utf-8") and "fake:80 SA" in (
         tmp_path / "report.md"
     ).read_text(encoding="utf-8")

@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -16,13 +15,13 @@ from safetensors.torch import load_file
 import advcl_hub
 from advcl_hub.hub import registry
 from advcl_hub.hub.cards import add_to_results
-from advcl_hub.hub.export import GOLDEN, PICTURE, WEIGHTS, export_folder, load_folder
+from advcl_hub.hub.export import GOLDEN, PICTURE, WEIGHTS, load_folder
 from model_cards import release
 from model_cards.heads import HEAD
 from tests.support.checkouts import CARD, DESCRIBED, NAME, PACKAGE, bytes_of_the_package, files, homes, loaded, released, run
 from tests.support.hub_client import TOKENS, Client, open_client
 from tests.support.hub_server import Hub
-from tests.support.small_encoders import SMALL_RESNET, export_encoder
+from tests.support.small_encoders import SMALL_RESNET, export_encoder, export_head
 from train.kept import keep
 
 IMAGES = torch.linspace(0, 1, 768).reshape(1, 3, 16, 16)
@@ -103,18 +102,13 @@ def load_with_a_home_that_cannot_be_written(name: str) -> torch.Tensor:
         return load_by_name(name)
 
 
-def head_on(encoder: Path, folder: Path, seed: int) -> Path:
-    """A classifier on the frozen encoder in a folder."""
-    model: Any = timm.create_model(f"local-dir:{encoder}", pretrained=True)
-    torch.manual_seed(seed)
-    model.reset_classifier(10)
-    return export_folder(model, folder, results={}, model_args=SMALL_RESNET)
-
-
 def test_of_a_head_on_a_bundled_encoder_only_the_head_is_stored(checkout: Path, tmp_path: Path, client: Client) -> None:
     encoder = export_encoder(tmp_path / "encoder", "resnet20_cifar", **SMALL_RESNET)
     other = export_encoder(tmp_path / "other", "resnet20_cifar", seed=1, **SMALL_RESNET)
-    slf, alf = head_on(encoder, tmp_path / "slf", 2), head_on(encoder, tmp_path / "alf", 3)
+    slf, alf = (
+        export_head(encoder, tmp_path / "slf", 2, **SMALL_RESNET),
+        export_head(encoder, tmp_path / "alf", 3, **SMALL_RESNET),
+    )
     package = checkout / "advcl_hub/hub/weights"
     assert client(run, checkout, encoder, NAME, slf, f"{NAME}_slf") == ""
     assert client(run, checkout, alf, f"{NAME}_alf") == ""  # later
@@ -130,10 +124,10 @@ def test_of_a_head_on_a_bundled_encoder_only_the_head_is_stored(checkout: Path, 
     assert client(run, checkout, package / f"{NAME}_slf", f"{NAME}_slf") == "" and files(checkout) == before
 
     # An encoder does not change, or leave the package, under its heads.
-    assert f"{NAME}_slf is a head on {NAME}: give both in one call" in client(run, checkout, other, NAME, "--replace")
+    assert f"Of {NAME}_slf, {NAME}_alf only the head is stored, on {NAME}" in client(run, checkout, other, NAME, "--replace")
     assert files(checkout) == before
-    new = head_on(other, tmp_path / "new", 4)
-    pairs = (other, NAME, new, f"{NAME}_slf", head_on(other, tmp_path / "new_alf", 5), f"{NAME}_alf")
+    new = export_head(other, tmp_path / "new", 4, **SMALL_RESNET)
+    pairs = (other, NAME, new, f"{NAME}_slf", export_head(other, tmp_path / "new_alf", 5, **SMALL_RESNET), f"{NAME}_alf")
     assert client(run, checkout, *pairs, "--replace") == ""
     assert torch.equal(client(load_by_name, f"{NAME}_slf"), load_folder(new)(IMAGES).detach())
 

@@ -17,7 +17,7 @@ import torch
 from advcl_hub.files import is_draft, lock, replacing
 from tests.support.checkouts import NAME, files, loaded, run
 from tests.support.hub_client import Client
-from tests.support.small_encoders import SMALL_RESNET, export_encoder
+from tests.support.small_encoders import SMALL_RESNET, export_encoder, export_head
 
 
 def cut_off(checkout: Path, how: str, moment: float, *arguments: object) -> bool:
@@ -64,7 +64,9 @@ def output_or_refusal(checkout: Path, cache: Path) -> torch.Tensor | None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("what", ["other weights", "other weights in parts", "out of its folder", "into its folder"])
+@pytest.mark.parametrize(
+    "what", ["other weights", "other weights in parts", "out of its folder", "into its folder", "to a head"]
+)
 @pytest.mark.parametrize("how", ["exit", "full", "kill -9"])
 def test_wherever_it_stops_nothing_is_lost_and_the_same_command_goes_on(
     what: str, how: str, small: Path, client: Client, tmp_path: Path, limit: Callable[[int], None]
@@ -80,14 +82,18 @@ def test_wherever_it_stops_nothing_is_lost_and_the_same_command_goes_on(
         home = small / "model_cards/weights" / NAME
     if what.endswith("its folder"):
         limit(0 if what == "out of its folder" else 1_000_000)
-    command = (home if what.endswith("its folder") else other, NAME, "--replace")
+    command: tuple[object, ...] = (home if what.endswith("its folder") else other, NAME, "--replace")
+    if what == "to a head":  # a classifier that is stored whole, until its encoder comes, too
+        head = export_head(tmp_path / "encoder", tmp_path / "head", 1, **SMALL_RESNET)
+        assert client(run, small, head, NAME, "--replace") == ""
+        command = (tmp_path / "encoder", f"{NAME}_encoder", home, NAME)
     shutil.copytree(small, tmp_path / "before")
     old = client(loaded, small, tmp_path / "cache")
     start = time.monotonic()
     assert client(run, small, *command) == ""
     seconds, after = time.monotonic() - start, files(small)
     new = client(loaded, small, tmp_path / "cache")
-    assert torch.equal(old, new) == what.endswith("its folder")
+    assert torch.equal(old, new) == (what.endswith("its folder") or what == "to a head")
     moments: Iterable[float] = [seconds * k / 4 for k in range(1, 4)] if how == "kill -9" else itertools.count(1)
     for moment in moments:
         shutil.rmtree(small)
@@ -101,7 +107,7 @@ def test_wherever_it_stops_nothing_is_lost_and_the_same_command_goes_on(
         assert client(run, small) == "" and not hidden(small), moment  # any next call
         found = client(loaded, small, tmp_path / "cache")
         assert torch.equal(found, old) or torch.equal(found, new), moment
-        if command[0].is_dir():  # else all was done, and its source has gone
+        if Path(str(command[0])).is_dir():  # else all was done, and its source has gone
             assert client(run, small, *command) == "", moment
         assert files(small) == after and not hidden(small), moment
     assert how == "kill -9" or moment > 7

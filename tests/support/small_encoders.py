@@ -59,6 +59,14 @@ def export_encoder(
     return export_folder(model.eval(), folder, results={"kind": kind}, model_args=arguments, projector=projector)
 
 
+def export_head(encoder: Path, folder: Path, seed: int, **arguments: Any) -> Path:
+    """A classifier of ten classes on the frozen encoder in a folder, with a random head."""
+    model: Any = timm.create_model(f"local-dir:{encoder}", pretrained=True)
+    torch.manual_seed(seed)
+    model.reset_classifier(10)
+    return export_folder(model, folder, results={}, model_args=arguments)
+
+
 def export_teacher(folder: Path) -> Path:
     """A small encoder with its projection head, as DeACL and ProFeAT start from."""
     torch.manual_seed(1)

@@ -8,7 +8,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from advcl_hub.hub.cards.results import is_robust
 from advcl_hub.records import autoattack_text, pixels
 
-# Without samples of a set: the Hub would show a figure on a hundred images as one on the whole.
 _DATASETS = {
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",

@@ -77,7 +77,12 @@ def add_to_results(
     results["evaluations"] = [*standing, *added.values()]
     if other_seeds:
         more = [compact_other_seed(path, load_record(Path(path)), results) for path in other_seeds]
-        kept = {_seed_identity(found): found for found in [*results.get("other_seeds", []), *more]}
+        kept = {_seed_identity(found): found for found in results.get("other_seeds", [])}
+        for path, found in zip(other_seeds, more, strict=True):
+            before = kept.setdefault(_seed_identity(found), found)
+            if before["model"] != found["model"]:
+                raise ValueError(f"{path}: there is an evaluation of another model of seed {found['seed']} already.")
+            kept[_seed_identity(found)] = found
         results["other_seeds"] = list(kept.values())
     if licence:
         results["licence"] = licence
@@ -150,7 +155,7 @@ def _compact(record: dict[str, Any], results: Mapping[str, Any], path: str | Pat
     kept = {key: value for key, value in record.items() if key not in _LEFT_OUT}
     kept["model"] = {key: value for key, value in model.items() if key != "provenance"} | {"name": name}
     if name != "this model":
-        kept["finetuning"] = {key: tuned.get(key) for key in ("settings", "data", "seconds", "command")}
+        kept["finetuning"] = {key: tuned.get(key) for key in ("settings", "kept_head", "data", "seconds", "command")}
     return without_local_paths(kept)
 
 
@@ -165,7 +170,7 @@ def _ancestors(tuned: Mapping[str, Any]) -> set[str]:
 
 
 def _seed_identity(record: Mapping[str, Any]) -> str:
-    return json.dumps([record["model"], record["seed"], record["data"], record["protocol"]], sort_keys=True)
+    return json.dumps([record["model"]["name"], record["seed"], record["data"], record["protocol"]], sort_keys=True)
 
 
 def _identity(record: Mapping[str, Any]) -> str:

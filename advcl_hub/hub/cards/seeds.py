@@ -10,7 +10,7 @@ from advcl_hub.training.state import FREE, differences
 
 _COLUMNS = {"standard": "SA", "pgd": "PGD", "autoattack": "AA"}
 _OF_CLUSTERS = ("method", "weights_sha256", "preprocessing", "k")  # of labels that were clustered anew for every seed
-_OF_DATA = ("name", "images", "shots")  # which images of a class a few shots are, is drawn with the seed
+_OF_DATA = ("name", "split", "of", "images", "shots", "classes")  # which images a few shots are, is drawn with the seed
 
 
 def compact_other_seed(path: str | Path, record: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def compact_other_seed(path: str | Path, record: Mapping[str, Any], results: Map
         results: results.json of the export, with its evaluations: one of them must have the same data and attacks.
 
     Returns:
-        Model, seed, data, protocol, accuracy (values in [0, 1]), command, seconds and hardware.
+        Model, seed of the pretraining, data, protocol, accuracy (values in [0, 1]), command, seconds and hardware.
 
     Raises:
         ValueError: the other model was made otherwise, or with the same seed; or there is nothing to compare it with.
@@ -46,8 +46,12 @@ def compact_other_seed(path: str | Path, record: Mapping[str, Any], results: Map
         )
     if recipe["recipe"].get("seed") == own["recipe"].get("seed"):
         raise ValueError(f"{path} is of a model with the same seed of pretraining, {own['recipe'].get('seed')}.")
-    kept = {key: record[key] for key in ("data", "protocol", "accuracy", "command", "seconds", "hardware")}
-    return without_local_paths({"model": name, "seed": recipe["recipe"]["seed"], **kept})
+    kept = {
+        key: record.get(key)
+        for key in ("data", "protocol", "accuracy", "autoattack_left_out", "command", "seconds", "hardware")
+    }
+    model = {"name": name, **{key: record["model"].get(key) for key in ("file_sha256", "attacked_at")}}
+    return without_local_paths({"model": model, "seed": recipe["recipe"]["seed"], **kept})
 
 
 def seeds_table(evaluations: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], seed: int | None) -> str | None:
@@ -61,15 +65,20 @@ def seeds_table(evaluations: Sequence[Mapping[str, Any]], others: Sequence[Mappi
     rows = []
     for evaluation in evaluations:
         name, data, protocol = evaluation["model"]["name"], evaluation["data"]["name"], evaluation["protocol"]
-        same = [o for o in others if o["model"] == name and _measured(o) == _measured(evaluation)]
+        same = [o for o in others if o["model"]["name"] == name and _measured(o) == _measured(evaluation)]
         if not same or seed is None:
             continue
         seeds = ", ".join(str(s) for s in sorted([seed, *(o["seed"] for o in same)]))
         attack = f"{protocol['norm']} {pixels(protocol['eps'], protocol['norm'])}"
-        cells = [_spread([r["accuracy"].get(key) for r in (evaluation, *same)]) for key in _COLUMNS]
+        cells = [_spread([_accuracy(r, key) for r in (evaluation, *same)]) for key in _COLUMNS]
         rows.append(f"| {' | '.join([name, f'{data}, {attack}', seeds, *cells])} |")
     header = [f"| model | on | seeds | {' | '.join(_COLUMNS.values())} |", "|---|---|---|" + "---:|" * len(_COLUMNS)]
     return "\n".join([*header, *rows]) if rows else None
+
+
+def _accuracy(record: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    """None if it was not measured, or only by some attacks of AutoAttack."""
+    return None if key == "autoattack" and record.get("autoattack_left_out") else record["accuracy"].get(key)
 
 
 def _spread(found: Sequence[Mapping[str, Any] | None]) -> str:
@@ -81,7 +90,7 @@ def _spread(found: Sequence[Mapping[str, Any] | None]) -> str:
 
 def _measured(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """On which images, and how."""
-    return record["data"].get("sha256"), record["protocol"]
+    return record["data"].get("sha256"), record["protocol"], record["model"].get("attacked_at")
 
 
 def _stages(
@@ -111,7 +120,7 @@ def _decided(stages: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> di
         "start_from": _decided(before, teacher) if teacher else {"weights_sha256": start.get("weights_sha256")},
         "finetuning": {
             str(number): {
-                "settings": stage.get("settings"),
+                **{key: stage.get(key) for key in ("settings", "kept_head")},
                 "data": {key: (stage.get("data") or {}).get(key) for key in _OF_DATA},
             }
             for number, stage in enumerate(reversed(stages), 1)
