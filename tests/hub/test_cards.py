@@ -192,6 +192,7 @@ def test_each_method_is_told_by_its_name_and_only_those_that_attack_as_robust(
     assert f"pretrained with {told} on parquet:cifar10 without its labels" in text
     assert ("keep adversarial robustness" in text) == robust
     assert ("Pretraining made adversarial views within l_inf 8/255 (5 steps of 2/255)." in text) == robust
+    assert ("\n- contrastive-learning\n" in text) == any(word in told for word in ("AdvCL", "contrastive"))
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -201,7 +202,8 @@ def test_a_card_names_the_teacher_and_says_what_is_not_known_of_it(copies: dict[
     run["provenance"] = {**RUN["provenance"], "start_from": start}  # type: ignore[dict-item]
     (copies["encoder"] / RESULTS).write_text(json.dumps(evaluation_record(copies["encoder"]) | run), encoding="utf-8")
     text = card(copies["encoder"])
-    how = ", contrastive learning on clean views (SimCLR), 40 epochs" if known else ""
+    took = f"{TEACHER['seconds']:,.0f} s"
+    how = f", contrastive learning on clean views (SimCLR), 40 epochs, {took}" if known else ""
     assert f"teacher/export{how} (weights sha256 `efefefefefefefef`)" in text
     assert ("Nothing says how teacher/export was made" in text) != known
 

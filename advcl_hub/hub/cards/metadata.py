@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from advcl_hub.hub.cards.results import is_robust
+from advcl_hub.hub.cards.results import is_robust, method_name
 from advcl_hub.records import autoattack_text, pixels
 
 _DATASETS = {
@@ -42,7 +42,7 @@ def metadata(
 
 def _topics(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> list[str]:
     """Tags of the Hub: what is known of how the weights were made."""
-    contrastive = made is not None or results.get("layout") in ("advcl", "acl")
+    contrastive = method_name(made) in ("advcl", "simclr", "acl") if made else results.get("layout") in ("advcl", "acl")
     adversarial = (results.get("settings") or {}).get("objective") in ("pgd", "trades")
     robust = adversarial or results.get("layout") in ("advcl", "acl") or (made is not None and is_robust(made))
     return ["adversarial-robustness"] * robust + ["contrastive-learning"] * contrastive

@@ -118,18 +118,18 @@ _METHODS = {
 
 def is_robust(made: Mapping[str, Any]) -> bool:
     """Whether a pretraining run had adversarial views."""
-    return _method(made) != "simclr" and bool(made["recipe"].get("attack", {}).get("steps"))
+    return method_name(made) != "simclr" and bool(made["recipe"].get("attack", {}).get("steps"))
 
 
 def method(made: Mapping[str, Any]) -> str:
     """What a pretraining run did, in the terms of the field."""
-    name = _method(made)
+    name = method_name(made)
     if name == "advcl" and not made["recipe"].get("objective", {}).get("pseudo_label_weight"):
         return "AdvCL without pseudo-labels"
     return _METHODS.get(name, name)
 
 
-def _method(made: Mapping[str, Any]) -> str:
+def method_name(made: Mapping[str, Any]) -> str:
     """The name of the method; earlier records have SimCLR and ACL as settings of AdvCL's objective."""
     recipe = made["recipe"]
     objective = recipe.get("objective", {})

@@ -141,7 +141,8 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
         lines["Pseudo-labels"] = _pseudo_labels(labels)
         if start := place.get("start_from"):
             teacher = pretraining(start.get("provenance") or {})
-            how = f", {method(teacher)}, {teacher['recipe']['epochs']} epochs" if teacher else ""
+            took = f", {teacher['seconds']:,.0f} s" if teacher and teacher.get("seconds") else ""
+            how = f", {method(teacher)}, {teacher['recipe']['epochs']} epochs{took}" if teacher else ""
             lines["Started from"] = f"{_line(start['name'])}{how} (weights sha256 `{start['weights_sha256'][:16]}`)"
         lines["Branch"] = f"batch norm `{made['branch']}`" + (", averaged weights" if made.get("ema") else "")
         lines["Pretraining took"] = f"{made['seconds']:,.0f} s on {place['hardware']['device']}"
