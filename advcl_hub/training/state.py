@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from advcl_hub.files import replacing
@@ -117,7 +117,7 @@ def save_state(folder: Path, info: Mapping[str, Any], tensors: Mapping[str, Tens
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads what `save_state` wrote.
+    """Reads what `save_state` wrote, also while a run replaces it.
 
     Raises:
         FileNotFoundError: there is none.
@@ -126,10 +126,11 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = folder / FILE
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint in {folder} (expected {FILE}).")
+    content = path.read_bytes()  # at once: `safe_open` opens a path twice, and would mix the file with the one that replaces it
     try:
-        with safe_open(path, "pt") as file:
-            info = json.loads((file.metadata() or {})["advcl"])
-            return info, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return json.loads(header["__metadata__"]["advcl"]), tensors
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable training checkpoint ({error}). Remove it to start over.") from None
 
