@@ -109,6 +109,10 @@ class Optimizer:
             self.weight_decay > 0 or self.name not in ("lars", "lamb"),
             f"{self.name} of timm scales the step of tensors with weight decay only: set weight_decay above 0 (1e-6 in ACL)",
         )
+        require(
+            not self.warmup_epochs or self.warmup_lr <= self.lr,
+            f"the rate rises from warmup_lr to lr, but {self.warmup_lr} is above {self.lr}: set warmup_lr lower (1e-6 for adamw)",
+        )
 
 
 @dataclass(frozen=True)

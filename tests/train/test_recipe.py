@@ -144,14 +144,14 @@ def test_overrides_convert_to_the_type_of_the_setting() -> None:
         "digits_demo",
         [
             "attack.eps=4/255",
-            "optimizer.lr=1e-3",
+            "optimizer.lr=2e-2",
             "speed.mixed_precision=no",
             "model_kwargs.drop_path_rate=0.1",
             "data.size=null",
         ],
     )
     assert recipe.attack.eps == 4 / 255
-    assert recipe.optimizer.lr == 1e-3
+    assert recipe.optimizer.lr == 2e-2
     assert recipe.speed.mixed_precision == "no"
     assert recipe.model_kwargs == {"drop_path_rate": 0.1}
     assert recipe.data.size is None
@@ -184,6 +184,7 @@ def test_overrides_convert_to_the_type_of_the_setting() -> None:
         ("objective.pseudo_label_weight=-0.2", "pseudo_label_weight must not be negative"),
         ("optimizer.weight_decay=-1", "must not be negative"),
         ("optimizer={name: lars, weight_decay: 0}", "lars of timm scales the step of tensors with weight decay only: set"),
+        ("optimizer={name: adamw, lr: 2e-3}", "the rate rises from warmup_lr to lr, but 0.01 is above 0.002: set warmup_lr lower"),
         ("judge.every=-1", "judge: every and steps must not be negative"),
         ("judge.val_images=0", "judge: train_images and val_images must be at least 1"),
         ("views.crop_scale=[0.2]", "views.crop_scale needs 2 values"),
