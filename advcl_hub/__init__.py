@@ -1,7 +1,7 @@
 """advcl-hub: image encoders that stay adversarially robust after finetuning.
 
 Importing this package registers its architectures and released weights with timm, so that
-`timm.create_model("resnet8_cifar.advcl_c10", pretrained=True)` works. Slow modules are imported at first use.
+`timm.create_model("resnet10_cifar.pseudo_label_at_c10", pretrained=True)` works. Slow modules are imported at first use.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Releases weights: an entry in advcl_hub/hub/released.json, their files in place, and their card in this folder.
 
-python -m model_cards.release FOLDER resnet8_cifar.advcl_c10
-python -m model_cards.release ENCODER resnet8_cifar.mine SLF resnet8_cifar.mine_slf    # several in one call
+python -m model_cards.release FOLDER resnet10_cifar.pseudo_label_at_c10
+python -m model_cards.release ENCODER resnet10_cifar.mine SLF resnet10_cifar.mine_slf    # several in one call
 python -m model_cards.release KEPT --licence apache-2.0                          # all that a plan kept (train/flagship.py)
 python -m model_cards.release FOLDER resnet18_cifar.advcl_c10 --hub ORG/NAME@COMMIT   # pushed there before
 python -m model_cards.release                                                    # all cards and the README's table anew

@@ -90,7 +90,7 @@ for name in main.commands:
     shown = click.testing.CliRunner().invoke(main, [name, "--help"])
     assert shown.exit_code == 0 and "Usage" in shown.output, (name, shown.output)
 
-classifier, encoder = "resnet8_cifar.advcl_c10_slf", "resnet8_cifar.advcl_c10"
+classifier, encoder = "resnet10_cifar.pseudo_label_at_c10_slf", "resnet10_cifar.pseudo_label_at_c10"
 images, labels = load_data("fake:40"), torch.zeros(40, 1, dtype=torch.int64)
 pathlib.Path("train.parquet").touch()
 quick = advcl_hub.Protocol(steps=1, check_images=0)
@@ -112,7 +112,7 @@ CALLS = {
     "releases": lambda: advcl_hub.releases()[encoder],
     "verify": lambda: advcl_hub.verify(classifier),
     "pull": lambda: advcl_hub.pull(classifier, pulled),
-    "register": lambda: advcl_hub.register("resnet8_cifar.own", pulled),
+    "register": lambda: advcl_hub.register("resnet10_cifar.own", pulled),
     "evaluate": lambda: advcl_hub.evaluate(classifier, images, quick, output="e", progress=False),
     "report": lambda: report([load_record("e")]),
     "add_to_results": lambda: add_to_results(pulled, ["e"], ["A note."], "mit"),

@@ -23,7 +23,7 @@ from tests.support import ROOT
 
 # advcl_hub is imported inside functions: the processes of `in_new_process` import this module, and then prepare timm for it.
 
-RELEASED = "resnet8_cifar.advcl_c10"
+RELEASED = "resnet10_cifar.pseudo_label_at_c10"
 STORES = ("_model_entrypoints", "_model_has_pretrained", "_model_pretrained_cfgs", "_model_with_tags", "_model_default_cfgs")
 
 
@@ -170,19 +170,19 @@ def import_with_another_registry(case: str, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"warnings": import_warnings()}
     import advcl_hub
 
-    found["classes"] = timm.create_model("resnet8_cifar").num_classes
-    found["listed"] = timm.list_pretrained("resnet8_cifar*")
+    found["classes"] = timm.create_model("resnet10_cifar").num_classes
+    found["listed"] = timm.list_pretrained("resnet10_cifar*")
     stores = [getattr(registry, store) for store in STORES]
     found["half"] = [name for store in stores for name in store if "advcl" in name]
-    found["default"] = list(stores[-1]["resnet8_cifar"].tags)
-    found["entry point"] = registry._model_entrypoints["resnet8_cifar"] is advcl_hub.models.resnet8_cifar
+    found["default"] = list(stores[-1]["resnet10_cifar"].tags)
+    found["entry point"] = registry._model_entrypoints["resnet10_cifar"] is advcl_hub.models.resnet10_cifar
     advcl_hub.pull(RELEASED, folder / "pulled")
     found["classes of a folder"] = timm.create_model(f"local-dir:{folder / 'pulled'}", pretrained=True).num_classes
     try:
-        advcl_hub.register("resnet8_cifar.mine", folder / "pulled")
+        advcl_hub.register("resnet10_cifar.mine", folder / "pulled")
     except ImportError as error:
         found["refusal"] = str(error)
-    found["registered"] = "resnet8_cifar.mine" in advcl_hub.releases()
+    found["registered"] = "resnet10_cifar.mine" in advcl_hub.releases()
     return found
 
 
@@ -210,7 +210,7 @@ import timm, sys
 sys.modules["timm.models._registry"] = None  # what is imported from there fails, but timm has it already
 del timm.models._registry
 import advcl_hub
-assert timm.create_model("resnet8_cifar").num_classes == 10 and not timm.models.is_model_pretrained("{RELEASED}")
+assert timm.create_model("resnet10_cifar").num_classes == 10 and not timm.models.is_model_pretrained("{RELEASED}")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -224,11 +224,11 @@ def other_arguments(function: Any) -> Callable[..., Any]:
 def export_without_its_writer(change: Callable[[Any], Any] | None, folder: Path) -> dict[str, Any]:
     """In a new process: what works although timm writes configs in another way."""
     hide("_hub", "save_config_for_hf", change)
-    found: dict[str, Any] = {"warnings": import_warnings(), "listed": timm.list_pretrained("resnet8_cifar*")}
+    found: dict[str, Any] = {"warnings": import_warnings(), "listed": timm.list_pretrained("resnet10_cifar*")}
     from advcl_hub.hub.export import export_folder
 
     try:
-        export_folder(timm.create_model("resnet8_cifar"), folder / "new" / "export", results={})
+        export_folder(timm.create_model("resnet10_cifar"), folder / "new" / "export", results={})
     except ImportError as error:
         found["refusal"] = str(error)
     return found
@@ -249,9 +249,9 @@ def as_set(function: Any) -> Callable[..., Any]:
 def features_without_indices(change: Callable[[Any], Any] | None) -> dict[str, Any]:
     """In a new process: what works although timm chooses intermediate features in another way."""
     hide("_features", "feature_take_indices", change)
-    found: dict[str, Any] = {"warnings": import_warnings(), "listed": timm.list_pretrained("resnet8_cifar*"), "refusals": []}
+    found: dict[str, Any] = {"warnings": import_warnings(), "listed": timm.list_pretrained("resnet10_cifar*"), "refusals": []}
     images = torch.rand(2, 3, 32, 32)
-    for name in ("resnet8_cifar", "preact_resnet18_cifar"):
+    for name in ("resnet10_cifar", "preact_resnet18_cifar"):
         model: Any = timm.create_model(name)
         found[name] = tuple(model(images).shape)
         features = timm.create_model(name, features_only=True, out_indices=(0, 1))
@@ -268,7 +268,7 @@ def features_without_indices(change: Callable[[Any], Any] | None) -> dict[str, A
 def test_without_timms_indices_only_intermediate_features_fail(change: Callable[[Any], Any] | None) -> None:
     found = in_new_process(features_without_indices, change)
     assert found["warnings"] == [] and RELEASED in found["listed"] and len(found["refusals"]) == 4
-    for name in ("resnet8_cifar", "preact_resnet18_cifar"):
+    for name in ("resnet10_cifar", "preact_resnet18_cifar"):
         assert found[name] == (2, 10) and found[f"{name} features"] == 2
     (refusal,) = set(found["refusals"])
     assert "needs timm.models._features.feature_take_indices" in refusal and is_one_sentence(refusal)
@@ -285,7 +285,7 @@ def register_without_a_cfg(folder: Path) -> dict[str, Any]:
     import advcl_hub
 
     def cfgless(pretrained: bool = False, **options: Any) -> Any:
-        return timm.create_model("resnet8_cifar", **{key: value for key, value in options.items() if value is not None})
+        return timm.create_model("resnet10_cifar", **{key: value for key, value in options.items() if value is not None})
 
     timm.models.register_model(cfgless)
     advcl_hub.pull(RELEASED, folder / "export")

@@ -1,7 +1,9 @@
-"""What AdvCL is for, shown on 1,797 digits in a few minutes on a CPU: python -m train.demo --output runs/demo
+"""What AdvCL is for, shown in a few minutes on a CPU: python -m train.demo --output runs/demo
 
-Pretrains an AdvCL and a plain SimCLR encoder at equal compute, fits a linear head on the frozen features of each, attacks both
-with PGD-20, and compares. Everything it prints can be made again from the recipes digits_demo and digits_demo_simclr.
+First, in seconds: a linear head for digits on each of two released encoders, a robust and a plain one, both attacked.
+Then the same from the beginning: pretrains an AdvCL and a plain SimCLR encoder on 1,797 digits at equal compute, fits a head
+on the frozen features of each, attacks both with PGD-20, and compares. Everything it prints can be made again from the recipes
+digits_demo and digits_demo_simclr.
 """
 
 import argparse
@@ -9,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import timm
 import torch
 from torch import nn
 
@@ -25,12 +28,26 @@ from train.pretrain import pretrain
 from train.probe import linear_probe
 from train.recipe import load_recipe
 
+RELEASED = {"plain": "resnet10_cifar.simclr_c10", "robust": "resnet10_cifar.pseudo_label_at_c10"}
 RECIPES = {"SimCLR": "digits_demo_simclr", "AdvCL": "digits_demo"}
 log = logging.getLogger("advcl")
 
 
+def first_look(output: Path) -> dict[str, Robustness]:
+    """Fits a head for digits on each released encoder, attacks both classifiers, and prints and draws what that did."""
+    train, test = load_data("digits", "train"), load_data("digits", "test").subset(torch.arange(100))
+    log.info("== Two released encoders of one size, pretrained on photographs: a linear head for digits on each, then PGD-20")
+    attack = Protocol()
+    models = {title: linear_probe(timm.create_model(name, pretrained=True), train, "cpu") for title, name in RELEASED.items()}
+    results = {title: _attacked(model, test, attack) for title, model in models.items()}
+    log.info("%s", table("linear head on", {RELEASED[title]: result for title, result in results.items()}))
+    log.info("Picture: %s", draw(output / "first_look.png", models, test.subset(torch.arange(10)), attack))
+    return results
+
+
 def run_demo(output: Path, overrides: list[str], stop: StopRequest) -> dict[str, Robustness] | None:
     """Trains, compares and exports. Returns accuracies on the test images by method, or None if it was stopped on the way."""
+    first_look(output)
     recipes = {method: load_recipe(name, overrides) for method, name in RECIPES.items()}
     for method, recipe in recipes.items():
         log.info("\n== %s: pretraining without labels, recipe %s", method, RECIPES[method])
@@ -42,11 +59,8 @@ def run_demo(output: Path, overrides: list[str], stop: StopRequest) -> dict[str,
     train, test = (load_data(recipe.data.source, s, root=recipe.data.root, size=recipe.data.size) for s in ("train", "test"))
     attack = Protocol(eps=recipe.attack.eps)
     models = {method: linear_probe(load_folder(output / method.lower() / "export"), train, "cpu") for method in recipes}
-    results = {
-        method: robustness(model, test, eps=attack.radius, step_size=attack.step, steps=attack.steps)
-        for method, model in models.items()
-    }
-    log.info("\n%s", table(results))
+    results = {method: _attacked(model, test, attack) for method, model in models.items()}
+    log.info("\n%s", table("linear head on", results))
 
     picture = draw(output / "adversarial_examples.png", models, test.subset(torch.arange(10)), attack)
     folder = export_checkpoint(
@@ -73,6 +87,10 @@ def run_demo(output: Path, overrides: list[str], stop: StopRequest) -> dict[str,
     return results
 
 
+def _attacked(model: nn.Module, data: ImageData, attack: Protocol) -> Robustness:
+    return robustness(model, data, eps=attack.radius, step_size=attack.step, steps=attack.steps)
+
+
 def draw(path: Path, models: Mapping[str, nn.Module], data: ImageData, attack: Protocol) -> Path:
     """Draws some images as each model was attacked on them when it was measured."""
     attacked = {name: (PixelSpace(model).eval(), adversarial_images(model, data, attack)) for name, model in models.items()}
@@ -80,11 +98,12 @@ def draw(path: Path, models: Mapping[str, nn.Module], data: ImageData, attack: P
     return save_adversarial_examples(path, attacked, data.images / 255, data.labels, data.classes, attack)
 
 
-def table(results: dict[str, Robustness]) -> str:
+def table(title: str, results: dict[str, Robustness]) -> str:
     """The comparison as text."""
     any_result = next(iter(results.values()))
-    lines = [f"{'linear head on':16}{'standard':>10}{'robust':>10}"]
-    lines += [f"{method:16}{r.standard:>10.1%}{r.robust:>10.1%}" for method, r in results.items()]
+    width = 2 + max(map(len, [title, *results]))
+    lines = [f"{title:{width}}{'standard':>10}{'robust':>10}"]
+    lines += [f"{name:{width}}{r.standard:>10.1%}{r.robust:>10.1%}" for name, r in results.items()]
     return "\n".join(lines) + (
         f"\n({any_result.images} test digits; robust: PGD-{any_result.steps}, l_inf, eps {any_result.eps * 255:g}/255, "
         f"step {any_result.step_size * 255:g}/255, seed {any_result.seed})"

@@ -111,7 +111,7 @@ class Optimizer:
         )
         require(
             not self.warmup_epochs or self.warmup_lr <= self.lr,
-            f"the rate rises from warmup_lr to lr, but {self.warmup_lr} is above {self.lr}: set warmup_lr lower (1e-6 for adamw)",
+            f"the rate rises from warmup_lr to lr, but {self.warmup_lr} is above {self.lr}: set warmup_lr lower (adamw: 1e-6)",
         )
 
 

@@ -61,7 +61,7 @@ def info_command(name: str, as_json: bool) -> None:
 
     \b
     Examples:
-      advcl-hub info resnet8_cifar.advcl_c10
+      advcl-hub info resnet10_cifar.pseudo_label_at_c10
       advcl-hub info runs/resnet18/export --json
     """
     with described(name) as (folder, load):
@@ -99,7 +99,7 @@ def verify_command(name: str) -> None:
 
     \b
     Examples:
-      advcl-hub verify resnet8_cifar.advcl_c10
+      advcl-hub verify resnet10_cifar.pseudo_label_at_c10
       advcl-hub verify runs/resnet18/export
     """
     click.echo(f"{name}: every sha256 is right; the output differs from the golden one by {verify(name):.1e} of its size")

@@ -25,7 +25,7 @@ from advcl_hub.data import ImageData, matching, train_val_split
 from advcl_hub.errors import need
 from advcl_hub.files import check_writable, replacing, slug, without_local_paths
 from advcl_hub.finetuning.encoder import RANDOM, Encoder, open_encoder, set_head
-from advcl_hub.finetuning.presets import ONE, Settings, choose_settings, fit_batch, without_effect
+from advcl_hub.finetuning.presets import ONE, Settings, choose_settings, fit_to_images, without_effect
 from advcl_hub.finetuning.runner import Finetuned, default_output, finetune, finished
 from advcl_hub.hub.export import check_exportable, check_replaceable, export_folder, verify_folder
 from advcl_hub.modes import as_usual
@@ -95,7 +95,7 @@ def lp_aff(
         cpu, time_budget, checkpoint_minutes, command: as in `finetune`. Clustering cannot be stopped; killed, it starts again.
         overrides: values of `Settings` for the stage of all weights. Those in `SHARED` count for the head's stage, too, and
             the seed for k-means. As in `finetune`, milestones scale with `epochs`, the step of the attack with `eps`, and of a
-            small data set the batch is at most one eighth.
+            small data set the batch is at most one eighth, the learning rate of the second stage as much smaller.
 
     Returns:
         The run, whose `folder` is the encoder's.
@@ -224,8 +224,10 @@ def stage_values(
     head = {**HEAD_VALUES, "epochs": head_epochs, **{name: overrides[name] for name in SHARED if name in overrides}}
     settings = choose_settings("aff", PRESET, overrides=full)
     choose_settings("slf", PRESET, overrides=head)
-    if images is not None and "batch_size" not in overrides:
-        head["batch_size"] = full["batch_size"] = fit_batch(settings, images, processes)
+    if images is not None:
+        fitted = fit_to_images(settings, images, processes, overrides)
+        head["batch_size"] = full["batch_size"] = fitted.batch_size
+        full["lr"] = fitted.lr
     return {"slf": head, "aff": full}
 
 

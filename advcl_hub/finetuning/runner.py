@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from advcl_hub.data import ImageData, few_shot, matching, train_val_split
 from advcl_hub.errors import need
 from advcl_hub.files import check_writable, slug, without_local_paths
 from advcl_hub.finetuning.encoder import Encoder, open_encoder, set_head
-from advcl_hub.finetuning.presets import Settings, choose_settings, fit_batch, without_effect
+from advcl_hub.finetuning.presets import Settings, choose_settings, fit_to_images, without_effect
 from advcl_hub.hub.export import check_exportable, check_replaceable
 from advcl_hub.modes import as_usual
 from advcl_hub.records import RESULTS
@@ -84,7 +84,7 @@ def finetune(
             `evaluate` fits them: larger sets are scaled down, smaller ones enlarged inside the attacked function.
         protocol: `slf`, `alf`, `aff` or `sff`, see `PROTOCOLS`.
         preset: whose values to take: `advcl`, `dynacl`, `acl` or `deacl`, see `PRESETS`. Of a small data set a preset's
-            batch is at most one eighth.
+            batch is at most one eighth, and where all weights are trained, the learning rate as much smaller.
         root, split: for `load_data`, where data is a name.
         size: side of the images, in pixels, instead of the encoder's own.
         shots: so many images of every class, drawn with the seed; None takes all.
@@ -146,8 +146,7 @@ def finetune(
     chosen = whole if shots is None else few_shot(whole, shots, seed)
     train, held_out = train_val_split(chosen, settings.val_fraction, seed) if settings.val_fraction else (chosen, None)
     settings = choose_settings(protocol, preset, data=whole.name, size=max(whole.shape[1:]), overrides=overrides)
-    if "batch_size" not in overrides:
-        settings = replace(settings, batch_size=fit_batch(settings, len(train), accelerator.num_processes))
+    settings = fit_to_images(settings, len(train), accelerator.num_processes, overrides)
     set_head(encoder.model, whole, settings, keep=keep_head)
     matching.check_fits(encoder.model, whole)
     facts = {

@@ -1,4 +1,4 @@
-"""Released weights under timm's names: `timm.create_model("resnet8_cifar.advcl_c10", pretrained=True)`.
+"""Released weights under timm's names: `timm.create_model("resnet10_cifar.pseudo_label_at_c10", pretrained=True)`.
 
 `released.json` beside this file is the only source: timm's tags and `advcl-hub list` are made from it (in a checkout,
 `model_cards/release.py` writes it). `register` adds weights of one's own for this process.

@@ -81,11 +81,11 @@ def test_list_for_people_and_for_programs() -> None:
 def test_completion_offers_the_names() -> None:
     names = list(releases())
     command = [sys.executable, "-m", "advcl_hub.cli"]
-    words = {"COMP_WORDS": "advcl-hub info resnet8", "COMP_CWORD": "2", "_ADVCL_HUB_COMPLETE": "bash_complete"}
+    words = {"COMP_WORDS": "advcl-hub info resnet10", "COMP_CWORD": "2", "_ADVCL_HUB_COMPLETE": "bash_complete"}
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **words}, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     offered = {line.partition(",")[2] for line in done.stdout.splitlines()}
-    assert offered == {name for name in names if name.startswith("resnet8")} != set()
+    assert offered == {name for name in names if name.startswith("resnet10")} != set()
 
 
 def test_info_card_and_verify_of_a_folder(export: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_info_card_and_verify_of_a_folder(export: Path, tmp_path: Path) -> None:
     (folder / WEIGHTS).write_bytes(flipped((folder / WEIGHTS).read_bytes()))
     assert "not the file that was exported" in refused("verify", folder)
     assert "has no results.json" in refused("card", tmp_path)
-    assert "no folder here, no released weights, and no repository" in refused("info", "resnet8")
+    assert "no folder here, no released weights, and no repository" in refused("info", "resnet10")
     assert "has no results.json" in refused("card", folder, tmp_path)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from advcl_hub.finetuning.presets import ONE, PRESETS, TWO, choose_settings, fit_batch, table, without_effect
+from advcl_hub.finetuning.presets import ONE, PRESETS, TWO, choose_settings, fit_to_images, table, without_effect
 from tests.support import ROOT
 
 README = ROOT / "README.md"
@@ -163,4 +163,24 @@ def test_pgd_training_of_a_preset_with_two_branches_has_one() -> None:
 )
 def test_a_small_set_gets_smaller_batches(images: int, processes: int, accumulate: int, expected: int) -> None:
     s = replace(choose_settings("slf", "advcl"), accumulate=accumulate)
-    assert fit_batch(s, images, processes) == expected
+    assert fit_to_images(s, images, processes) == replace(s, batch_size=expected)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "images", "processes", "given", "batch_size", "lr"),
+    [
+        ("aff", 100, 1, (), 12, 0.1 * 12 / 128),
+        ("aff", 100, 5, (), 10, 0.1 * 10 / 128),
+        ("sff", 800, 1, (), 100, 0.01 * 100 / 512),
+        ("alf", 100, 1, (), 12, 0.01),  # a linear head does not diverge, and has few steps
+        ("aff", 100, 1, ("lr",), 12, 0.1),
+        ("aff", 100, 1, ("batch_size",), 128, 0.1),
+        ("aff", 50_000, 1, (), 128, 0.1),
+        ("aff", 50_000, 3, (), 126, 0.1),  # smaller for the number of processes, not for that of the images
+    ],
+)
+def test_all_weights_in_smaller_batches_learn_at_a_smaller_rate(
+    protocol: str, images: int, processes: int, given: tuple[str, ...], batch_size: int, lr: float
+) -> None:
+    s = fit_to_images(choose_settings(protocol, "advcl"), images, processes, given)
+    assert s.batch_size == batch_size and s.lr == pytest.approx(lr)

@@ -188,7 +188,7 @@ def test_an_export_without_one_says_how_to_get_it(tmp_path: Path) -> None:
     folder = export_folder(encoder(), tmp_path / "e", results={})
     shutil.copytree(folder, tmp_path / "bare")
     (tmp_path / "bare" / RESULTS).unlink()
-    for source in (folder, tmp_path / "bare", "resnet8_cifar.advcl_c10"):
+    for source in (folder, tmp_path / "bare", "resnet10_cifar.pseudo_label_at_c10"):
         with pytest.raises(FileNotFoundError) as error:
             load_projector(source)
         assert str(error.value) == f"{source} has no {PROJECTOR}: export the encoder again with --keep-projector."

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import timm
 
 from advcl_hub.evaluation import Protocol, evaluate
 from tests.support import ROOT
+from train.demo import RELEASED
 
 TINY = ("epochs=1", "optimizer.warmup_epochs=0", "judge.every=0", "attack.steps=1", "model_kwargs.channels=[16,16,16]")
 
@@ -24,6 +26,13 @@ def demo(output: Path) -> str:
 
 def test_the_demo_from_digits_to_a_robustness_table(tmp_path: Path) -> None:
     said = demo(tmp_path)
+    look, training = said.split("== SimCLR: pretraining")
+    assert "100 test digits; robust: PGD-20, l_inf, eps 8/255" in look and (tmp_path / "first_look.png").stat().st_size > 0
+    assert "epoch" not in look and "epoch" in training
+    (plain, robust) = (re.search(rf"{re.escape(name)} +([\d.]+)% +([\d.]+)%", look) for name in RELEASED.values())
+    assert plain is not None and robust is not None
+    assert float(plain[1]) > 90 and float(robust[1]) > 90
+    assert float(plain[2]) < 10 and float(robust[2]) > 60
     assert "359 test digits; robust: PGD-20, l_inf, eps 16/255" in said
     assert "reloaded through timm, its outputs are equal" in said
     for name in ("adversarial_examples.png", "advcl/views.png", "simclr/curves.png", "classifier/model.safetensors"):

@@ -184,7 +184,7 @@ def test_overrides_convert_to_the_type_of_the_setting() -> None:
         ("objective.pseudo_label_weight=-0.2", "pseudo_label_weight must not be negative"),
         ("optimizer.weight_decay=-1", "must not be negative"),
         ("optimizer={name: lars, weight_decay: 0}", "lars of timm scales the step of tensors with weight decay only: set"),
-        ("optimizer={name: adamw, lr: 2e-3}", "the rate rises from warmup_lr to lr, but 0.01 is above 0.002: set warmup_lr lower"),
+        ("optimizer={name: adamw, lr: 2e-3}", "rises from warmup_lr to lr, but 0.01 is above 0.002: set warmup_lr lower"),
         ("judge.every=-1", "judge: every and steps must not be negative"),
         ("judge.val_images=0", "judge: train_images and val_images must be at least 1"),
         ("views.crop_scale=[0.2]", "views.crop_scale needs 2 values"),

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes, and its waiting time")
     parser.add_argument("--root", help="folder with CIFAR-10; without it the evaluation is left out")
     parser.add_argument(
-        "--classifier", default="resnet8_cifar.advcl_c10_aff", help="weights to be evaluated (default: %(default)s)"
+        "--classifier", default="resnet10_cifar.pseudo_label_at_c10_aff", help="weights to be evaluated (default: %(default)s)"
     )
     parser.add_argument("--images", type=int, help="test images to evaluate on (default: 64 on a CPU, 1000 on a GPU)")
     parser.add_argument("--largest", type=int, default=CONTRASTIVE[-1], help="global batch of the contrastive loss, at most")
