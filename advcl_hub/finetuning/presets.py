@@ -22,6 +22,7 @@ PRECISIONS = ("float32", "bfloat16")
 ONE, TWO = ("adv",), ("clean", "adv")  # batch-norm branches; adv is exported
 EXPORTED = "adv"
 _LEAST_BATCHES = 8  # of a small data set a preset's batch is at most one eighth
+_MOST_LR = 0.1 / 128  # for all weights, an image of a batch that is cut
 
 
 @dataclass(frozen=True)
@@ -220,9 +221,9 @@ def without_effect(protocol: str, overrides: Mapping[str, Any]) -> list[str]:
 def fit_to_images(settings: Settings, images: int, processes: int, given: Collection[str] = ()) -> Settings:
     """A preset's batch and learning rate for so many images.
 
-    The batch is at most an eighth of them, and divisible among processes and their parts. Where all weights are trained, a
-    smaller batch takes as much smaller a learning rate (Goyal et al., arXiv 1706.02677): TRADES in batches of 3 diverges at
-    0.1. A linear head keeps it.
+    The batch is at most an eighth of them, and divisible among processes and their parts. Where all weights are trained, the
+    learning rate of a cut batch is at most what published AFF takes for so many images, 0.1 for 128 (linear scaling, Goyal et
+    al., arXiv 1706.02677): TRADES in batches of 3 diverges at 0.1. A linear head keeps its rate.
 
     Args:
         settings: of the preset.
@@ -234,8 +235,10 @@ def fit_to_images(settings: Settings, images: int, processes: int, given: Collec
         return settings
     unit, most = processes * settings.accumulate, max(2, images // _LEAST_BATCHES)
     batch = max(1, min(settings.batch_size, most) // unit) * unit
-    shrink = not settings.frozen and "lr" not in given and most < settings.batch_size
-    return replace(settings, batch_size=batch, lr=settings.lr * batch / settings.batch_size if shrink else settings.lr)
+    lr = settings.lr
+    if not settings.frozen and "lr" not in given and most < settings.batch_size:
+        lr = min(lr, _MOST_LR * batch)
+    return replace(settings, batch_size=batch, lr=lr)
 
 
 def table() -> str:

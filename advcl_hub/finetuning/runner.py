@@ -84,7 +84,7 @@ def finetune(
             `evaluate` fits them: larger sets are scaled down, smaller ones enlarged inside the attacked function.
         protocol: `slf`, `alf`, `aff` or `sff`, see `PROTOCOLS`.
         preset: whose values to take: `advcl`, `dynacl`, `acl` or `deacl`, see `PRESETS`. Of a small data set a preset's
-            batch is at most one eighth, and where all weights are trained, the learning rate as much smaller.
+            batch is at most one eighth, and where all weights are trained, the learning rate at most 0.1 for 128 images.
         root, split: for `load_data`, where data is a name.
         size: side of the images, in pixels, instead of the encoder's own.
         shots: so many images of every class, drawn with the seed; None takes all.

@@ -169,9 +169,10 @@ def test_a_small_set_gets_smaller_batches(images: int, processes: int, accumulat
 @pytest.mark.parametrize(
     ("protocol", "images", "processes", "given", "batch_size", "lr"),
     [
-        ("aff", 100, 1, (), 12, 0.1 * 12 / 128),
-        ("aff", 100, 5, (), 10, 0.1 * 10 / 128),
-        ("sff", 800, 1, (), 100, 0.01 * 100 / 512),
+        ("aff", 500, 1, (), 62, 0.1 * 62 / 128),
+        ("aff", 500, 5, (), 60, 0.1 * 60 / 128),
+        ("sff", 800, 1, (), 100, 0.01),  # low enough already: lower, the encoder would hardly move
+        ("sff", 30, 1, (), 3, 0.1 * 3 / 128),
         ("alf", 100, 1, (), 12, 0.01),  # a linear head does not diverge, and has few steps
         ("aff", 100, 1, ("lr",), 12, 0.1),
         ("aff", 100, 1, ("batch_size",), 128, 0.1),
