@@ -208,6 +208,7 @@ def test_stock_timm_models_train_at_32x32_by_name_and_kwargs(tmp_path: Path, nam
         "epochs=2",
         "optimizer.name=adamw",
         "optimizer.lr=1e-3",
+        "optimizer.warmup_lr=1e-6",
         f"pseudo_labels.cache={tmp_path}",
     ]
     recipe = load_recipe("digits_demo", [*settings, f"model={name}", f"model_kwargs={kwargs}"])
