@@ -130,7 +130,7 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return json.loads(header["__metadata__"]["advcl"]), tensors
+        return json.loads((header.get("__metadata__") or {})["advcl"]), tensors
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable training checkpoint ({error}). Remove it to start over.") from None
 
