@@ -22,7 +22,7 @@ help:  ## list the commands (this text)
 	@echo "  NEED_GB=number free disk space to insist on before installing (CPU builds need about 2)"
 	@echo "  PYTEST_ARGS=.. options for pytest, in place of the parallel run"
 
-demo: $(STAMP)  ## pretrain, attack, compare and export two small encoders on this machine: runs/demo
+demo: $(STAMP)  ## attack two released encoders, then pretrain, attack, compare and export two small ones: runs/demo
 	@echo "demo: python -m train.demo --output runs/demo"
 	@$(RUN) train.demo --output runs/demo
 

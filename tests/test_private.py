@@ -24,6 +24,8 @@ from tests.support import ROOT
 # advcl_hub is imported inside functions: the processes of `in_new_process` import this module, and then prepare timm for it.
 
 RELEASED = "resnet10_cifar.pseudo_label_at_c10"
+RECORDS = json.loads((ROOT / "advcl_hub" / "hub" / "released.json").read_text(encoding="utf-8"))["releases"]
+NAMES = {*RECORDS, *(record["robustbench"] for record in RECORDS.values() if "robustbench" in record)}
 STORES = ("_model_entrypoints", "_model_has_pretrained", "_model_pretrained_cfgs", "_model_with_tags", "_model_default_cfgs")
 
 
@@ -173,7 +175,7 @@ def import_with_another_registry(case: str, folder: Path) -> dict[str, Any]:
     found["classes"] = timm.create_model("resnet10_cifar").num_classes
     found["listed"] = timm.list_pretrained("resnet10_cifar*")
     stores = [getattr(registry, store) for store in STORES]
-    found["half"] = [name for store in stores for name in store if "advcl" in name]
+    found["half"] = [name for store in stores for name in store if name in NAMES]
     found["default"] = list(stores[-1]["resnet10_cifar"].tags)
     found["entry point"] = registry._model_entrypoints["resnet10_cifar"] is advcl_hub.models.resnet10_cifar
     advcl_hub.pull(RELEASED, folder / "pulled")
@@ -188,6 +190,7 @@ def import_with_another_registry(case: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", CHANGED)
 def test_a_changed_registry_costs_the_names_of_weights_only(case: str, tmp_path: Path) -> None:
+    assert {*timm.list_models(), *timm.list_models(pretrained=True)} >= NAMES  # where nothing has changed
     found = in_new_process(import_with_another_registry, case, tmp_path)
     part = f"timm.models._registry.{CHANGED[case][0]}, which timm {timm.__version__} "
     change = "no longer has" if CHANGED[case][1] is None else "has changed"

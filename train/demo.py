@@ -2,7 +2,7 @@
 
 First, in seconds: a linear head for digits on each of two released encoders, a robust and a plain one, both attacked.
 Then the same from the beginning: pretrains an AdvCL and a plain SimCLR encoder on 1,797 digits at equal compute, fits a head
-on the frozen features of each, attacks both with PGD-20, and compares. Everything it prints can be made again from the recipes
+on the frozen features of each, attacks both with PGD-20, and compares. This second part can be made again from the recipes
 digits_demo and digits_demo_simclr.
 """
 
@@ -33,7 +33,7 @@ RECIPES = {"SimCLR": "digits_demo_simclr", "AdvCL": "digits_demo"}
 log = logging.getLogger("advcl")
 
 
-def first_look(output: Path) -> dict[str, Robustness]:
+def first_look(output: Path) -> None:
     """Fits a head for digits on each released encoder, attacks both classifiers, and prints and draws what that did."""
     train, test = load_data("digits", "train"), load_data("digits", "test").subset(torch.arange(100))
     log.info("== Two released encoders of one size, pretrained on photographs: a linear head for digits on each, then PGD-20")
@@ -42,13 +42,12 @@ def first_look(output: Path) -> dict[str, Robustness]:
     results = {title: _attacked(model, test, attack) for title, model in models.items()}
     log.info("%s", table("linear head on", {RELEASED[title]: result for title, result in results.items()}))
     log.info("Picture: %s", draw(output / "first_look.png", models, test.subset(torch.arange(10)), attack))
-    return results
 
 
 def run_demo(output: Path, overrides: list[str], stop: StopRequest) -> dict[str, Robustness] | None:
     """Trains, compares and exports. Returns accuracies on the test images by method, or None if it was stopped on the way."""
+    recipes = {method: load_recipe(name, overrides) for method, name in RECIPES.items()}  # refuses before work starts
     first_look(output)
-    recipes = {method: load_recipe(name, overrides) for method, name in RECIPES.items()}
     for method, recipe in recipes.items():
         log.info("\n== %s: pretraining without labels, recipe %s", method, RECIPES[method])
         if not pretrain(recipe, output / method.lower(), stop):

@@ -22,7 +22,7 @@ PRECISIONS = ("float32", "bfloat16")
 ONE, TWO = ("adv",), ("clean", "adv")  # batch-norm branches; adv is exported
 EXPORTED = "adv"
 _LEAST_BATCHES = 8  # of a small data set a preset's batch is at most one eighth
-_MOST_LR = 0.1 / 128  # for all weights, an image of a batch that is cut
+_MOST_LR_PER_IMAGE = 0.1 / 128  # of a cut batch, where all weights are trained: published AFF takes as much
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def fit_to_images(settings: Settings, images: int, processes: int, given: Collec
     batch = max(1, min(settings.batch_size, most) // unit) * unit
     lr = settings.lr
     if not settings.frozen and "lr" not in given and most < settings.batch_size:
-        lr = min(lr, _MOST_LR * batch)
+        lr = min(lr, _MOST_LR_PER_IMAGE * batch)
     return replace(settings, batch_size=batch, lr=lr)
 
 

@@ -192,6 +192,7 @@ def test_each_method_is_told_by_its_name_and_only_those_that_attack_as_robust(
     assert f"pretrained with {told} on parquet:cifar10 without its labels" in text
     assert ("keep adversarial robustness" in text) == robust
     assert ("Pretraining made adversarial views within l_inf 8/255 (5 steps of 2/255)." in text) == robust
+    assert ("2111.01124" in text) == (told == "AdvCL")
     assert ("\n- contrastive-learning\n" in text) == any(word in told for word in ("AdvCL", "contrastive"))
 
 
