@@ -180,6 +180,7 @@ TEACHER = RUN | {"recipe": {"epochs": 40, "method": "simclr", "attack": ATTACK, 
         ({"method": "deacl"}, "DeACL", True),
         ({"method": "profeat"}, "ProFeAT", True),
         ({"method": "pseudo_label_at"}, "adversarial training on pseudo-labels", True),
+        ({"objective": {"pseudo_label_weight": 0.2}}, "AdvCL", True),
         ({"objective": {"pseudo_label_weight": 0}}, "AdvCL without pseudo-labels", True),
     ],
 )
