@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from safetensors import SafetensorError
 
@@ -19,6 +20,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def slug(text: str) -> str:
@@ -31,6 +35,37 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class SafetensorsFile(NamedTuple):
+    """What a safetensors file holds.
+
+    Attributes:
+        tensors: by name.
+        metadata: texts by name, empty if there are none.
+        sha256: of the file, in hex.
+    """
+
+    tensors: "dict[str, Tensor]"
+    metadata: dict[str, str]
+    sha256: str
+
+
+def read_safetensors(path: Path) -> SafetensorsFile:
+    """Reads a safetensors file at once, so that all of it is of one file, also while another one takes its place.
+
+    (`safetensors.safe_open` opens a path twice, and would mix the two.)
+
+    Raises:
+        FileNotFoundError: no such file.
+        SafetensorError: it is no complete safetensors file.
+    """
+    from safetensors.torch import load  # torch, which most users of this module do without
+
+    content = path.read_bytes()
+    tensors = load(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # `load` has checked it, and drops the metadata
+    return SafetensorsFile(tensors, header.get("__metadata__") or {}, hashlib.sha256(content).hexdigest())
 
 
 LFS_POINTER = b"version https://git-lfs"  # how the file begins that a clone without Git LFS has in place of another

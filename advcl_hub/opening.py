@@ -18,7 +18,8 @@ from advcl_hub.errors import reason_of
 from advcl_hub.files import file_sha256, refuse_pointer
 from advcl_hub.hub.download import content_hash, fetch, hub_errors, split_revision
 from advcl_hub.hub.export import CONFIG, WEIGHTS, verify_folder
-from advcl_hub.hub.registry import Release, open_source, releases
+from advcl_hub.hub.registry import find_release, open_source
+from advcl_hub.hub.released import Release
 from advcl_hub.modes import as_usual
 from advcl_hub.records import RESULTS
 
@@ -67,8 +68,8 @@ def load_model(name: str | Path) -> LoadedModel:
     if text.startswith("hf-hub:"):
         return _load_release(text, open_source(text))
     _check_name(text)
-    release = releases().get(text)
-    return _load_timm(text) if release is None else _load_release(text, release)
+    release = find_release(text)
+    return _load_timm(text) if release is None else _load_release(release.name, release)
 
 
 def _load_release(name: str, release: Release) -> LoadedModel:

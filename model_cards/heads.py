@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from advcl_hub.files import make_readable
 from advcl_hub.hub.export import WEIGHTS
 from advcl_hub.hub.parts import contains, read, rebuilds
-from advcl_hub.hub.registry import Release
+from advcl_hub.hub.released import Release
 
 HEAD = "head.safetensors"  # the tensors that the encoder does not have
 

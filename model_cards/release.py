@@ -30,10 +30,11 @@ from advcl_hub.hub.export import CARD, CONFIG, GOLDEN, PICTURE, WEIGHTS, load_fo
 from advcl_hub.hub.parts import split
 from advcl_hub.hub.projector import PROJECTOR
 from advcl_hub.hub.push_pull import FIRST_VERSION, verify
-from advcl_hub.hub.registry import BUNDLED as BUNDLED
-from advcl_hub.hub.registry import CHECKOUT as CHECKOUT
-from advcl_hub.hub.registry import RELEASED as RELEASED
-from advcl_hub.hub.registry import Release, check_name, head_of, load_releases, open_source, row
+from advcl_hub.hub.registry import open_source
+from advcl_hub.hub.released import BUNDLED as BUNDLED
+from advcl_hub.hub.released import CHECKOUT as CHECKOUT
+from advcl_hub.hub.released import RELEASED as RELEASED
+from advcl_hub.hub.released import Release, check_name, head_of, load_releases, row
 from advcl_hub.records import RESULTS, pixels
 from model_cards import heads
 from model_cards.heads import HEAD

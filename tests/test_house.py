@@ -118,7 +118,7 @@ def test_the_library_sends_nobody_to_files_of_a_checkout() -> None:
         for path in ROOT.glob("advcl_hub/**/*.py")
         if reference.search(path.read_text(encoding="utf-8"))
     }
-    assert naming == {"advcl_hub/hub/registry.py"}
+    assert naming == {"advcl_hub/hub/released.py"}
 
 
 def named_in_the_readme() -> Iterator[Path]:

@@ -19,7 +19,7 @@ from advcl_hub.cli.measure import evaluate
 from advcl_hub.cli.tune import finetune, lp_aff
 from advcl_hub.finetuning.lp_aff import stage_values
 from advcl_hub.finetuning.presets import Settings, choose_settings
-from advcl_hub.hub.registry import check_name
+from advcl_hub.hub.released import check_name
 from train.recipe import Recipe, build, load_recipe, read_yaml, require
 
 PLANS = Path(__file__).with_name("plans")

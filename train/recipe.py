@@ -109,10 +109,7 @@ class Optimizer:
             self.weight_decay > 0 or self.name not in ("lars", "lamb"),
             f"{self.name} of timm scales the step of tensors with weight decay only: set weight_decay above 0 (1e-6 in ACL)",
         )
-        require(
-            not self.warmup_epochs or self.warmup_lr <= self.lr,
-            f"the rate rises from warmup_lr to lr, but {self.warmup_lr} is above {self.lr}: set warmup_lr lower (adamw: 1e-6)",
-        )
+        require(self.min_lr_ratio <= 1, f"the rate ends at lr * min_lr_ratio, at most lr: min_lr_ratio is {self.min_lr_ratio}")
 
 
 @dataclass(frozen=True)
@@ -252,7 +249,13 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             target[leaf] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"{override!r} is not YAML: {' '.join(str(error).split())}") from None
-    return from_dict(values)
+    recipe = from_dict(values)
+    o = recipe.optimizer
+    require(  # not of `Optimizer` itself: checkpoints from before this rule are still opened and exported
+        not o.warmup_epochs or o.warmup_lr <= o.lr,
+        f"optimizer: the rate rises from warmup_lr to lr, but {o.warmup_lr} is above {o.lr}: set warmup_lr lower (adamw: 1e-6)",
+    )
+    return recipe
 
 
 def read_yaml(name: str, folder: Path, what: str) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from advcl_hub.hub.cards import add_to_results, card, read_export, write_card
 from advcl_hub.hub.converters import LAYOUTS, convert
 from advcl_hub.hub.export import DTYPES, export_again
 from advcl_hub.hub.push_pull import FIRST_VERSION, described, pull, push, verify
-from advcl_hub.hub.registry import Release, releases, row
+from advcl_hub.hub.registry import releases
+from advcl_hub.hub.released import Release, row
 
 
 class _Name(click.ParamType[str]):

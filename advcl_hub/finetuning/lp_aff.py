@@ -94,8 +94,8 @@ def lp_aff(
         output: folder of the run; by default runs/finetuned/MODEL/DATA-lp-aff...
         cpu, time_budget, checkpoint_minutes, command: as in `finetune`. Clustering cannot be stopped; killed, it starts again.
         overrides: values of `Settings` for the stage of all weights. Those in `SHARED` count for the head's stage, too, and
-            the seed for k-means. As in `finetune`, milestones scale with `epochs`, the step of the attack with `eps`, and of a
-            small data set the batch is at most one eighth, and the second stage's learning rate at most 0.1 for 128.
+            the seed for k-means. As in `finetune`, milestones scale with `epochs`, the step of the attack with `eps`, and
+            the batch and the second stage's learning rate fit the number of images.
 
     Returns:
         The run, whose `folder` is the encoder's.

@@ -22,7 +22,7 @@ PRECISIONS = ("float32", "bfloat16")
 ONE, TWO = ("adv",), ("clean", "adv")  # batch-norm branches; adv is exported
 EXPORTED = "adv"
 _LEAST_BATCHES = 8  # of a small data set a preset's batch is at most one eighth
-_MOST_LR_PER_IMAGE = 0.1 / 128  # of a cut batch, where all weights are trained: published AFF takes as much
+_MOST_LR_PER_IMAGE = 0.1 / 128  # of a batch, where all weights are trained: published AFF takes as much
 
 
 @dataclass(frozen=True)
@@ -221,9 +221,9 @@ def without_effect(protocol: str, overrides: Mapping[str, Any]) -> list[str]:
 def fit_to_images(settings: Settings, images: int, processes: int, given: Collection[str] = ()) -> Settings:
     """A preset's batch and learning rate for so many images.
 
-    The batch is at most an eighth of them, and divisible among processes and their parts. Where all weights are trained, the
-    learning rate of a cut batch is at most what published AFF takes for so many images, 0.1 for 128 (linear scaling, Goyal et
-    al., arXiv 1706.02677): TRADES in batches of 3 diverges at 0.1. A linear head keeps its rate.
+    The batch is at most an eighth of the images, and divisible among processes and their parts. Where all weights are trained,
+    the learning rate is at most 0.1 for a batch of 128, as in published AFF, and in proportion for a smaller one (linear
+    scaling, Goyal et al., arXiv 1706.02677): TRADES in batches of 3 diverges at 0.1. A linear head keeps its rate.
 
     Args:
         settings: of the preset.
@@ -231,12 +231,11 @@ def fit_to_images(settings: Settings, images: int, processes: int, given: Collec
         processes: that share a batch.
         given: names of the settings that stay as they are.
     """
-    if "batch_size" in given:
-        return settings
-    unit, most = processes * settings.accumulate, max(2, images // _LEAST_BATCHES)
-    batch = max(1, min(settings.batch_size, most) // unit) * unit
-    lr = settings.lr
-    if not settings.frozen and "lr" not in given and most < settings.batch_size:
+    batch, lr = settings.batch_size, settings.lr
+    if "batch_size" not in given:
+        unit, most = processes * settings.accumulate, max(2, images // _LEAST_BATCHES)
+        batch = max(1, min(batch, most) // unit) * unit
+    if "lr" not in given and not settings.frozen:
         lr = min(lr, _MOST_LR_PER_IMAGE * batch)
     return replace(settings, batch_size=batch, lr=lr)
 

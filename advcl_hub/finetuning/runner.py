@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 log = logging.getLogger("advcl")
-_FEW_STEPS = 300  # below that a preset's learning rate has hardly begun
+_FEW_STEPS = 300  # so few leave a model near its start, at a preset's learning rate
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def finetune(
             `evaluate` fits them: larger sets are scaled down, smaller ones enlarged inside the attacked function.
         protocol: `slf`, `alf`, `aff` or `sff`, see `PROTOCOLS`.
         preset: whose values to take: `advcl`, `dynacl`, `acl` or `deacl`, see `PRESETS`. Of a small data set a preset's
-            batch is at most one eighth, and where all weights are trained, the learning rate at most 0.1 for 128 images.
+            batch is at most one eighth. Where all weights are trained, its learning rate is at most 0.1 for a batch of 128
+            images, and in proportion for a smaller one.
         root, split: for `load_data`, where data is a name.
         size: side of the images, in pixels, instead of the encoder's own.
         shots: so many images of every class, drawn with the seed; None takes all.
@@ -178,7 +179,8 @@ def finetune(
         if 0 < steps < _FEW_STEPS:
             warnings.warn(
                 f"{len(train)} images in batches of {settings.batch_size} are {steps} steps in {settings.epochs} epochs, "
-                f"few for a learning rate of {settings.lr:g}: consider more epochs, smaller batches, or a higher rate.",
+                f"few for a learning rate of {settings.lr:g}: consider more epochs"
+                + (", smaller batches, or a higher rate." if settings.frozen else "."),  # all weights might diverge
                 stacklevel=3,
             )
     trainer = Finetuner(
@@ -225,7 +227,7 @@ def finished(output: Path, folder: Path, facts: dict[str, Any]) -> dict[str, Any
     recorded = {key: record.get(key) for key in facts}
     if found := differences(without_local_paths(recorded), without_local_paths(facts)):  # exports name no local paths
         raise ValueError(
-            f"{output} holds a run of something else; choose another output, or remove that folder:\n  "
+            f"{output} holds a run of something else: choose another output, remove that folder, or give its settings:\n  "
             + "\n  ".join(found.values())
         )
     return record

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from advcl_hub.errors import reason_of
-from advcl_hub.files import file_sha256, make_readable, refuse_pointer, replacing, write_errors
+from advcl_hub.files import file_sha256, make_readable, read_safetensors, refuse_pointer, replacing, write_errors
 from advcl_hub.hub.export import WEIGHTS
 
 LIMIT = 16 * 2**20  # bytes of a part
@@ -91,7 +91,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file. Raises ValueError if it is damaged."""
     refuse_pointer(path)
     try:
-        return load_file(path)
+        return read_safetensors(path).tensors
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({reason_of(error)}): copy it again.") from error
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from advcl_hub.errors import reason_of
-from advcl_hub.files import refuse_pointer
+from advcl_hub.files import read_safetensors, refuse_pointer
 from advcl_hub.modes import as_usual
 
 PROJECTOR = "projector.safetensors"
@@ -121,18 +121,17 @@ def read_projector(path: Path) -> nn.Sequential:
         ValueError: it is damaged, or is no projection head that `save_projector` wrote.
     """
     refuse_pointer(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}.")
     try:
-        with safe_open(path, "pt") as file:
-            layers = (file.metadata() or {}).get(_LAYERS)
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        file = read_safetensors(path)
+    except (FileNotFoundError, IsADirectoryError):
+        raise FileNotFoundError(f"There is no {path}.") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({reason_of(error)}): copy it again.") from error
+    layers = file.metadata.get(_LAYERS)
     if layers is None:
         raise ValueError(f"{path} does not name its layers: it is no projection head that advcl-hub exported.")
     try:
-        return projector_from_state(state, layers.split(","))
+        return projector_from_state(file.tensors, layers.split(","))
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
 

@@ -4,6 +4,7 @@ push    verify the folder -> one commit -> download what the Hub now has -> veri
 pull    download to the cache, each file against its sha256 -> a draft beside the folder -> verify -> rename
 """
 
+import difflib
 import hashlib
 import json
 import re
@@ -35,7 +36,7 @@ from advcl_hub.hub.export import (
     verify_folder,
 )
 from advcl_hub.hub.projector_file import PROJECTOR
-from advcl_hub.hub.registry import open_source, releases
+from advcl_hub.hub.registry import find_release, open_source, releases
 from advcl_hub.records import RESULTS
 
 FIRST_VERSION = "v1"
@@ -121,7 +122,7 @@ def push(
             something else.
         OSError: no token, no permission, no network, or the Hub refused.
     """
-    if str(folder) in releases() and not Path(folder).is_dir():
+    if find_release(str(folder)) and not Path(folder).is_dir():
         with tempfile.TemporaryDirectory() as temporary:
             export = pull(str(folder), Path(temporary) / "export")
             return push(export, repository, version=version, private=private, create_pr=create_pr, dry_run=dry_run)
@@ -237,16 +238,16 @@ def described(name: str, *, cache_dir: str | Path | None = None) -> Iterator[tup
         A folder that `advcl_hub.hub.cards.card` reads, and what `timm.create_model` opens.
     """
     text = name.removeprefix("local-dir:")
-    release = releases().get(name)
+    release = find_release(name)
     if Path(text).is_dir():
         yield Path(text), f"local-dir:{text}"
     elif release is not None and release.folder is not None:
-        yield release.folder, name
+        yield release.folder, release.name
     else:
         with tempfile.TemporaryDirectory() as temporary:
             for file, path in _files(name, (CONFIG, PICTURE), cache_dir).items():
                 shutil.copyfile(path, Path(temporary) / file)
-            yield Path(temporary), name if release else f"hf-hub:{name.removeprefix('hf-hub:')}"
+            yield Path(temporary), release.name if release else f"hf-hub:{name.removeprefix('hf-hub:')}"
 
 
 def _files(name: str, wanted: Sequence[str], cache_dir: str | Path | None) -> dict[str, Path]:
@@ -254,10 +255,12 @@ def _files(name: str, wanted: Sequence[str], cache_dir: str | Path | None) -> di
 
     The projection head is among them if results.json names it; the `EXTRAS` if there are any and they can be had.
     """
-    release = releases().get(name)
+    release = find_release(name)
     if release is None:
         if "/" not in name.partition("@")[0]:
-            raise ValueError(f"{name} is no folder here, no released weights, and no repository on the Hub (ORG/NAME).")
+            near = difflib.get_close_matches(name, releases(), 1)
+            hint = f" Did you mean {near[0]}?" if near else " `advcl-hub list` names those that are released."
+            raise ValueError(f"{name} is no folder here, no released weights, and no repository on the Hub (ORG/NAME).{hint}")
         release = open_source(f"hf-hub:{name.removeprefix('hf-hub:')}", cache_dir=cache_dir)
     if why := release.unchecked:
         raise OSError(f"{why}. Without {RESULTS} there is nothing to describe or to verify.")

@@ -25,13 +25,13 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from advcl_hub.data import ImageData, batches
 from advcl_hub.errors import need
-from advcl_hub.files import check_writable, file_sha256, replacing
+from advcl_hub.files import check_writable, read_safetensors, replacing
 from advcl_hub.pretraining.encoder_features import Encoder, open_encoder
 from advcl_hub.training.progress import progress_bar
 
@@ -144,16 +144,16 @@ def load_pseudo_labels(
             [0, K), or labels that were made of other images.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"No pseudo-label file {path}; make one with advcl_hub.pretraining.make_pseudo_labels.")
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            provenance = dict(file.metadata() or {})
+        file = read_safetensors(path)
+    except (FileNotFoundError, IsADirectoryError):
+        raise FileNotFoundError(
+            f"No pseudo-label file {path}; make one with advcl_hub.pretraining.make_pseudo_labels."
+        ) from None
     except SafetensorError as error:
         raise ValueError(f"{path} is no readable safetensors file ({error}); make it again.") from error
-    provenance |= {"file": path.name, "file_sha256": file_sha256(path)}
-    return _align(tensors, provenance, data, split, ks)
+    provenance = {**file.metadata, "file": path.name, "file_sha256": file.sha256}
+    return _align(file.tensors, provenance, data, split, ks)
 
 
 def _provenance(identity: dict[str, str], device: str | torch.device) -> dict[str, str]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from advcl_hub.files import replacing
+from advcl_hub.files import read_safetensors, replacing
 from advcl_hub.training.tensors import separate
 
 FILE = "checkpoint.safetensors"
@@ -124,13 +124,11 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: the file is corrupt or not one of ours.
     """
     path = folder / FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"No checkpoint in {folder} (expected {FILE}).")
-    content = path.read_bytes()  # at once: `safe_open` opens a path twice, and would mix the file with the one that replaces it
     try:
-        tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return json.loads((header.get("__metadata__") or {})["advcl"]), tensors
+        file = read_safetensors(path)
+        return json.loads(file.metadata["advcl"]), file.tensors
+    except FileNotFoundError:
+        raise FileNotFoundError(f"No checkpoint in {folder} (expected {FILE}).") from None
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable training checkpoint ({error}). Remove it to start over.") from None
 

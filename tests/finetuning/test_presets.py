@@ -175,13 +175,16 @@ def test_a_small_set_gets_smaller_batches(images: int, processes: int, accumulat
         ("sff", 30, 1, (), 3, 0.1 * 3 / 128),
         ("alf", 100, 1, (), 12, 0.01),  # a linear head does not diverge, and has few steps
         ("aff", 100, 1, ("lr",), 12, 0.1),
-        ("aff", 100, 1, ("batch_size",), 128, 0.1),
+        ("aff", 100, 1, ("batch_size", "lr"), 3, 0.1),
+        ("aff", 50_000, 1, ("batch_size",), 3, 0.1 * 3 / 128),
+        ("aff", 50_000, 1, ("batch_size",), 512, 0.1),
         ("aff", 50_000, 1, (), 128, 0.1),
-        ("aff", 50_000, 3, (), 126, 0.1),  # smaller for the number of processes, not for that of the images
+        ("aff", 50_000, 3, (), 126, 0.1 * 126 / 128),
     ],
 )
 def test_all_weights_in_smaller_batches_learn_at_a_smaller_rate(
     protocol: str, images: int, processes: int, given: tuple[str, ...], batch_size: int, lr: float
 ) -> None:
-    s = fit_to_images(choose_settings(protocol, "advcl"), images, processes, given)
+    overrides = {"batch_size": batch_size} if "batch_size" in given else {}
+    s = fit_to_images(choose_settings(protocol, "advcl", overrides=overrides), images, processes, given)
     assert s.batch_size == batch_size and s.lr == pytest.approx(lr)

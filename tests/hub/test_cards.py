@@ -13,7 +13,7 @@ import advcl_hub
 from advcl_hub.hub import push_pull
 from advcl_hub.hub.cards import add_to_results, card, read_export, write_card
 from advcl_hub.hub.export import PICTURE, WEIGHTS, verify_folder
-from advcl_hub.hub.registry import BUNDLED, RELEASED
+from advcl_hub.hub.released import BUNDLED, RELEASED
 from advcl_hub.records import RESULTS
 from model_cards import release
 from tests.support.hub_store import read_card

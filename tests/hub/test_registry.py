@@ -14,7 +14,7 @@ import torch
 
 import advcl_hub
 from advcl_hub.files import file_sha256
-from advcl_hub.hub import registry
+from advcl_hub.hub import registry, released
 from advcl_hub.hub.export import GOLDEN, WEIGHTS, load_folder
 from advcl_hub.opening import load_model
 from tests.support.hub_client import Client, open_client
@@ -129,6 +129,10 @@ def test_without_a_tag_an_architecture_of_ours_takes_the_first_classifier(encode
     advcl_hub.register("resnet20_cifar.c", classifier)  # as timm's cfg of the bare name says
     assert timm.models.get_pretrained_cfg("resnet20_cifar").num_classes == 10
     assert torch.equal(output(timm.create_model("resnet20_cifar", pretrained=True)), output(load_folder(classifier)))
+    opened = load_model("resnet20_cifar")  # the same, under the name that says which weights these are
+    assert opened.name == "resnet20_cifar.c" and opened.provenance is not None
+    assert torch.equal(output(opened.model), output(load_folder(classifier)))
+    assert advcl_hub.verify("resnet20_cifar") == advcl_hub.verify("resnet20_cifar.c")
 
 
 def test_registering_again_replaces_ones_own_only(encoder: Path, tmp_path: Path) -> None:
@@ -235,19 +239,19 @@ def test_ids_without_a_namespace_belong_to_one_organisation(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = data_file(tmp_path / "released.json", encoder, hub_id="short", revision="a" * 40)
-    assert registry.load_releases(path)[0].hub_id == "acme/short"
+    assert released.load_releases(path)[0].hub_id == "acme/short"
     monkeypatch.setenv("ADVCL_HUB_ORG", "fork")
-    (release,) = registry.load_releases(path)
+    (release,) = released.load_releases(path)
     assert release.hub_id == "fork/short" and release.cfg.hf_hub_id == f"fork/short@{'a' * 40}"
     full = data_file(tmp_path / "released.json", encoder, hub_id="them/full", revision="a" * 40)
-    assert registry.load_releases(full)[0].hub_id == "them/full"
+    assert released.load_releases(full)[0].hub_id == "them/full"
 
 
 @pytest.mark.parametrize("entry", [{"hub_id": "short"}, {"files": None}, {"config": None, "bundled": True}, {}])
 def test_a_damaged_entry_is_named(entry: dict[str, Any], encoder: Path, tmp_path: Path) -> None:
     path = data_file(tmp_path / "released.json", encoder, **entry)
     with pytest.raises(ValueError, match=r"the entry resnet8_cifar\.test is damaged"):
-        registry.load_releases(path)
+        released.load_releases(path)
 
 
 BAD_TAGS = ["", "x.", "x-", ".", "..", "./x", "/../x", "/x", "x/y", "a\\b", "-x", "_x", ".x", "a..b", "a b", "a\n", "é"]
@@ -255,20 +259,20 @@ BAD_TAGS = ["", "x.", "x-", ".", "..", "./x", "/../x", "/x", "x/y", "a\\b", "-x"
 
 def test_a_name_is_an_architecture_and_a_tag_and_nothing_else(encoder: Path, tmp_path: Path) -> None:
     for name in ("resnet8_cifar.x", "resnet8_cifar.advcl_c10-2.v1", "resnet8_cifar.1"):
-        registry.check_name(name, "resnet8_cifar")
+        released.check_name(name, "resnet8_cifar")
     names = [*[f"resnet8_cifar.{tag}" for tag in BAD_TAGS], "", "resnet8_cifar", "/resnet8_cifar.x", "../resnet8_cifar.x"]
     for name in [*names, "resnet18_cifar.x", "resnet8_cifar_x.y"]:
         with pytest.raises(ValueError, match="is no name of a release: expected resnet8_cifar, a dot, and a tag of") as said:
-            registry.check_name(name, "resnet8_cifar")
+            released.check_name(name, "resnet8_cifar")
         assert str(said.value).startswith(repr(name))
         data = json.loads(data_file(tmp_path / "released.json", encoder, bundled=True).read_text(encoding="utf-8"))
         data["releases"] = {name: data["releases"]["resnet8_cifar.test"]}
         (tmp_path / "released.json").write_text(json.dumps(data), encoding="utf-8")
         with pytest.raises(ValueError, match=r"(?s)^released\.json: the entry .* is damaged"):
-            registry.load_releases(tmp_path / "released.json")
+            released.load_releases(tmp_path / "released.json")
     for architecture in ("../resnet8_cifar", "/etc/x", ""):  # of somebody's config.json
         with pytest.raises(ValueError, match="expected an architecture of timm, a dot"):
-            registry.check_name(f"{architecture}.x", architecture)
+            released.check_name(f"{architecture}.x", architecture)
     for name in names:
         with pytest.raises(ValueError, match=r"register it as resnet8_cifar\.TAG"):
             advcl_hub.register(name, encoder)
@@ -280,7 +284,7 @@ def test_robustbench_finds_a_classifier(tmp_path: Path, encoder: Path) -> None:
     path = data_file(
         tmp_path / "released.json", classifier, hub_id="a/b", revision="a" * 40, robustbench="advcl_test_cifar10_linf"
     )
-    (release,) = registry.load_releases(path)
+    (release,) = released.load_releases(path)
     registry._register(replace(release, folder=classifier))
     assert timm.is_model("advcl_test_cifar10_linf")
     with pytest.raises(ValueError, match="the name advcl_test_cifar10_linf is taken"):
@@ -294,7 +298,7 @@ def test_robustbench_finds_a_classifier(tmp_path: Path, encoder: Path) -> None:
 
 def load_released(path: Path, **options: Any) -> Any:
     """In the client's process: registers a data file and opens its model as timm's users do."""
-    (release,) = registry.load_releases(path)
+    (release,) = released.load_releases(path)
     registry._register(release)
     return output(timm.create_model(release.name, pretrained=True, **options))
 

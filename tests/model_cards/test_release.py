@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import advcl_hub
 from advcl_hub.hub import registry
+from advcl_hub.hub import released as releases
 from advcl_hub.hub.cards import add_to_results
 from advcl_hub.hub.export import GOLDEN, PICTURE, WEIGHTS, load_folder
 from model_cards import release
@@ -56,14 +57,14 @@ def test_bundled_first_and_on_the_hub_later(checkout: Path, tmp_path: Path) -> N
 
 def load_by_name(name: str) -> torch.Tensor:
     """In the client's process, as timm's users do; the checkout's data file is registered first."""
-    found = next(release for release in registry.load_releases(release.RELEASED) if release.name == name)
+    found = next(release for release in releases.load_releases(release.RELEASED) if release.name == name)
     registry._register(found)
     return timm.create_model(name, pretrained=True).eval()(IMAGES).detach()
 
 
 def hide_checkout(checkout: Path) -> None:
     """As where the package was installed from an index."""
-    registry.CHECKOUT = checkout / "nowhere"
+    releases.CHECKOUT = checkout / "nowhere"
 
 
 def test_large_weights_lie_in_the_checkout_until_they_are_pushed(checkout: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import timm
 import torch
 
 from advcl_hub.hub import registry
+from advcl_hub.hub import released as releases
 from advcl_hub.hub.export import GOLDEN, PICTURE, WEIGHTS
 from model_cards import release
 from tests.support import ROOT
@@ -36,8 +37,8 @@ def copy_checkout(folder: Path) -> Path:
 
 def run(checkout: Path, *arguments: object) -> str:
     """What the script says when it refuses; called in the client's process, on a copy."""
-    registry.BUNDLED = release.BUNDLED = checkout / "advcl_hub/hub/weights"
-    registry.CHECKOUT = release.CHECKOUT = checkout / "model_cards/weights"
+    releases.BUNDLED = release.BUNDLED = checkout / "advcl_hub/hub/weights"
+    releases.CHECKOUT = release.CHECKOUT = checkout / "model_cards/weights"
     release.RELEASED = checkout / "advcl_hub/hub/released.json"
     release.ROOT, release.CARDS, release.README = checkout, checkout / "model_cards", checkout / "README.md"
     sys.argv = ["release.py", *map(str, arguments)]
@@ -72,7 +73,7 @@ def bytes_of_the_package(limit: int) -> None:
 def loaded(checkout: Path, cache: Path) -> torch.Tensor:
     """What the release computes, from nothing but the checkout."""
     shutil.rmtree(cache, ignore_errors=True)
-    found = next(found for found in registry.load_releases(release.RELEASED) if found.name == NAME)
+    found = next(found for found in releases.load_releases(release.RELEASED) if found.name == NAME)
     registry._register(replace(found, robustbench=None))  # whose name can be given once only
     model = timm.create_model(NAME, pretrained=True, cache_dir=cache)
     return model.eval()(torch.linspace(0, 1, 768).reshape(1, 3, 16, 16)).detach()

@@ -43,6 +43,13 @@ def test_settings_of_advcls_objective_become_a_method(run: Path, method: str) ->
     assert replace(earlier, method="advcl", objective=recipe.objective) == recipe
 
 
+def test_a_run_from_before_the_rule_of_the_warm_up_still_opens(run: Path) -> None:
+    info, tensors = load_state(run)
+    info["recipe"]["optimizer"] |= {"lr": 1e-3, "warmup_lr": 0.01}  # which `load_recipe` refuses now
+    save_state(run, info, tensors)
+    assert load_checkpoint(run).recipe.optimizer.lr == 1e-3
+
+
 def test_what_no_method_does_any_more_is_said_with_its_file(run: Path) -> None:
     info, tensors = load_state(run)
     info["recipe"]["objective"] |= {"clean_views": PAIR, "adversarial_views": ["weak"], "pairing": "joint"}

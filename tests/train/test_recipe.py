@@ -185,6 +185,8 @@ def test_overrides_convert_to_the_type_of_the_setting() -> None:
         ("optimizer.weight_decay=-1", "must not be negative"),
         ("optimizer={name: lars, weight_decay: 0}", "lars of timm scales the step of tensors with weight decay only: set"),
         ("optimizer={name: adamw, lr: 2e-3}", "rises from warmup_lr to lr, but 0.01 is above 0.002: set warmup_lr lower"),
+        ("optimizer.min_lr_ratio=2", "optimizer: the rate ends at lr .* at most lr: min_lr_ratio is 2"),
+        ("optimizer.warmup_epochs=-1", "warmup_epochs .-1.0. must be less than epochs"),
         ("judge.every=-1", "judge: every and steps must not be negative"),
         ("judge.val_images=0", "judge: train_images and val_images must be at least 1"),
         ("views.crop_scale=[0.2]", "views.crop_scale needs 2 values"),
@@ -193,6 +195,10 @@ def test_overrides_convert_to_the_type_of_the_setting() -> None:
 def test_refusals(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         load_recipe("digits_demo", [override])
+
+
+def test_without_warm_up_its_rate_does_not_matter() -> None:
+    assert load_recipe("digits_demo", ["optimizer={lr: 1e-3, warmup_epochs: 0}"]).optimizer.lr == 1e-3
 
 
 def test_unknown_recipe_names_the_known_ones() -> None:
