@@ -55,10 +55,8 @@ def report(records: Sequence[Mapping[str, Any]], style: str = "text", *, literat
         notes.append(
             f"Quoted: {SOURCE}. Not measured here." if published else "No published figures are known for this setting."
         )
-        if any(r["data"]["name"].startswith("parquet:") for r in comparable):
-            notes.append(
-                "The images come from Parquet files, which may be recompressed: then the quoted figures are of other images."
-            )
+    if any(text.startswith("parquet:") for text in protocols):
+        notes.append("Images from Parquet files (parquet:) may be recompressed: figures of the originals then do not compare.")
     warnings = [f"{r['model']['name']}: {warning}" for r in records for warning in r["warnings"]]
     return {"text": _text, "markdown": _markdown, "latex": _latex}[style](header, rows, notes, warnings)
 

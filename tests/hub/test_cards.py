@@ -18,6 +18,7 @@ from advcl_hub.records import RESULTS
 from model_cards import release
 from tests.support.hub_store import read_card
 from tests.support.small_encoders import export_encoder
+from train.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,7 @@ def test_adding_twice_changes_nothing_and_a_repetition_replaces(copies: dict[str
 
 def test_no_more_is_claimed_than_is_known(copies: dict[str, Path]) -> None:
     text = card(copies["encoder"])  # nobody said how it was made, or under which licence it is
+    assert "Robustness has not been measured." in text
     assert "Not stated." in text and "license:" not in text and "Citation" not in text
     assert "adversarial-robustness" not in text and "contrastive-learning" not in text
     record = evaluation_record(copies["evaluation"])
@@ -193,7 +195,7 @@ def test_each_method_is_told_by_its_name_and_only_those_that_attack_as_robust(
     assert f"pretrained with {told} on parquet:cifar10 without its labels" in text
     assert ("keep adversarial robustness" in text) == robust
     assert ("Pretraining made adversarial views within l_inf 8/255 (5 steps of 2/255)." in text) == robust
-    assert ("2111.01124" in text) == (told == "AdvCL")
+    assert ("2111.01124" in text) == told.startswith("AdvCL")
     assert ("\n- contrastive-learning\n" in text) == any(word in told for word in ("AdvCL", "contrastive"))
 
 
@@ -208,6 +210,31 @@ def test_a_card_names_the_teacher_and_says_what_is_not_known_of_it(copies: dict[
     how = f", contrastive learning on clean views (SimCLR), 40 epochs, {took}" if known else ""
     assert f"teacher/export{how} (weights sha256 `efefefefefefefef`)" in text
     assert ("Nothing says how teacher/export was made" in text) != known
+    total = run["seconds"] + TEACHER["seconds"]  # type: ignore[operator]
+    assert (f"; with what it started from {total:,.0f} s" in text) == known
+    assert text.count("<summary>The recipe") == 1 + known and ("is made first, in the same way" in text) == known
+
+
+def test_the_recipe_in_a_card_is_one(copies: dict[str, Path], tmp_path: Path) -> None:
+    recipe = load_recipe("digits_demo", ["seed=3", "attack.eps=1e-5"])
+    run = RUN | {"recipe": recipe.to_dict()}
+    (copies["encoder"] / RESULTS).write_text(json.dumps(evaluation_record(copies["encoder"]) | run), encoding="utf-8")
+    text = card(copies["encoder"])
+    (tmp_path / "recipe.yaml").write_text(text.partition("```json")[2].partition("```")[0], encoding="utf-8")
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe
+    assert "python -m train.pretrain recipe.yaml --output runs/again" in text
+
+
+def test_the_picture_is_that_of_the_first_evaluation(copies: dict[str, Path], tmp_path: Path) -> None:
+    """The table of releases shows its figures, too."""
+    second = shutil.copytree(copies["evaluation"], tmp_path / "second")
+    record = evaluation_record(second)
+    record["protocol"]["steps"] += 1
+    (second / RESULTS).write_text(json.dumps(record), encoding="utf-8")
+    (second / PICTURE).write_bytes(b"another one")
+    add_to_results(copies["encoder"], [copies["evaluation"], second])
+    add_to_results(copies["encoder"], [second])
+    assert (copies["encoder"] / PICTURE).read_bytes() == (copies["evaluation"] / PICTURE).read_bytes()
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]"])

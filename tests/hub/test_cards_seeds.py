@@ -69,6 +69,25 @@ def test_mean_lowest_and_highest_stand_in_the_card(copies: list[Path], kind: str
     assert "/home" not in json.dumps(read_export(first / kind)[0]["other_seeds"])
 
 
+def test_a_seed_without_autoattack_counts_for_the_other_columns(copies: list[Path]) -> None:
+    first, _, third = copies
+
+    def attacked(record: dict[str, Any], value: float) -> None:
+        record["protocol"]["autoattack"] = "standard"
+        record["accuracy"]["autoattack"] = {"value": value, "interval_95": [0.0, 1.0]}
+
+    edit(first / "evaluation", partial(attacked, value=0.2))
+    encoder = first / "encoder"
+    add_to_results(encoder, [first / "evaluation"], other_seeds=[third / "evaluation"])
+    row = next(line for line in card(encoder).splitlines() if "| 0, 2 |" in line)
+    assert row.endswith("| - |") and row.count(" to ") == 2
+    shutil.copytree(third / "evaluation", third / "full")
+    edit(third / "full", partial(attacked, value=0.1))
+    add_to_results(encoder, other_seeds=[third / "full"])
+    rows = [line for line in card(encoder).splitlines() if "| 0, 2 |" in line]
+    assert len(rows) == 1 and rows[0].endswith("| 15.0 (10.0 to 20.0) |")
+
+
 def test_what_is_not_the_same_training_is_refused(copies: list[Path]) -> None:
     first, second, third = copies
     encoder = first / "encoder"

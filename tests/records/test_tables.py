@@ -222,10 +222,10 @@ def test_figures_at_another_budget_are_not_quoted(changes: dict[str, Any]) -> No
     assert report([other, record(data="cifar10")], literature=True).count("(quoted)") == 21
 
 
-def test_recompressed_images_are_told_where_figures_are_quoted() -> None:
-    assert "recompressed" in report([record(data="parquet:cifar10")], literature=True)
-    assert "recompressed" not in report([record(data="cifar10")], literature=True)
-    assert "recompressed" not in report([record(data="parquet:cifar10")])
+def test_images_that_may_be_recompressed_are_told() -> None:
+    for literature in (True, False):
+        assert "may be recompressed" in report([record(data="parquet:cifar10")], literature=literature)
+        assert "recompressed" not in report([record(data="cifar10")], literature=literature)
 
 
 def test_quoted_figures_are_those_of_the_table() -> None:

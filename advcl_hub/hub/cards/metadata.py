@@ -52,6 +52,11 @@ def _dataset(name: str) -> str:
     return name.removeprefix("parquet:")
 
 
+def _told(name: str) -> str:
+    """A data set for people: a leaderboard must not take copies for the original."""
+    return f"{_dataset(name)} (copies in Parquet files, which may be recompressed)" if _dataset(name) != name else name
+
+
 def _eval_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
     data, protocol = evaluation["data"], evaluation["protocol"]
     steps = f"PGD-{protocol['steps']}"
@@ -68,7 +73,7 @@ def _eval_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
                 EvalResult(
                     task_type="image-classification",
                     dataset_type=_DATASETS.get(_dataset(data["name"]), data["name"]),
-                    dataset_name=data["name"],
+                    dataset_name=_told(data["name"]),
                     dataset_split=data["split"],
                     metric_type="accuracy",
                     metric_name=f"{name} (%)",

@@ -51,7 +51,7 @@ def add_to_results(
     licence: str | None = None,
     other_seeds: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
-    """Adds evaluations and notes to an export's results.json, for its card, and takes the picture of the last evaluation.
+    """Adds evaluations and notes to an export's results.json, for its card, with the picture of its first evaluation.
 
     Args:
         folder: that `export_folder` wrote.
@@ -87,7 +87,9 @@ def add_to_results(
     if licence:
         results["licence"] = licence
     results["notes"] = list(dict.fromkeys([*results.get("notes", []), *notes]))
-    if pictured := [path for path in read if (path / PICTURE).is_file()]:
+    first = next((_identity(evaluation) for evaluation in results["evaluations"]), None)
+    pictured = [path for path, evaluation in read.items() if _identity(evaluation) == first and (path / PICTURE).is_file()]
+    if pictured:
         results["picture_of"] = read[pictured[-1]]["model"]["name"]
         with replacing(folder / PICTURE) as draft:
             shutil.copyfile(pictured[-1] / PICTURE, draft)
@@ -139,7 +141,7 @@ def method_name(made: Mapping[str, Any]) -> str:
 
 def is_advcl(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> bool:
     """Whether weights come from AdvCL: our own pretraining (see `pretraining`) or a checkpoint of its authors' code."""
-    return results.get("layout") == "advcl" or (made is not None and method(made) == "AdvCL")
+    return results.get("layout") == "advcl" or (made is not None and method_name(made) == "advcl")
 
 
 def _compact(record: dict[str, Any], results: Mapping[str, Any], path: str | Path) -> dict[str, Any]:

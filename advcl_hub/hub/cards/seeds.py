@@ -10,6 +10,7 @@ from advcl_hub.training.state import FREE, differences
 
 _COLUMNS = {"standard": "SA", "pgd": "PGD", "autoattack": "AA"}
 _OF_CLUSTERS = ("method", "weights_sha256", "preprocessing", "k")  # of labels that were clustered anew for every seed
+_BESIDE = ("autoattack", "check_images")  # of a protocol: standard accuracy and PGD are the same with and without them
 _OF_DATA = ("name", "split", "of", "images", "shots", "classes")  # which images a few shots are, is drawn with the seed
 
 
@@ -19,7 +20,7 @@ def compact_other_seed(path: str | Path, record: Mapping[str, Any], results: Map
     Args:
         path: how to call the evaluation in errors.
         record: of the evaluation, as `load_record` reads it.
-        results: results.json of the export, with its evaluations: one of them must have the same data and attacks.
+        results: results.json of the export, with its evaluations: one of them must have the same data and PGD.
 
     Returns:
         Model, seed of the pretraining, data, protocol, accuracy (values in [0, 1]), command, seconds and hardware.
@@ -34,9 +35,7 @@ def compact_other_seed(path: str | Path, record: Mapping[str, Any], results: Map
     if recipe is None or _stages(results)[1] is None:
         raise ValueError(f"{path}: the pretraining of {'this export' if recipe else record['model']['name']} is not on record.")
     if not same:
-        raise ValueError(
-            f"{path} has no counterpart: add an evaluation of these weights on the same data, with the same attacks."
-        )
+        raise ValueError(f"{path} has no counterpart: add an evaluation of these weights on the same data, with the same PGD.")
     name, (stages, own) = next(iter(same.items()))
     assert own is not None
     found = differences(_decided(theirs, recipe), _decided(stages, own))
@@ -65,20 +64,23 @@ def seeds_table(evaluations: Sequence[Mapping[str, Any]], others: Sequence[Mappi
     rows = []
     for evaluation in evaluations:
         name, data, protocol = evaluation["model"]["name"], evaluation["data"]["name"], evaluation["protocol"]
-        same = [o for o in others if o["model"]["name"] == name and _measured(o) == _measured(evaluation)]
+        alike = [o for o in others if o["model"]["name"] == name and _measured(o) == _measured(evaluation)]
+        alike.sort(key=lambda o: o["protocol"]["autoattack"] == protocol["autoattack"])  # the fullest of a seed comes last
+        same = list({o["seed"]: o for o in alike}.values())
         if not same or seed is None:
             continue
         seeds = ", ".join(str(s) for s in sorted([seed, *(o["seed"] for o in same)]))
         attack = f"{protocol['norm']} {pixels(protocol['eps'], protocol['norm'])}"
-        cells = [_spread([_accuracy(r, key) for r in (evaluation, *same)]) for key in _COLUMNS]
+        cells = [_spread([_accuracy(r, key, protocol) for r in (evaluation, *same)]) for key in _COLUMNS]
         rows.append(f"| {' | '.join([name, f'{data}, {attack}', seeds, *cells])} |")
     header = [f"| model | on | seeds | {' | '.join(_COLUMNS.values())} |", "|---|---|---|" + "---:|" * len(_COLUMNS)]
     return "\n".join([*header, *rows]) if rows else None
 
 
-def _accuracy(record: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
-    """None if it was not measured, or only by some attacks of AutoAttack."""
-    return None if key == "autoattack" and record.get("autoattack_left_out") else record["accuracy"].get(key)
+def _accuracy(record: Mapping[str, Any], key: str, protocol: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """None if it was not measured as in `protocol`, or only by some attacks of AutoAttack."""
+    other = record.get("autoattack_left_out") or record["protocol"]["autoattack"] != protocol["autoattack"]
+    return None if key == "autoattack" and other else record["accuracy"].get(key)
 
 
 def _spread(found: Sequence[Mapping[str, Any] | None]) -> str:
@@ -89,8 +91,9 @@ def _spread(found: Sequence[Mapping[str, Any] | None]) -> str:
 
 
 def _measured(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """On which images, and how."""
-    return record["data"].get("sha256"), record["protocol"], record["model"].get("attacked_at")
+    """On which images, and with which PGD."""
+    protocol = {key: value for key, value in record["protocol"].items() if key not in _BESIDE}
+    return record["data"].get("sha256"), protocol, record["model"].get("attacked_at")
 
 
 def _stages(

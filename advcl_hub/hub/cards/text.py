@@ -87,8 +87,9 @@ def _render(folder: Path, results: Mapping[str, Any], config: Mapping[str, Any],
         "caption": _caption(results.get("picture_of")),
         "threat": _threat(evaluations, results, made),
         "training": _training(results, made),
-        "recipe": json.dumps(made["recipe"], indent=2) if made else None,
-        "limits": _limits(results, made),
+        "recipes": _recipes(made),
+        "dtype": results.get("dtype") or "float32",
+        "limits": _limits(results, made, evaluations),
         "files": results["sha256"],
         "licence": _line(results.get("licence") or "Not stated").rstrip(".") + ".",
         "citation": _ADVCL if is_advcl(results, made) else None,
@@ -140,12 +141,15 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
         lines["Pretraining images"] = f"{data['images']:,} of {data['name']} (sha256 of the pixels `{data['sha256'][:16]}`)"
         lines["Pseudo-labels"] = _pseudo_labels(labels)
         if start := place.get("start_from"):
-            teacher = pretraining(start.get("provenance") or {})
+            teacher = _before(made)
             took = f", {teacher['seconds']:,.0f} s" if teacher and teacher.get("seconds") else ""
             how = f", {method(teacher)}, {teacher['recipe']['epochs']} epochs{took}" if teacher else ""
             lines["Started from"] = f"{_line(start['name'])}{how} (weights sha256 `{start['weights_sha256'][:16]}`)"
         lines["Branch"] = f"batch norm `{made['branch']}`" + (", averaged weights" if made.get("ema") else "")
         lines["Pretraining took"] = f"{made['seconds']:,.0f} s on {place['hardware']['device']}"
+        if before := _stages_before(made):
+            total = sum(stage.get("seconds") or 0 for stage in (made, *before))
+            lines["Pretraining took"] += f"; with what it started from {total:,.0f} s"
         lines["Pretraining versions"] = _listed(place["versions"])
     if settings := results.get("settings"):
         data, place = results["data"], results["places"][-1]
@@ -171,6 +175,24 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
         lines["Converted from"] = f"{results.get('file', 'a file')}, layout {layout}"
     lines["Stored as"] = str(results.get("dtype"))
     return lines
+
+
+def _before(made: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The record of the pretraining run that another one started from, None if there is none or it is not known."""
+    return pretraining((made["provenance"].get("start_from") or {}).get("provenance") or {})
+
+
+def _stages_before(made: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The records of all pretraining runs before one, the latest first."""
+    before = _before(made)
+    return [before, *_stages_before(before)] if before else []
+
+
+def _recipes(made: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Title and text of the recipe of every pretraining run behind some weights, the latest first."""
+    stages = [made, *_stages_before(made)] if made else []
+    titles = ["The recipe, with all its values", *["The recipe of what it started from"] * len(stages)]
+    return [(title, json.dumps(stage["recipe"], indent=2)) for title, stage in zip(titles, stages, strict=False)]
 
 
 def _pseudo_labels(labels: Mapping[str, Any] | None) -> str:
@@ -224,16 +246,18 @@ def _line(text: str) -> str:
     return " ".join(str(text).split()).replace("<", "&lt;").replace("|", "/")
 
 
-def _limits(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> list[str]:
+def _limits(results: Mapping[str, Any], made: Mapping[str, Any] | None, evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    attacked = any({"pgd", "autoattack"} & evaluation["accuracy"].keys() for evaluation in evaluations)
+    robustness = "was measured, not proven: stronger attacks may find more" if attacked else "has not been measured"
     limits = [
-        "For research on robust representations. Robustness was measured, not proven: stronger attacks may find more.",
+        f"For research on robust representations. Robustness {robustness}.",
         "Not for decisions about people, nor as the only protection of anything.",
     ]
     labels = ((made or {}).get("provenance") or {}).get("pseudo_labels") or {}
     if "imagenet" in json.dumps(labels).lower():
         limits.append("The pseudo-labels come from an encoder trained on ImageNet images: this is not learning from scratch.")
     start = ((made or {}).get("provenance") or {}).get("start_from")
-    if start and not pretraining(start.get("provenance") or {}):
+    if made and start and not _before(made):
         limits.append(
             f"Nothing says how {_line(start['name'])} was made, from which the pretraining started: it may have seen labels or "
             "other images."
