@@ -19,6 +19,7 @@ from advcl_hub.cli.common import script
 from advcl_hub.data import ImageData, batches, load_data
 from advcl_hub.evaluation import Protocol, Robustness, adversarial_images, robustness
 from advcl_hub.evaluation.pictures import save_adversarial_examples
+from advcl_hub.files import check_writable
 from advcl_hub.hub.export import load_folder, verify_folder
 from advcl_hub.models.pixel_space import PixelSpace
 from advcl_hub.training.stop import StopRequest
@@ -34,19 +35,27 @@ log = logging.getLogger("advcl")
 
 
 def first_look(output: Path) -> None:
-    """Fits a head for digits on each released encoder, attacks both classifiers, and prints and draws what that did."""
+    """Fits a head for digits on each released encoder, attacks both classifiers, and prints and draws what that did.
+
+    A demo that goes on after it was stopped has the picture already, and does not wait for it again.
+    """
+    picture = output / "first_look.png"
+    if picture.is_file():
+        log.info("== Two released encoders, attacked: %s", picture)
+        return
     train, test = load_data("digits", "train"), load_data("digits", "test").subset(torch.arange(100))
     log.info("== Two released encoders of one size, pretrained on photographs: a linear head for digits on each, then PGD-20")
     attack = Protocol()
     models = {title: linear_probe(timm.create_model(name, pretrained=True), train, "cpu") for title, name in RELEASED.items()}
     results = {title: _attacked(model, test, attack) for title, model in models.items()}
     log.info("%s", table("linear head on", {RELEASED[title]: result for title, result in results.items()}))
-    log.info("Picture: %s", draw(output / "first_look.png", models, test.subset(torch.arange(10)), attack))
+    log.info("Picture: %s", draw(picture, models, test.subset(torch.arange(10)), attack))
 
 
 def run_demo(output: Path, overrides: list[str], stop: StopRequest) -> dict[str, Robustness] | None:
     """Trains, compares and exports. Returns accuracies on the test images by method, or None if it was stopped on the way."""
     recipes = {method: load_recipe(name, overrides) for method, name in RECIPES.items()}  # refuses before work starts
+    check_writable(output)
     first_look(output)
     for method, recipe in recipes.items():
         log.info("\n== %s: pretraining without labels, recipe %s", method, RECIPES[method])

@@ -1,6 +1,7 @@
 """`advcl-hub list`, `info`, `pull`, `verify`, `card`, `push` and `convert`."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def list_command(pattern: str, as_json: bool) -> None:
 def info_command(name: str, as_json: bool) -> None:
     """Says what weights are, how they were made and what was measured: released ones, a folder, or ORG/NAME on the Hub.
 
+    It prints the model card without the recipes of pretraining, whose values are in --json.
+
     \b
     Examples:
       advcl-hub info resnet10_cifar.pseudo_label_at_c10
@@ -70,7 +73,8 @@ def info_command(name: str, as_json: bool) -> None:
             results, config = read_export(folder)
             click.echo(json.dumps({"config": config, "results": results}, indent=2))
         else:
-            click.echo(ModelCard(card(folder, name, load)).text.strip())
+            text = ModelCard(card(folder, name, load)).text.strip()
+            click.echo(re.sub(r"<details>.*?</details>\s*", "", text, flags=re.DOTALL))  # recipes, line by line: see --json
 
 
 @click.command("pull", short_help="Downloads weights from the Hub to a folder.")

@@ -165,9 +165,10 @@ def save_adversarial_examples(
             colour = "green" if predicted[i] == truth[i] else "red"
             show(image_row[i], adversarial[i], f"{classes[predicted[i]]} {probability[i]:.0%}", colour)
         side(noise_row[0], f"{name}\nperturbation,\nx {factor:.0f}".strip())
-        side(image_row[0], "perturbed,\nprediction")
+        side(image_row[0], f"{name}\nperturbed,\nprediction".strip())
     side(axes[0, 0], "image" if several else "image,\nclass and\nprediction")
-    figure.suptitle(f"PGD-{protocol.steps}, {protocol.norm}, eps {pixels(protocol.radius, protocol.norm)}", fontsize=10)
+    attack = f"PGD-{protocol.steps}, {protocol.norm}, eps {pixels(protocol.radius, protocol.norm)}"
+    figure.suptitle(f"{attack}; predictions on perturbed images: green right, red wrong", fontsize=10)
     return save_figure(figure, path)
 
 

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import timm
 
 from advcl_hub.evaluation import Protocol, evaluate
+from advcl_hub.training.stop import StopRequest
 from tests.support import ROOT
-from train.demo import RELEASED
+from train.demo import RELEASED, run_demo
 
 TINY = ("epochs=1", "optimizer.warmup_epochs=0", "judge.every=0", "attack.steps=1", "model_kwargs.channels=[16,16,16]")
 
@@ -43,6 +45,12 @@ def test_the_demo_from_digits_to_a_robustness_table(tmp_path: Path) -> None:
     assert figures["images"] == 359 and 0 <= figures["robust"] <= figures["standard"] <= 1
 
     again = demo(tmp_path)
-    assert again.count("is finished already") == 2
+    assert again.count("is finished already") == 2 and "attacked: " in again and "100 test digits" not in again
     result = evaluate(tmp_path / "classifier", "digits", Protocol(eps=16 / 255, check_images=0))
     assert (result.standard, result.robust) == (figures["standard"], figures["robust"])
+
+
+def test_a_mistyped_key_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Did you mean 'attack\.steps'"):
+        run_demo(tmp_path / "demo", ["attack.step=1"], StopRequest())
+    assert not (tmp_path / "demo").exists()
