@@ -137,10 +137,11 @@ def lp_aff(
         encoder = open_encoder(model, size=size, seed=seed)
         clustered = open_encoder(clean) if clean else encoder
         images = unlabelled(data, split, root, encoder)
-    values = stage_values(head_epochs, overrides, images=len(images), processes=accelerator.num_processes)
+    trained = round(len(images) * (1 - overrides.get("val_fraction", 0.0)))
+    values = stage_values(head_epochs, overrides, images=trained, processes=accelerator.num_processes)
     head = choose_settings("slf", PRESET, overrides=values["slf"])
     full = choose_settings("aff", PRESET, overrides=values["aff"])
-    if (trained := round(len(images) * (1 - full.val_fraction))) < full.batch_size:
+    if trained < full.batch_size:
         raise ValueError(f"A batch of {full.batch_size} needs as many training images; there are {trained}. Lower batch_size.")
     facts = {
         "encoder": encoder.facts,
@@ -212,7 +213,8 @@ def stage_values(
     Args:
         head_epochs: of the head's stage.
         overrides: values of `Settings`; see `lp_aff`.
-        images: their number, to which the batch is fitted if it is not given; None leaves the authors'.
+        images: how many are trained on, to which batch and learning rate are fitted if they are not given; None leaves the
+            authors'.
         processes: that share a batch.
 
     Raises:

@@ -101,6 +101,21 @@ def test_the_batch_is_the_authors_but_for_small_sets() -> None:
     assert MODULE.stage_values(10, {}, images=50_000, processes=3)["aff"]["batch_size"] == 510
 
 
+def test_batch_and_rate_fit_the_images_that_are_trained_on(
+    run: Callable[..., Finetuned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, original = [], MODULE.stage_values
+
+    def seen(*args: Any, **options: Any) -> dict[str, dict[str, Any]]:
+        asked.append(options.get("images"))
+        return original(*args, **options)
+
+    monkeypatch.setattr(MODULE, "stage_values", seen)
+    with pytest.raises(ValueError, match="A batch of 81"):
+        run(batch_size=81, val_fraction=0.2)
+    assert asked == [None, 80]
+
+
 def test_which_overrides_reach_which_stage() -> None:
     given = {"epochs": 50, "eps": 4 / 255, "lr": 0.2, "ema_decay": 0.9, "batch_size": 64, "seed": 3, "precision": "bfloat16"}
     values = MODULE.stage_values(7, given, images=1000)
