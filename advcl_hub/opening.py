@@ -18,7 +18,7 @@ from advcl_hub.errors import reason_of
 from advcl_hub.files import file_sha256, refuse_pointer
 from advcl_hub.hub.download import content_hash, fetch, hub_errors, split_revision
 from advcl_hub.hub.export import CONFIG, WEIGHTS, verify_folder
-from advcl_hub.hub.registry import find_release, open_source
+from advcl_hub.hub.registry import find_release, is_model_folder, open_source
 from advcl_hub.hub.released import Release
 from advcl_hub.modes import as_usual
 from advcl_hub.records import RESULTS
@@ -62,8 +62,7 @@ def load_model(name: str | Path) -> LoadedModel:
     """
     text = str(name)
     path = Path(text.removeprefix("local-dir:")).expanduser()
-    named_as_folder = isinstance(name, Path) or text.startswith(("local-dir:", "./", "../", "/", "~"))
-    if named_as_folder or (path / CONFIG).is_file() or (path.is_dir() and not timm.is_model(text)):
+    if isinstance(name, Path) or text.startswith(("local-dir:", "./", "../", "/", "~")) or is_model_folder(path):
         return _load_folder(path)
     if text.startswith("hf-hub:"):
         return _load_release(text, open_source(text))
@@ -207,5 +206,7 @@ def _check_name(name: str) -> None:
         raise ValueError(f"{name} is neither a folder nor a model that timm knows.{hint}")
     known = [full for full in timm.list_pretrained(f"{architecture}*") if full.partition(".")[0] == architecture]
     if not known or (tag and name not in known):
-        has = f"has {', '.join(known[:8])}" if known else "has no weights to download"
-        raise ValueError(f"{name} has no weights: {architecture} {has}.")
+        near = difflib.get_close_matches(name, known, 1) if tag else []
+        hint = f" Did you mean {near[0]}?" if near else ""
+        there_are = f"; there are {', '.join(known[:8])}" if known else ""
+        raise ValueError(f"{name} has no weights that timm could open{there_are}.{hint}")

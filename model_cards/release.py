@@ -271,6 +271,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def _is_ours(draft: Path) -> bool:
+    """Whether a folder holds nothing but what `release` writes to one."""
+    names, files = _FILES | {RELEASED.name}, [path for path in draft.rglob("*") if not path.is_dir()]
+    return not draft.is_symlink() and all(f.name in names or f.suffix == ".safetensors" or is_draft(f) for f in files)
+
+
 def _remove_parts(entries: Mapping[str, Any]) -> None:
     """Removes parts that no entry names: of weights that were replaced or pushed."""
     named = {part for found in entries.values() for part in found.get("parts", ())}
@@ -283,7 +289,8 @@ def _remove_parts(entries: Mapping[str, Any]) -> None:
 def recover() -> None:
     """Ends or undoes what an earlier call has begun: it was done if released.json is the one that it was to end with."""
     entries = json.loads(RELEASED.read_text(encoding="utf-8"))["releases"]
-    for path in filter(is_draft, [*README.parent.iterdir(), *CARDS.glob("*/.*")]):
+    drafts = [*README.parent.glob(f".*-{README.name}"), *CARDS.glob(f"*/.*-{CARD}"), *CARDS.glob(f"*/.*-{PICTURE}")]
+    for path in filter(is_draft, drafts):
         path.unlink()
     parents = (CARDS, BUNDLED, CHECKOUT)
     journal = RELEASED.with_name(_JOURNAL)
@@ -298,7 +305,8 @@ def recover() -> None:
             if not home.is_symlink() and not any(home.iterdir()):  # there was none
                 home.rmdir()
     for path in [path for parent in (*parents, RELEASED.parent) for path in parent.glob(f"{_DRAFT}????????")]:
-        shutil.rmtree(path)
+        if _is_ours(path):
+            shutil.rmtree(path)
     journal.unlink(missing_ok=True)
     _remove_parts(entries)
 

@@ -19,7 +19,7 @@ from advcl_hub.cli.common import script
 from advcl_hub.data import ImageData, batches, load_data
 from advcl_hub.evaluation import Protocol, Robustness, adversarial_images, robustness
 from advcl_hub.evaluation.pictures import save_adversarial_examples
-from advcl_hub.files import check_writable
+from advcl_hub.files import check_writable, replacing
 from advcl_hub.hub.export import load_folder, verify_folder
 from advcl_hub.models.pixel_space import PixelSpace
 from advcl_hub.training.stop import StopRequest
@@ -37,19 +37,22 @@ log = logging.getLogger("advcl")
 def first_look(output: Path) -> None:
     """Fits a head for digits on each released encoder, attacks both classifiers, and prints and draws what that did.
 
-    A demo that goes on after it was stopped has the picture already, and does not wait for it again.
+    A demo that goes on after it was stopped shows what it has, and does not measure again.
     """
-    picture = output / "first_look.png"
-    if picture.is_file():
-        log.info("== Two released encoders, attacked: %s", picture)
+    picture, figures = output / "first_look.png", output / "first_look.txt"
+    if picture.is_file() and figures.is_file():
+        log.info("== Two released encoders, attacked before: %s\n%s", picture, figures.read_text(encoding="utf-8"))
         return
     train, test = load_data("digits", "train"), load_data("digits", "test").subset(torch.arange(100))
     log.info("== Two released encoders of one size, pretrained on photographs: a linear head for digits on each, then PGD-20")
     attack = Protocol()
     models = {title: linear_probe(timm.create_model(name, pretrained=True), train, "cpu") for title, name in RELEASED.items()}
     results = {title: _attacked(model, test, attack) for title, model in models.items()}
-    log.info("%s", table("linear head on", {RELEASED[title]: result for title, result in results.items()}))
+    text = table("linear head on", {RELEASED[title]: result for title, result in results.items()})
+    log.info("%s", text)
     log.info("Picture: %s", draw(picture, models, test.subset(torch.arange(10)), attack))
+    with replacing(figures) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def run_demo(output: Path, overrides: list[str], stop: StopRequest) -> dict[str, Robustness] | None:

@@ -23,7 +23,7 @@ _OVERRIDES = (
     click.option("--objective", type=click.Choice(["trades", "pgd"]), help="Of aff: TRADES or PGD adversarial training."),
     click.option("--epochs", type=int, help="Number of epochs; the milestones scale with it."),
     click.option("--batch-size", type=int, help="Over all processes.  [default: the preset's, of small sets an eighth]"),
-    click.option("--lr", type=float, help="Of SGD.  [default: the preset's; of small sets less in aff and sff]"),
+    click.option("--lr", type=float, help="Of SGD.  [default: the preset's; less in aff and sff for a batch below 128]"),
     click.option("--milestones", type=numbers, help="Epochs after which the learning rate is divided by 10, such as 15,20."),
     click.option("--momentum", type=float),
     click.option("--weight-decay", type=float),

@@ -51,7 +51,7 @@ def open_encoder(name: str | Path, *, size: int | None = None, seed: int = 0) ->
         raise ValueError(f"size is {size}, expected a positive number of pixels")
     text = str(name)
     wanted, pretrained = text.removeprefix(RANDOM), not text.startswith(RANDOM)
-    if not pretrained and timm.is_model(wanted) and not Path(wanted).is_dir():
+    if not pretrained and wanted in timm.list_models() and not Path(wanted).is_dir():
         source, said, provenance = wanted, wanted, None  # an architecture needs no weights for that
         arguments, model = dict[str, Any](), timm.create_model(wanted)
     else:

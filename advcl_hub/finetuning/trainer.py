@@ -84,7 +84,7 @@ class Finetuner(Loop):
         Panel("accuracy (%)", ("train_accuracy", "val_standard", "val_robust"), percent=True),
         Panel("learning rate", ("lr",)),
     )
-    remedy = "lower lr, or use precision=float32, in a new folder."
+    remedy = "lower lr, or raise precision to float32 if it is bfloat16, in a new folder."
 
     state: Progress
 

@@ -19,6 +19,7 @@ from advcl_hub.finetuning import grid
 from advcl_hub.finetuning.encoder import open_encoder
 from advcl_hub.finetuning.presets import choose_settings, without_effect
 from advcl_hub.finetuning.runner import finetune
+from advcl_hub.hub.cards.results import finetunings, is_lp_aff
 from advcl_hub.opening import load_model
 from advcl_hub.training.processes import Processes
 
@@ -167,8 +168,13 @@ def _check(
         fewest = min(int((labels == label).sum()) for label in range(len(stored.classes)))
         if fewest < most:
             raise ValueError(f"{most} images of every class were asked for, {source} has {fewest} of one class{rest}.")
-    for model in named.values():
-        open_encoder(model)
+    for name, model in named.items():
+        stages = finetunings(open_encoder(model).facts["provenance"])
+        if held_out and (seen := {stage["data"]["name"] for stage in stages if not is_lp_aff(stage)}):
+            warnings.warn(
+                f"{name} was finetuned with labels of {', '.join(sorted(seen))}: it may have seen the held-out images.",
+                stacklevel=5,
+            )
 
 
 def _split(model: str, data: str, root: str | Path | None, share: float) -> tuple[ImageData, ImageData]:

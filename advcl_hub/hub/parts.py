@@ -118,9 +118,12 @@ def join(parts: Sequence[Path], path: Path, sha256: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"{path.parent} cannot be made ({error.strerror}): set HF_HOME to another folder.") from error
+        raise OSError(f"{path.parent} cannot be made ({error.strerror}): give another cache_dir, or HF_HOME.") from error
     with replacing(path) as draft:
         save_file(state, draft, metadata={"format": "pt"})
         if file_sha256(draft) != sha256:
-            raise ValueError(f"{', '.join(part.name for part in parts)} do not give the weights that were exported.")
+            raise ValueError(
+                f"{', '.join(map(str, parts))} do not give the weights that were released: one of them is damaged. Install "
+                "advcl-hub, or get the checkout, again."
+            )
     return path

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from advcl_hub.hub.projector_file import PROJECTOR, projector_from_state, read_projector
-from advcl_hub.hub.registry import find_release, open_source
+from advcl_hub.hub.registry import find_release, is_model_folder, open_source
 from advcl_hub.modes import as_usual
 
 __all__ = ["PROJECTOR", "load_projector", "projector_from_state"]
@@ -35,7 +35,7 @@ def load_projector(source: str | Path) -> nn.Sequential:
         ValueError: the file is damaged, or is no projection head.
         OSError: the Hub cannot be reached, or has no such repository.
     """
-    release = None if Path(source).is_dir() else find_release(str(source))
+    release = None if is_model_folder(Path(source)) else find_release(str(source))
     if release is None:
         with torch.random.fork_rng(devices=[]):  # to verify a folder is to make its model, with random weights at first
             release = open_source(source)

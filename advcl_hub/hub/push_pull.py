@@ -36,7 +36,7 @@ from advcl_hub.hub.export import (
     verify_folder,
 )
 from advcl_hub.hub.projector_file import PROJECTOR
-from advcl_hub.hub.registry import find_release, open_source, releases
+from advcl_hub.hub.registry import find_release, is_model_folder, open_source, releases
 from advcl_hub.records import RESULTS
 
 FIRST_VERSION = "v1"
@@ -122,7 +122,7 @@ def push(
             something else.
         OSError: no token, no permission, no network, or the Hub refused.
     """
-    if find_release(str(folder)) and not Path(folder).is_dir():
+    if find_release(str(folder)) and not is_model_folder(Path(folder)):
         with tempfile.TemporaryDirectory() as temporary:
             export = pull(str(folder), Path(temporary) / "export")
             return push(export, repository, version=version, private=private, create_pr=create_pr, dry_run=dry_run)
@@ -220,7 +220,7 @@ def verify(name: str | Path, *, cache_dir: str | Path | None = None) -> float:
         OSError: no such folder or repository.
     """
     text = str(name).removeprefix("local-dir:")
-    if Path(text).expanduser().is_dir() or isinstance(name, Path):
+    if is_model_folder(Path(text).expanduser()) or isinstance(name, Path):
         return verify_folder(Path(text).expanduser())
     with tempfile.TemporaryDirectory() as temporary:
         return verify_folder(_pull(text, Path(temporary) / "export", (*CHECKED, PROJECTOR), cache_dir))
@@ -239,7 +239,7 @@ def described(name: str, *, cache_dir: str | Path | None = None) -> Iterator[tup
     """
     text = name.removeprefix("local-dir:")
     release = find_release(name)
-    if Path(text).is_dir():
+    if is_model_folder(Path(text)):
         yield Path(text), f"local-dir:{text}"
     elif release is not None and release.folder is not None:
         yield release.folder, release.name
@@ -258,7 +258,8 @@ def _files(name: str, wanted: Sequence[str], cache_dir: str | Path | None) -> di
     release = find_release(name)
     if release is None:
         if "/" not in name.partition("@")[0]:
-            near = difflib.get_close_matches(name, releases(), 1)
+            known = [*dict.fromkeys(release.architecture for release in releases().values()), *releases()]
+            near = difflib.get_close_matches(name, known, 1)
             hint = f" Did you mean {near[0]}?" if near else " `advcl-hub list` names those that are released."
             raise ValueError(f"{name} is no folder here, no released weights, and no repository on the Hub (ORG/NAME).{hint}")
         release = open_source(f"hf-hub:{name.removeprefix('hf-hub:')}", cache_dir=cache_dir)

@@ -39,12 +39,21 @@ def find_release(name: str) -> Release | None:
     """The registered weights of a name, as `timm.create_model(name, pretrained=True)` understands it; None if there are none.
 
     Args:
-        name: `ARCHITECTURE.TAG`, or an architecture that has weights of ours only: timm then means the first ones with as many
-            classes as the architecture has by default, else the first ones.
+        name: `ARCHITECTURE.TAG`; a name for RobustBench; or an architecture that has weights of ours only: timm then means the
+            first ones with as many classes as the architecture has by default, else the first ones.
     """
     if name in _bare and name in _tags:
         return _of_bare_name(name, _tags[name])
-    return _releases.get(name)
+    alias = (release for release in _releases.values() if release.robustbench == name)
+    return _releases.get(name) or next(alias, None)
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a name that may be a folder or a model means the folder: it holds weights, or timm knows no such model.
+
+    So a folder beside the user that happens to be called as a release is (such as its card's) does not hide the release.
+    """
+    return (path / WEIGHTS).is_file() or (path.is_dir() and not timm.is_model(str(path)))
 
 
 def _of_bare_name(architecture: str, tags: Mapping[str, Release]) -> Release:
@@ -220,7 +229,11 @@ def _register_alias(alias: str, name: str) -> None:
 
 def _register_released() -> None:
     """Registers the released weights; where timm's registry is not as we know it, none of them, with a warning."""
-    found = load_releases()
+    try:
+        found = load_releases()
+    except ValueError as error:
+        warnings.warn(f"{error} Until then there are no released weights.", stacklevel=2)
+        return
     try:
         entries = [_entry(release) for release in found]  # all are checked before the first is registered
         for release, entry in zip(found, entries, strict=True):

@@ -4,10 +4,12 @@ That file is the only source: timm's tags and `advcl-hub list` are made from it 
 it).
 """
 
+import atexit
 import functools
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -106,29 +108,39 @@ class Release:
             return join(self.parts, home / "advcl_hub" / self.files[WEIGHTS]["sha256"] / WEIGHTS, self.files[WEIGHTS]["sha256"])
         path = self.folder / file
         if not path.is_file():
-            what = "is gone: register its new place" if not self.folder.is_dir() else f"has no {file}"
-            raise FileNotFoundError(f"{self.folder} {what}.")
+            what = "is gone" if not self.folder.is_dir() else f"has no {file}"
+            raise FileNotFoundError(f"{self.folder} {what}: {self._remedy}.")
         refuse_pointer(path)
         try:
             if expected:
                 check_file(path, expected)
         except ValueError as error:
-            raise ValueError(f"{path} is not the file that was registered: {error}.") from None
+            raise ValueError(f"{path} is not the file that was registered ({error}): {self._remedy}.") from None
         return path
+
+    @property
+    def _remedy(self) -> str:
+        """What to do about a file that is missing or damaged on this machine."""
+        if self.facts.get("own"):
+            return "register the weights again, at their new place if they were moved"
+        return "install advcl-hub again" if not self.hub_id else "get the checkout again"
 
 
 def _home() -> Path:
-    """HF_HOME; where that cannot be written (a read-only container), a folder that goes with this process."""
+    """HF_HOME; where its `advcl_hub` cannot be written (a read-only container), a folder that goes with this process."""
     try:
-        check_writable(Path(constants.HF_HOME))
+        check_writable(Path(constants.HF_HOME) / "advcl_hub")
     except OSError:
-        return Path(_temporary().name)
+        return _temporary()
     return Path(constants.HF_HOME)
 
 
 @functools.cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="advcl_hub-")
+def _temporary() -> Path:
+    """A folder that is removed when this process ends, not when a fork of it does (as that of `TemporaryDirectory` is)."""
+    folder, process = Path(tempfile.mkdtemp(prefix="advcl_hub-")), os.getpid()
+    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == process else None)
+    return folder
 
 
 def organisation(data: Mapping[str, Any]) -> str:
@@ -153,8 +165,13 @@ def load_releases(path: Path = RELEASED) -> list[Release]:
     Raises:
         ValueError: the file is damaged; the entry is named.
     """
-    data, found = json.loads(path.read_text(encoding="utf-8")), []
-    for name, entry in data["releases"].items():
+    found = []
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        entries = dict(data["releases"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): install advcl-hub again.") from None
+    for name, entry in entries.items():
         try:
             check_name(name, entry["config"]["architecture"])  # before it becomes a path
             hub_id = entry.get("hub_id")
@@ -162,6 +179,8 @@ def load_releases(path: Path = RELEASED) -> list[Release]:
                 hub_id = f"{organisation(data)}/{hub_id}"
             if not entry.get("bundled") and not (hub_id and entry["revision"]):
                 raise ValueError("it is neither bundled nor pinned to a commit or a tag on the Hub")
+            if not isinstance(entry["facts"], dict) or not isinstance(entry["files"], dict):
+                raise TypeError("facts and files are no groups of values")
             store = BUNDLED if entry.get("bundled") else CHECKOUT
             parts = tuple(store / part for part in entry.get("parts", ()) if (store / name).is_dir())
             folder = store / name if entry.get("bundled") or parts else None

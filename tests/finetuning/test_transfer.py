@@ -140,6 +140,13 @@ def test_another_way_to_measure_costs_no_training_and_other_cells_stay_in_the_re
     ).read_text(encoding="utf-8")
 
 
+def test_weights_that_may_have_seen_the_held_out_images_are_told(grid: Any, tmp_path: Path) -> None:
+    classifier = next(tmp for tmp in sorted(grid.output.glob("ours/digits/aff*/classifier")))
+    options: dict[str, Any] = {"shots": [2], "output": tmp_path, "time_budget": 0}
+    with pytest.warns(UserWarning, match="tuned was finetuned with labels of digits: it may have seen the held-out images"):
+        advcl_hub.transfer({"tuned": classifier}, ["digits"], ["slf"], held_out=0.1, **options, **QUICK)
+
+
 def test_held_out_images_of_the_training_split_take_the_place_of_the_test_split(encoder: Path, tmp_path: Path) -> None:
     """They are those of pretraining with the same fraction, and nothing is trained on them; the report says what they are."""
     options: Any = {"output": tmp_path, "n": None, "evaluation": advcl_hub.Protocol(steps=1, check_images=0), **QUICK}

@@ -215,6 +215,28 @@ def test_a_card_names_the_teacher_and_says_what_is_not_known_of_it(copies: dict[
     assert text.count("<summary>The recipe") == 1 + known and ("is made first, in the same way" in text) == known
 
 
+def test_no_finetuning_on_the_way_is_left_out(copies: dict[str, Path]) -> None:
+    run = RUN | {"recipe": {"epochs": 3, "method": "advcl", "attack": ATTACK, "objective": {}}}
+    full = {"settings": {"protocol": "aff", "epochs": 7}, "data": {"name": "digits"}, "encoder": {"provenance": run}}
+    clusters = {
+        "method": "LP-AFF (arXiv 2303.01289)",
+        "settings": {"protocol": "aff", "epochs": 2},
+        "images": {"name": "faces"},
+    }
+    folder = copies["classifier"]
+    for between, told in (
+        (full, "finetuned with labels of digits (AFF)"),
+        (clusters, "finetuned on clusters of faces (LP-AFF)"),
+    ):
+        results = evaluation_record(folder)
+        results["encoder"]["provenance"] = between | {"encoder": {"provenance": run}}
+        (folder / RESULTS).write_text(json.dumps(results), encoding="utf-8")
+        text = card(folder)
+        assert f"without its labels, then {told}." in text
+        assert f"- Finetuned before: {told}, {between['settings']['epochs']} epochs\n" in text  # type: ignore[index]
+        assert ("Labels came in before this finetuning, too" in text) == (between is full)
+
+
 def test_the_recipe_in_a_card_is_one(copies: dict[str, Path], tmp_path: Path) -> None:
     recipe = load_recipe("digits_demo", ["seed=3", "attack.eps=1e-5"])
     run = RUN | {"recipe": recipe.to_dict()}

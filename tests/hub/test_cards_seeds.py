@@ -142,6 +142,25 @@ def test_a_record_that_shows_another_training_is_refused(
         add_to_results(first / "encoder", [first / "evaluation"], other_seeds=[third / "evaluation"])
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_stage_of_the_pretraining_has_another_seed(copies: list[Path], seed: int) -> None:
+    """Else most of the training would be the same, and the spread too small."""
+    first, _, third = copies
+
+    def start(made: dict[str, Any], seed: int) -> None:
+        before = {"recipe": RECIPE | {"seed": seed, "epochs": 9}, "step": 5, "provenance": {"data": made["provenance"]["data"]}}
+        made["provenance"]["start_from"] = {"weights_sha256": str(seed), "provenance": before}
+
+    edit(first / "encoder", lambda results: start(results, 0))
+    edit(third / "evaluation", lambda record: start(pretraining(record), seed))
+    if seed == 0:
+        with pytest.raises(ValueError, match="the same seed of the pretraining that it started from, 0"):
+            add_to_results(first / "encoder", [first / "evaluation"], other_seeds=[third / "evaluation"])
+    else:
+        add_to_results(first / "encoder", [first / "evaluation"], other_seeds=[third / "evaluation"])
+        assert "| 0, 2 |" in card(first / "encoder")
+
+
 def test_labels_clustered_anew_and_other_places_are_the_same_training(copies: list[Path]) -> None:
     """Every seed clusters the features of one encoder with its own seed; where the run's files lay does not count."""
     first, _, third = copies

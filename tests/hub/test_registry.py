@@ -1,8 +1,11 @@
 """Released weights in timm's registry: names, defaults, arguments, checks, and what stays as timm has it."""
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -184,7 +187,9 @@ def test_a_byte_that_changes_after_registration_is_refused(encoder: Path, tmp_pa
     cfg = timm.models.get_pretrained_cfg("resnet8_cifar.mine")
     for options in ({}, {"features_only": True}, {"pretrained_cfg": cfg}, {"pretrained_cfg": cfg.to_dict()}):
         name = "resnet8_cifar" if "pretrained_cfg" in options else "resnet8_cifar.mine"
-        with pytest.raises(ValueError, match="is not the file that was registered: its sha256 is"):
+        with pytest.raises(
+            ValueError, match=r"not the file that was registered \(its sha256 is .*: register the weights again"
+        ):
             timm.create_model(name, pretrained=True, **options)
     timm.create_model("resnet8_cifar.mine")  # without weights it does not matter
 
@@ -247,7 +252,22 @@ def test_ids_without_a_namespace_belong_to_one_organisation(
     assert released.load_releases(full)[0].hub_id == "them/full"
 
 
-@pytest.mark.parametrize("entry", [{"hub_id": "short"}, {"files": None}, {"config": None, "bundled": True}, {}])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"releases": 3}'])
+def test_a_damaged_data_file_is_named_and_costs_the_names_only(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "released.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"released\.json is damaged .* install advcl-hub again"):
+        released.load_releases(path)
+    monkeypatch.setattr(registry, "load_releases", lambda: released.load_releases(path))
+    with pytest.warns(UserWarning, match="Until then there are no released weights"):
+        registry._register_released()
+
+
+@pytest.mark.parametrize(
+    "entry", [{"hub_id": "short"}, {"files": None}, {"facts": None, "bundled": True}, {"config": None, "bundled": True}, {}]
+)
 def test_a_damaged_entry_is_named(entry: dict[str, Any], encoder: Path, tmp_path: Path) -> None:
     path = data_file(tmp_path / "released.json", encoder, **entry)
     with pytest.raises(ValueError, match=r"the entry resnet8_cifar\.test is damaged"):
@@ -291,6 +311,42 @@ def test_robustbench_finds_a_classifier(tmp_path: Path, encoder: Path) -> None:
         registry._register(replace(release, name="resnet8_cifar.again", folder=classifier))
     model = timm.create_model("advcl_test_cifar10_linf", num_classes=10, pretrained=True, checkpoint_path="")
     assert torch.equal(output(model), output(load_folder(classifier))) and output(model).shape == (2, 10)
+    opened = load_model("advcl_test_cifar10_linf")
+    assert opened.name == "resnet8_cifar.test" and opened.provenance is not None
+
+
+def test_a_folder_that_is_called_as_a_release_hides_it_only_if_it_holds_weights(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "resnet8_cifar.beside"
+    advcl_hub.register(name, encoder)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "README.md").write_text("its card", encoding="utf-8")
+    assert load_model(name).source == name and advcl_hub.verify(name) < 1e-3
+    other = export_encoder(tmp_path / "other", seed=3)
+    shutil.rmtree(tmp_path / name)
+    other.rename(tmp_path / name)
+    assert load_model(name).source == f"local-dir:{name}"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_the_temporary_folder_goes_with_its_process_and_not_with_a_fork_of_it() -> None:
+    program = """
+import os, sys
+from huggingface_hub import constants
+from advcl_hub.hub import released
+constants.HF_HOME = "/dev/null/x"
+folder = released._home()
+if (child := os.fork()) == 0:
+    sys.exit()
+os.waitpid(child, 0)
+assert folder.is_dir()
+print(folder)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "advcl_hub-" in done.stdout and not Path(done.stdout.strip()).exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ the Hub

@@ -116,12 +116,13 @@ def test_wherever_it_stops_nothing_is_lost_and_the_same_command_goes_on(
 def test_what_a_killed_call_left_is_removed_and_two_calls_do_not_meet(small: Path, client: Client) -> None:
     before = files(small)
     rooms = ("model_cards", "advcl_hub/hub/weights", "advcl_hub/hub")
-    left = [small / room / ".release-draft-ab_12xyz/file" for room in rooms]
+    left = [small / room / ".release-draft-ab_12xyz/config.json" for room in rooms]
     readme = small / "model_cards" / NAME / "README.md"
     with replacing(readme) as draft:
         shutil.copyfile(readme, draft)
     left.append(draft)
-    others = [small / "model_cards/.release-notes", small / ".hidden/README.md"]
+    others = [small / "model_cards/.release-notes", small / ".hidden/README.md", small / ".2026-11-notes.txt"]
+    others += [small / ".2026-11-folder/file", small / "model_cards/.release-draft-mystuff1/notes.txt"]
     for path in left + others:
         path.parent.mkdir(exist_ok=True)
         path.write_text("x", encoding="utf-8")

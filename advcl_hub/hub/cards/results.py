@@ -108,6 +108,21 @@ def pretraining(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None
 
 
+def finetunings(results: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The records of every finetuning behind some weights, the latest first, LP-AFF among them, which reads no labels."""
+    found, record = [], results
+    while record and "recipe" not in record:
+        if record.get("settings"):
+            found.append(record)
+        record = (record.get("encoder") or {}).get("provenance")
+    return found
+
+
+def is_lp_aff(record: Mapping[str, Any]) -> bool:
+    """Whether the record of a finetuning is that of LP-AFF."""
+    return str(record.get("method")).startswith("LP-AFF")
+
+
 _METHODS = {
     "advcl": "AdvCL",
     "simclr": "contrastive learning on clean views (SimCLR)",

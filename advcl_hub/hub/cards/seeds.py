@@ -43,8 +43,10 @@ def compact_other_seed(path: str | Path, record: Mapping[str, Any], results: Map
         raise ValueError(
             f"{path} is of a model that was trained otherwise (there) than these weights (now):\n  " + "\n  ".join(differing)
         )
-    if recipe["recipe"].get("seed") == own["recipe"].get("seed"):
-        raise ValueError(f"{path} is of a model with the same seed of pretraining, {own['recipe'].get('seed')}.")
+    for number, (other, mine) in enumerate(zip(_seeds(recipe), _seeds(own), strict=True)):
+        if other == mine:
+            which = "of pretraining" if number == 0 else "of the pretraining that it started from"
+            raise ValueError(f"{path} is of a model with the same seed {which}, {mine}.")
     kept = {
         key: record.get(key)
         for key in ("data", "protocol", "accuracy", "autoattack_left_out", "command", "seconds", "hardware")
@@ -75,6 +77,13 @@ def seeds_table(evaluations: Sequence[Mapping[str, Any]], others: Sequence[Mappi
         rows.append(f"| {' | '.join([name, f'{data}, {attack}', seeds, *cells])} |")
     header = [f"| model | on | seeds | {' | '.join(_COLUMNS.values())} |", "|---|---|---|" + "---:|" * len(_COLUMNS)]
     return "\n".join([*header, *rows]) if rows else None
+
+
+def _seeds(made: Mapping[str, Any]) -> list[Any]:
+    """The seeds of a pretraining and of those that it started from, as far as they are on record."""
+    start = (made.get("provenance") or {}).get("start_from") or {}
+    before = _stages(start.get("provenance"))[1]
+    return [made["recipe"].get("seed"), *(_seeds(before) if before else [])]
 
 
 def _accuracy(record: Mapping[str, Any], key: str, protocol: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from advcl_hub.files import replacing
 from advcl_hub.hub.cards.metadata import metadata
-from advcl_hub.hub.cards.results import PROTOCOLS, is_advcl, is_robust, method, pretraining, read_export
+from advcl_hub.hub.cards.results import PROTOCOLS, finetunings, is_advcl, is_lp_aff, is_robust, method, pretraining, read_export
 from advcl_hub.hub.cards.seeds import seeds_table
 from advcl_hub.hub.export import CARD, PICTURE
 from advcl_hub.records import RESULTS, pixels
@@ -108,8 +108,9 @@ def summary(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         origin = f"converted from {_line(results['origin'])}"
     else:
         origin = f"of {(results.get('encoder') or {}).get('name', 'unknown origin')}"
-    if str(results.get("method")).startswith("LP-AFF"):
-        origin += f", then finetuned on clusters of {_line(results['images']['name'])} (LP-AFF)"
+    stages = finetunings(results)
+    for stage in reversed(stages if is_lp_aff(results) else stages[1:]):
+        origin += f", then {_finetuned(stage)}"
     if not config.get("num_classes"):
         return f"`{architecture}` image encoder for [timm](https://github.com/huggingface/pytorch-image-models), {origin}" + (
             ", so that classifiers finetuned from it keep adversarial robustness." if made and is_robust(made) else "."
@@ -122,6 +123,13 @@ def summary(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         f"`{architecture}` classifier{of} for [timm](https://github.com/huggingface/pytorch-image-models){how}"
         f"{'the encoder ' if protocol else ''}{origin}."
     )
+
+
+def _finetuned(stage: Mapping[str, Any]) -> str:
+    """A finetuning on the way to some weights, in a few words."""
+    if is_lp_aff(stage):
+        return f"finetuned on clusters of {_line(stage['images']['name'])} (LP-AFF)"
+    return f"finetuned with labels of {_line(stage['data']['name'])} ({stage['settings']['protocol'].upper()})"
 
 
 def _projector(results: Mapping[str, Any]) -> str | None:
@@ -151,6 +159,9 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
             total = sum(stage.get("seconds") or 0 for stage in (made, *before))
             lines["Pretraining took"] += f"; with what it started from {total:,.0f} s"
         lines["Pretraining versions"] = _listed(place["versions"])
+    before = list(reversed(finetunings(results)[1:]))
+    if before:
+        lines["Finetuned before"] = "; ".join(f"{_finetuned(s)}, {s['settings']['epochs']} epochs" for s in before)
     if settings := results.get("settings"):
         data, place = results["data"], results["places"][-1]
         shots = f", {data['shots']} of every class" if data.get("shots") else ""
@@ -256,6 +267,8 @@ def _limits(results: Mapping[str, Any], made: Mapping[str, Any] | None, evaluati
     labels = ((made or {}).get("provenance") or {}).get("pseudo_labels") or {}
     if "imagenet" in json.dumps(labels).lower():
         limits.append("The pseudo-labels come from an encoder trained on ImageNet images: this is not learning from scratch.")
+    if labelled := [_finetuned(stage) for stage in reversed(finetunings(results)[1:]) if not is_lp_aff(stage)]:
+        limits.append(f"Labels came in before this finetuning, too: the encoder had been {'; '.join(labelled)}.")
     start = ((made or {}).get("provenance") or {}).get("start_from")
     if made and start and not _before(made):
         limits.append(
