@@ -149,7 +149,7 @@ def test_every_stage_of_the_pretraining_has_another_seed(copies: list[Path], see
 
     def start(made: dict[str, Any], seed: int) -> None:
         before = {"recipe": RECIPE | {"seed": seed, "epochs": 9}, "step": 5, "provenance": {"data": made["provenance"]["data"]}}
-        made["provenance"]["start_from"] = {"weights_sha256": str(seed), "provenance": before}
+        made["provenance"]["start_from"] = {"name": "before", "weights_sha256": str(seed), "provenance": before}
 
     edit(first / "encoder", lambda results: start(results, 0))
     edit(third / "evaluation", lambda record: start(pretraining(record), seed))
