@@ -206,7 +206,7 @@ def _check_name(name: str) -> None:
         raise ValueError(f"{name} is neither a folder nor a model that timm knows.{hint}")
     known = [full for full in timm.list_pretrained(f"{architecture}*") if full.partition(".")[0] == architecture]
     if not known or (tag and name not in known):
-        near = difflib.get_close_matches(name, known, 1) if tag else []
-        hint = f" Did you mean {near[0]}?" if near else ""
+        near = difflib.get_close_matches(tag, [full.partition(".")[2] for full in known], 1) if tag else []
+        hint = f" Did you mean {architecture}.{near[0]}?" if near else ""
         there_are = f"; there are {', '.join(known[:8])}" if known else ""
         raise ValueError(f"{name} has no weights that timm could open{there_are}.{hint}")

@@ -211,7 +211,7 @@ def pickled(model: Path, tmp_path: Path) -> Path:
     [
         (None, ["resnet81_cifar", *DATA], "neither a folder nor a model that timm knows. Near: resnet8_cifar"),
         (None, ["resnet20_cifar", *DATA], "resnet20_cifar has no weights that timm could open"),
-        (None, ["resnet18.nobody", *DATA], "resnet18 has resnet18.a1_in1k"),
+        (None, ["resnet18.nobody", *DATA], "there are resnet18.a1_in1k"),
         (None, ["./nowhere", *DATA], "nowhere is no folder"),
         (None, ["local-dir:nowhere", *DATA], "nowhere is no folder"),
         (None, ["{tmp}", *DATA], "has no config.json"),

@@ -215,7 +215,7 @@ def test_a_finished_run_costs_nothing_and_another_is_refused(
     again = run("slf")
     assert again.finished and again.record == first.record
     with pytest.raises(
-        ValueError, match=r"holds a run of something else.*remove that folder:\n  protocol: 'slf' there, 'alf' now"
+        ValueError, match=r"holds a run of something else.*or give its settings:\n  protocol: 'slf' there, 'alf' now"
     ):
         run("alf")
 
