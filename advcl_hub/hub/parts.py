@@ -123,7 +123,7 @@ def join(parts: Sequence[Path], path: Path, sha256: str) -> Path:
         save_file(state, draft, metadata={"format": "pt"})
         if file_sha256(draft) != sha256:
             raise ValueError(
-                f"{', '.join(map(str, parts))} do not give the weights that were released: one of them is damaged. Install "
-                "advcl-hub, or get the checkout, again."
+                f"{', '.join(map(str, parts))} do not give the weights that were exported: one of them is damaged, or of other "
+                "weights. Get them again from where they come from."
             )
     return path
