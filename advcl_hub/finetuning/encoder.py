@@ -51,9 +51,12 @@ def open_encoder(name: str | Path, *, size: int | None = None, seed: int = 0) ->
         raise ValueError(f"size is {size}, expected a positive number of pixels")
     text = str(name)
     wanted, pretrained = text.removeprefix(RANDOM), not text.startswith(RANDOM)
-    if not pretrained and wanted in timm.list_models() and not Path(wanted).is_dir():
+    if not pretrained and timm.is_model(wanted) and not Path(wanted).is_dir():
         source, said, provenance = wanted, wanted, None  # an architecture needs no weights for that
-        arguments, model = dict[str, Any](), timm.create_model(wanted)
+        try:
+            arguments, model = dict[str, Any](), timm.create_model(wanted)
+        except RuntimeError as error:  # of a tag that timm does not know
+            raise ValueError(f"{text} cannot be opened: {reason_of(error)}") from error
     else:
         loaded = load_model(wanted if not pretrained else name)
         source, said, provenance = loaded.source, loaded.name, loaded.provenance

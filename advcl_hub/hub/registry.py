@@ -158,11 +158,10 @@ def _register(release: Release, entry: RegistryEntry | None = None) -> None:
     if architecture not in _tags:
         # Of an architecture without weights of its own, `pretrained=True` without a tag means one of ours.
         ours = not timm.models.is_model_pretrained(architecture)
-        if ours:
-            _bare[architecture] = timm.models.get_pretrained_cfg_value(architecture, "num_classes") or 0
         original = timm.model_entrypoint(architecture)
         entry.replace_entrypoint(_with_releases(architecture, original, _tags.setdefault(architecture, {})))
         if ours:
+            _bare[architecture] = timm.models.get_pretrained_cfg_value(architecture, "num_classes") or 0
             entry.mark_pretrained(architecture)
     entry.add_tag(tag, release.cfg)
     _tags[architecture][tag] = _releases[release.name] = release

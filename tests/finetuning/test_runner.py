@@ -16,6 +16,7 @@ from advcl_hub.data import ImageData, few_shot, load_data
 from advcl_hub.evaluation import Robustness
 from advcl_hub.finetuning import Finetuned, Settings
 from advcl_hub.finetuning import trainer as module
+from advcl_hub.finetuning.encoder import open_encoder
 from advcl_hub.finetuning.features import extract_features
 from advcl_hub.hub.export import export_folder, load_folder, verify_folder
 from advcl_hub.training.runlog import read_log
@@ -313,6 +314,11 @@ def test_random_weights_are_those_of_the_seed(run: Callable[..., Finetuned], res
     assert registered.record["encoder"]["name"] == "random:resnet8_cifar" and registered.record["data"]["shape"] == [3, 32, 32]
 
 
+def test_random_weights_of_a_tag_need_none_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("advcl_hub.finetuning.encoder.load_model", None)  # which would download them
+    assert open_encoder("random:resnet18.a1_in1k").facts["architecture"] == "resnet18"
+
+
 @pytest.mark.parametrize("kind", ["resnet", "vit"])
 def test_another_size_than_the_encoders_own(run: Callable[..., Finetuned], request: Any, kind: str) -> None:
     encoder = request.getfixturevalue(kind)
@@ -364,6 +370,7 @@ def relabelled(labels: Callable[[Tensor], Tensor], classes: int = 10) -> ImageDa
         ("slf", {"model": "no/such/folder"}, "neither a folder nor a model that timm knows"),
         ("slf", {"model": "resnet18_cifar"}, "resnet18_cifar has no weights"),
         ("slf", {"model": "random:resnet99"}, "neither a folder nor a model that timm knows"),
+        ("slf", {"model": "random:resnet10_cifar.no"}, r"random:resnet10_cifar\.no cannot be opened: Invalid pretrained tag"),
         ("slf", {"data": "cifar11"}, "unknown data source 'cifar11'"),
         ("slf", {"shots": 9}, "9 images of every class were asked for, fake:80 has 8 of 0"),
         ("slf", {"epoch": 3}, "Unknown setting 'epoch'. Did you mean 'epochs'"),

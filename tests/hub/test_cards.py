@@ -153,7 +153,7 @@ def test_pretraining_is_told_with_its_pseudo_labels(copies: dict[str, Path]) -> 
     assert "datasets:\n- uoft-cs/cifar10" in text and '"step_size": 0.0156' in text
 
 
-RUN = {
+RUN: dict[str, Any] = {
     "step": 1200,
     "finished": True,
     "seconds": 61.0,
@@ -203,14 +203,14 @@ def test_each_method_is_told_by_its_name_and_only_those_that_attack_as_robust(
 def test_a_card_names_the_teacher_and_says_what_is_not_known_of_it(copies: dict[str, Path], known: bool) -> None:
     start = {"name": "teacher/export", "weights_sha256": "ef" * 32, "provenance": TEACHER if known else None}
     run = RUN | {"recipe": {"epochs": 3, "method": "deacl", "attack": ATTACK, "objective": {}}}
-    run["provenance"] = {**RUN["provenance"], "start_from": start}  # type: ignore[dict-item]
+    run["provenance"] = {**RUN["provenance"], "start_from": start}
     (copies["encoder"] / RESULTS).write_text(json.dumps(evaluation_record(copies["encoder"]) | run), encoding="utf-8")
     text = card(copies["encoder"])
     took = f"{TEACHER['seconds']:,.0f} s"
     how = f", contrastive learning on clean views (SimCLR), 40 epochs, {took}" if known else ""
     assert f"teacher/export{how} (weights sha256 `efefefefefefefef`)" in text
     assert ("Nothing says how teacher/export was made" in text) != known
-    total = run["seconds"] + TEACHER["seconds"]  # type: ignore[operator]
+    total = run["seconds"] + TEACHER["seconds"]
     assert (f"; with what it started from {total:,.0f} s" in text) == known
     assert text.count("<summary>The recipe") == 1 + known and ("is made first, in the same way" in text) == known
 
@@ -233,7 +233,7 @@ def test_no_finetuning_on_the_way_is_left_out(copies: dict[str, Path]) -> None:
         (folder / RESULTS).write_text(json.dumps(results), encoding="utf-8")
         text = card(folder)
         assert f"without its labels, then {told}." in text
-        assert f"- Finetuned before: {told}, {between['settings']['epochs']} epochs\n" in text  # type: ignore[index]
+        assert f"- Finetuned before: {told}, {between['settings']['epochs']} epochs\n" in text
         assert ("Labels came in before this finetuning, too" in text) == (between is full)
 
 
