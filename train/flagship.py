@@ -13,7 +13,6 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,22 +22,21 @@ from advcl_hub.files import check_writable, lock, write_errors
 from advcl_hub.finetuning.lp_aff import HEAD, LABELS, REQUEST
 from advcl_hub.hub.export import export_again
 from advcl_hub.records import RESULTS
-from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
 from advcl_hub.training.stop import StopRequest, duration
 from train import kept, plan
 from train.checkpoint import load_checkpoint
 from train.export import export_checkpoint
+from train.fitting import FitRequest
 from train.plan import TRAINED, Inputs, load_plan
 from train.plan_folder import TUNED, PlanFolder, Record, StageState
 from train.processes import StageError, run_command
 from train.recipe import require
-from train.trial import COMPILED, fewer_epochs
+from train.trial import COMPILED
 
 log = logging.getLogger("advcl")
 _LEAST = 15.0  # seconds: with less left, no stage is started
 _RUN_FILES = ("log.jsonl", "curves.png", "views.png", "batch.png", "recipe.yaml")
-_PIECE = 30.0  # seconds of finetuning or LP-AFF, at most, after which its speed is known
 
 
 class Flagship:
@@ -152,49 +150,34 @@ class Flagship:
     def tune(self, name: str, stop: StopRequest) -> bool:
         """Trains in the stage's own number of epochs, and returns whether all of it is done.
 
-        After a first piece it is known whether all epochs fit the share, or with how many to begin anew.
+        If its log shows that they do not fit the share, it begins anew with the number that does.
         """
         stage, state = self.at.stages[name], self.at.record.stages[name]
         encoder, made = self.at.model(self.at.source(name)), TUNED[stage.run].made
 
-        def train(*more: str) -> bool:
+        def train(until: StopRequest) -> bool:
             """Goes on, and returns whether the model is there."""
             folder = self.at.folder(name)
             if not (folder / made / RESULTS).is_file():
                 command = plan.tune_command(stage, self.at.plan, self.inputs, encoder, state.epochs, folder)
-                self.call(name, [*command, *more], stop)
+                self.call(name, command, until)
             return (folder / made / RESULTS).is_file()
 
         if not state.measured:
-            first = self.at.folder(name)
-            epochs = self.fitting_epochs(name, train, stop)
-            if stop.requested:
-                return False
-            state.epochs = epochs
-            if epochs:
-                log.info("All epochs of %s do not fit its share: it begins anew, with %d.", name, epochs)
+            epochs = plan.tuning_epochs(stage, self.at.plan)
+            assert epochs is not None
+            fit = FitRequest(stop, self.at.training(name), epochs, self.at.plan.seconds(name))
+            if not train(fit):
+                if not fit.too_long:
+                    return False
+                first, state.epochs = self.at.folder(name), fit.fits
+                log.info("All epochs of %s do not fit its share: it begins anew, with %d.", name, state.epochs)
                 for same in (LABELS, HEAD) if stage.run == "lp_aff" else ():  # they do not depend on the epochs
                     if (first / same).is_dir():
                         shutil.copytree(first / same, self.at.folder(name) / same, dirs_exist_ok=True)
             state.measured = True
             self.at.write()
-        return train() and not stop.requested
-
-    def fitting_epochs(self, name: str, train: Callable[..., bool], stop: StopRequest) -> int | None:
-        """Trains a first piece, and returns the number of epochs that fits the share; None if all epochs do."""
-        share, training = self.at.plan.seconds(name), self.at.training(name)
-        lp_aff, spent = self.at.stages[name].run == "lp_aff", 0.0
-        while True:
-            began = time.monotonic()
-            finished = train("--time-budget", f"{max(1.0, min(_PIECE, share / 3)):g}s")
-            piece = time.monotonic() - began
-            if finished or stop.requested:
-                return None
-            if not lp_aff or read_log(training):
-                return fewer_epochs(training, share - spent, piece)
-            spent += piece  # on clusters and the head, before the first of the epochs that are to be measured
-            if spent > share:
-                return 1
+        return not stop.requested and train(stop) and not stop.requested
 
     def _evaluate(self, name: str, stop: StopRequest) -> None:
         """Measures a classifier."""

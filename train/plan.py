@@ -169,15 +169,7 @@ def load_plan(name: str, inputs: Inputs, *, rehearse: bool = False) -> Plan:
             elif stage.run in _CLICK:
                 for key in stage.settings:
                     require(key.replace("-", "_") not in _CHOSEN, f"settings.{key} is not for a plan to set")
-                words = ["MODEL", "--data", plan.data, *options(stage)]
-                given = _CLICK[stage.run].make_context(stage.run, words).params
-                names = {f.name for f in fields(Settings)} - {"protocol", "preset"}
-                chosen = {key: value for key, value in given.items() if key in names and value is not None}
-                if stage.run == "finetune":
-                    choose_settings(given["protocol"], given["preset"], data=plan.data, overrides=chosen)
-                elif stage.run == "lp_aff":
-                    stage_values(given["head_epochs"], chosen)
-                    require(given["clusters"] >= 2, f"clusters is {given['clusters']}, expected at least 2")
+                tuning_epochs(stage, plan)
         except (ValueError, TypeError, click.ClickException) as error:
             message = error.format_message() if isinstance(error, click.ClickException) else str(error)
             if inputs.labels is None and "pseudo_labels.path" in message:
@@ -186,6 +178,20 @@ def load_plan(name: str, inputs: Inputs, *, rehearse: bool = False) -> Plan:
                 message += "; or give `of`, a stage that makes the teacher"
             raise ValueError(f"stages.{stage_name}: {message}") from None
     return plan
+
+
+def tuning_epochs(stage: Stage, plan: Plan) -> int | None:
+    """The number of epochs that a stage finetunes in, or None if it does not. Raises ValueError for a bad setting."""
+    given = _CLICK[stage.run].make_context(stage.run, ["MODEL", "--data", plan.data, *options(stage)]).params
+    names = {f.name for f in fields(Settings)} - {"protocol", "preset"}
+    chosen = {key: value for key, value in given.items() if key in names and value is not None}
+    if stage.run == "finetune":
+        return choose_settings(given["protocol"], given["preset"], data=plan.data, overrides=chosen).epochs
+    if stage.run == "lp_aff":
+        require(given["clusters"] >= 2, f"clusters is {given['clusters']}, expected at least 2")
+        epochs: int = stage_values(given["head_epochs"], chosen)["aff"]["epochs"]
+        return epochs
+    return None
 
 
 def _source_of(plan: Plan, name: str) -> Stage:

@@ -99,7 +99,7 @@ class PlanFolder:
             draft.write_text(json.dumps(asdict(self.record), indent=2) + "\n", encoding="utf-8")
 
     def folder(self, name: str) -> Path:
-        """Where a stage works; one that is shortened begins anew beside its first piece."""
+        """Where a stage works; one that is shortened begins anew beside its first try."""
         epochs = self.record.stages[name].epochs
         shortened = self.stages[name].run in TUNED and epochs is not None
         return self.path / (f"{name}-{epochs}ep" if shortened else name)

@@ -27,8 +27,6 @@ from advcl_hub.cli.common import script
 from advcl_hub.errors import reason_of
 from advcl_hub.files import check_writable, replacing, without_local_paths
 from advcl_hub.records.environment import hardware, versions
-from advcl_hub.training.runlog import read_log
-from advcl_hub.training.state import load_state
 from advcl_hub.training.stop import duration
 from train.benchmark.report import Row, Section
 from train.benchmark.timing import Timing, clock, count_flops, matmul_rate, peak_memory, race
@@ -185,33 +183,6 @@ def step_flops(recipe: Recipe, trainer: Trainer) -> float:
     images = torch.zeros(few, *trainer.data.shape, dtype=torch.uint8, device=trainer.device)
     labels = None if trainer.labels is None else trainer.labels[:few]
     return count_flops(lambda: network(images, labels).total.backward()) * recipe.batch_size / few
-
-
-def fewer_epochs(folder: Path, share: float, spent: float) -> int | None:
-    """How many epochs of a finetuning fit into its share, when a first piece of it is done.
-
-    Args:
-        folder: of the finetuning.
-        share: seconds for all of it, starts of the process included.
-        spent: seconds that the first piece took, its start included.
-
-    Returns:
-        The number of epochs to begin anew with, or None if all epochs fit when it goes on.
-    """
-    records = [r for r in read_log(folder) if r.get("seconds")]
-    if not records:
-        return None
-    epochs = load_state(folder)[0]["facts"]["settings"]["epochs"]
-    first, last = records[0], records[-1]
-    if last["epoch"] > first["epoch"]:  # the first steps are slower: they choose algorithms
-        pace = (last["seconds"] - first["seconds"]) / (last["epoch"] - first["epoch"])
-    else:
-        pace = last["seconds"] / last["epoch"]
-    start_up = max(0.0, spent - last["seconds"])
-    left = share - spent - start_up
-    if pace * (epochs - last["epoch"]) <= left:
-        return None
-    return max(1, min(epochs - 1, int(left / pace)))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -283,26 +283,30 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- finetuning in its share
 
 
-def test_a_finetuning_that_is_too_slow_begins_anew_beside_its_first_piece(
+def test_a_finetuning_that_is_too_slow_begins_anew_beside_its_first_try(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The commands, one by one, without running them; the next call goes on with the shorter one."""
     output, commands = tmp_path / "runs", list[list[str]]()
     plan = load_plan(str(tiny_plan(tmp_path)), Inputs())
 
-    def pretend(command: list[str], *rest: Any) -> None:
+    def pretend(command: list[str], log: Path, stop: StopRequest, *rest: Any) -> None:
         commands.append(command)
         folder = Path(command[command.index("--output") + 1]) if "--output" in command else Path(command[5])
-        if "--epochs" in command and "--time-budget" not in command and command.count("--epochs") == 2:
+        if command.count("--epochs") == 2:
             (folder / "classifier").mkdir(parents=True)
             (folder / "classifier" / RESULTS).write_text("{}", encoding="utf-8")
+        elif "--output" in command:  # the first try: 100 s an epoch, where the share is 6
+            folder.mkdir()
+            records = [{"step": 1, "epoch": 0.1, "seconds": 1.0}, {"step": 2, "epoch": 0.2, "seconds": 11.0}]
+            (folder / "log.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+            assert stop.requested
 
     monkeypatch.setattr(flagship, "run_command", pretend)
-    monkeypatch.setattr(flagship, "fewer_epochs", lambda *args: 1)
     made = flagship.Flagship(Record(plan, False), Inputs(), output, output / "kept")
     made._finetune("slf", StopRequest())
     ends = [command[command.index("finetune") + 2 :] if "finetune" in command else command[4:] for command in commands]
-    assert ends[0][-4:] == ["--output", str(output / "slf"), "--time-budget", "2s"] and ends[0].count("--epochs") == 1
+    assert ends[0][-2:] == ["--output", str(output / "slf")] and ends[0].count("--epochs") == 1
     assert ends[1][-4:] == ["--epochs", "1", "--output", str(output / "slf-1ep")]
     assert ends[2][:2] == [str(output / "slf-1ep" / "classifier"), str(output / "slf-1ep" / "float16")] and len(ends) == 3
     made.lock.close()

@@ -98,29 +98,33 @@ def test_of_a_chain_the_last_encoder_and_its_classifier_are_released(
 
 
 def test_lp_aff_is_measured_by_the_epochs_after_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many pieces the clusters and the head take: the commands, one by one, without running them."""
-    output, commands, measured = tmp_path / "runs", list[list[str]](), list[Path]()
+    """However long the clusters and the head take: the commands, one by one, without running them."""
+    output, commands = tmp_path / "runs", list[list[str]]()
     plan = load_plan(str(tiny_chain(tmp_path)), Inputs())
-    steps = ["labels/clusters", "head/log.jsonl", "head/log.jsonl", "full/log.jsonl", "export/results.json"]
 
-    def pretend(command: list[str], *rest: Any) -> None:
-        made = Path(command[command.index("--output") + 1]) / steps[len(commands)]
-        made.parent.mkdir(parents=True, exist_ok=True)
-        made.write_text('{"step": 1, "seconds": 1, "epoch": 1}\n', encoding="utf-8")
+    def write_log(folder: Path, pace: float) -> None:
+        records = [{"step": step, "epoch": float(step), "seconds": pace * step} for step in (1, 2)]
+        folder.mkdir(parents=True)
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+
+    def pretend(command: list[str], log: Path, stop: StopRequest, *rest: Any) -> None:
         commands.append(command)
-
-    def fewer(folder: Path, *rest: float) -> int:
-        measured.append(folder)
-        return 9
+        folder = Path(command[command.index("--output") + 1])
+        if len(commands) == 1:
+            (folder / "labels").mkdir(parents=True)
+            (folder / "labels" / "clusters").touch()
+            assert not stop.requested
+            write_log(folder / "head", 1e6)
+            assert not stop.requested  # the head's epochs are others
+            write_log(folder / "full", 1.0)  # the share is 6 s
+            assert stop.requested
 
     monkeypatch.setattr(flagship, "run_command", pretend)
-    monkeypatch.setattr(flagship, "fewer_epochs", fewer)
     made = flagship.Flagship(Record(plan, False), Inputs(), output, output / "kept")
     made._lp_aff("again", StopRequest())
     made.lock.close()
-    first, anew = output / "again", output / "again-9ep"
-    assert measured == [first / "full"] and ["--time-budget" in command for command in commands] == [True] * 4 + [False]
-    assert [command[command.index("--output") + 1] for command in commands] == [str(first)] * 4 + [str(anew)]
-    assert commands[0][4] == str(output / "student" / "export") and commands[-1][-4:-2] == ["--epochs", "9"]
+    first, anew = output / "again", output / "again-5ep"
+    assert [command[command.index("--output") + 1] for command in commands] == [str(first), str(anew)]
+    assert commands[0][4] == str(output / "student" / "export") and commands[-1][-4:-2] == ["--epochs", "5"]
     assert (anew / "labels" / "clusters").is_file() and (anew / "head" / "log.jsonl").is_file() and not (anew / "full").exists()
     assert made.at.done("again") is False and made.at.state("encoder") == "waits for again"

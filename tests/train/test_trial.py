@@ -10,7 +10,7 @@ from train import trial
 from train.benchmark.timing import Timing
 from train.pretrain import Trainer
 from train.recipe import load_recipe
-from train.trial import COMPILED, EAGER, Way, choose, fewer_epochs
+from train.trial import COMPILED, EAGER, Way, choose
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 TINY = [
@@ -98,30 +98,3 @@ def test_bad_arguments_are_refused_in_one_line(arguments: list[str], message: st
     with pytest.raises(SystemExit) as refused:
         trial.main([*arguments, "--output", str(tmp_path / "out")])
     assert message in str(refused.value) and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("records", "share", "spent", "expected"),
-    [
-        ([(0.1, 3.0), (0.6, 5.0)], 100.0, 8.0, None),  # 4 s an epoch, 3 s to start: 37.6 s are left to do
-        ([(0.1, 3.0), (0.6, 5.0)], 48.7, 8.0, None),  # just so: 8 + 3 + 9.4 * 4 = 48.6
-        ([(0.1, 3.0), (0.6, 5.0)], 48.5, 8.0, 9),
-        ([(0.1, 3.0), (0.6, 5.0)], 31.0, 8.0, 5),  # 20 s for a new run
-        ([(0.1, 3.0), (0.6, 5.0)], 1.0, 8.0, 1),
-        ([(0.5, 3.0)], 40.0, 5.0, 5),  # 6 s an epoch, as far as is known: 33 s are left
-        ([], 1.0, 8.0, None),
-    ],
-)
-def test_finetuning_is_shortened_to_its_share(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    records: list[tuple[float, float]],
-    share: float,
-    spent: float,
-    expected: int | None,
-) -> None:
-    """Analytic, for 10 epochs."""
-    monkeypatch.setattr(trial, "load_state", lambda folder: ({"facts": {"settings": {"epochs": 10}}}, {}))
-    lines = [{"step": i, "epoch": epoch, "seconds": seconds} for i, (epoch, seconds) in enumerate(records)]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    assert fewer_epochs(tmp_path, share, spent) == expected
