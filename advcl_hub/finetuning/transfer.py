@@ -19,7 +19,7 @@ from advcl_hub.finetuning import grid
 from advcl_hub.finetuning.encoder import open_encoder
 from advcl_hub.finetuning.presets import choose_settings, without_effect
 from advcl_hub.finetuning.runner import finetune
-from advcl_hub.hub.cards.results import finetunings, is_lp_aff
+from advcl_hub.hub.cards.provenance import finetunings, is_lp_aff
 from advcl_hub.opening import load_model
 from advcl_hub.training.processes import Processes
 

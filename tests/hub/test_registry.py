@@ -1,11 +1,8 @@
 """Released weights in timm's registry: names, defaults, arguments, checks, and what stays as timm has it."""
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +15,12 @@ import torch
 import advcl_hub
 from advcl_hub.files import file_sha256
 from advcl_hub.hub import registry, released
-from advcl_hub.hub.export import GOLDEN, WEIGHTS, load_folder
+from advcl_hub.hub.export import WEIGHTS, load_folder
 from advcl_hub.opening import load_model
 from tests.support.hub_client import Client, open_client
 from tests.support.hub_server import Fault, Hub, flipped
 from tests.support.kept_registry import kept_registry
+from tests.support.released_file import data_file
 from tests.support.small_encoders import SMALL_VIT, export_encoder
 
 VIT = "vit_tiny_patch16_224"
@@ -226,78 +224,6 @@ def test_evaluation_and_finetuning_open_a_name(encoder: Path) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ the data file
-
-
-def data_file(path: Path, folder: Path, **entry: Any) -> Path:
-    """released.json with one entry, of an exported folder."""
-    files = {name: {"sha256": file_sha256(folder / name), "size": (folder / name).stat().st_size} for name in (WEIGHTS, GOLDEN)}
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = {"config": config, "files": files, "facts": {"head": "none", "licence": "apache-2.0"}} | entry
-    path.write_text(
-        json.dumps({"organisation": "acme", "releases": {f"{config['architecture']}.test": found}}), encoding="utf-8"
-    )
-    return path
-
-
-def test_ids_without_a_namespace_belong_to_one_organisation(
-    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = data_file(tmp_path / "released.json", encoder, hub_id="short", revision="a" * 40)
-    assert released.load_releases(path)[0].hub_id == "acme/short"
-    monkeypatch.setenv("ADVCL_HUB_ORG", "fork")
-    (release,) = released.load_releases(path)
-    assert release.hub_id == "fork/short" and release.cfg.hf_hub_id == f"fork/short@{'a' * 40}"
-    full = data_file(tmp_path / "released.json", encoder, hub_id="them/full", revision="a" * 40)
-    assert released.load_releases(full)[0].hub_id == "them/full"
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"releases": 3}'])
-def test_a_damaged_data_file_is_named_and_costs_the_names_only(
-    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "released.json"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"released\.json is damaged .* install advcl-hub again"):
-        released.load_releases(path)
-    monkeypatch.setattr(registry, "load_releases", lambda: released.load_releases(path))
-    with pytest.warns(UserWarning, match="Until then there are no released weights"):
-        registry._register_released()
-
-
-@pytest.mark.parametrize(
-    "entry", [{"hub_id": "short"}, {"files": None}, {"facts": None, "bundled": True}, {"config": None, "bundled": True}, {}]
-)
-def test_a_damaged_entry_is_named(entry: dict[str, Any], encoder: Path, tmp_path: Path) -> None:
-    path = data_file(tmp_path / "released.json", encoder, **entry)
-    with pytest.raises(ValueError, match=r"the entry resnet8_cifar\.test is damaged"):
-        released.load_releases(path)
-
-
-BAD_TAGS = ["", "x.", "x-", ".", "..", "./x", "/../x", "/x", "x/y", "a\\b", "-x", "_x", ".x", "a..b", "a b", "a\n", "é"]
-
-
-def test_a_name_is_an_architecture_and_a_tag_and_nothing_else(encoder: Path, tmp_path: Path) -> None:
-    for name in ("resnet8_cifar.x", "resnet8_cifar.advcl_c10-2.v1", "resnet8_cifar.1"):
-        released.check_name(name, "resnet8_cifar")
-    names = [*[f"resnet8_cifar.{tag}" for tag in BAD_TAGS], "", "resnet8_cifar", "/resnet8_cifar.x", "../resnet8_cifar.x"]
-    for name in [*names, "resnet18_cifar.x", "resnet8_cifar_x.y"]:
-        with pytest.raises(ValueError, match="is no name of a release: expected resnet8_cifar, a dot, and a tag of") as said:
-            released.check_name(name, "resnet8_cifar")
-        assert str(said.value).startswith(repr(name))
-        data = json.loads(data_file(tmp_path / "released.json", encoder, bundled=True).read_text(encoding="utf-8"))
-        data["releases"] = {name: data["releases"]["resnet8_cifar.test"]}
-        (tmp_path / "released.json").write_text(json.dumps(data), encoding="utf-8")
-        with pytest.raises(ValueError, match=r"(?s)^released\.json: the entry .* is damaged"):
-            released.load_releases(tmp_path / "released.json")
-    for architecture in ("../resnet8_cifar", "/etc/x", ""):  # of somebody's config.json
-        with pytest.raises(ValueError, match="expected an architecture of timm, a dot"):
-            released.check_name(f"{architecture}.x", architecture)
-    for name in names:
-        with pytest.raises(ValueError, match=r"register it as resnet8_cifar\.TAG"):
-            advcl_hub.register(name, encoder)
-
-
 def test_robustbench_finds_a_classifier(tmp_path: Path, encoder: Path) -> None:
     """It asks timm in exactly this way, whenever the name is one of timm's."""
     classifier = export_encoder(tmp_path / "classifier", num_classes=10)
@@ -328,25 +254,6 @@ def test_a_folder_that_is_called_as_a_release_hides_it_only_if_it_holds_weights(
     shutil.rmtree(tmp_path / name)
     other.rename(tmp_path / name)
     assert load_model(name).source == f"local-dir:{name}"
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_the_temporary_folder_goes_with_its_process_and_not_with_a_fork_of_it() -> None:
-    program = """
-import os, sys
-from huggingface_hub import constants
-from advcl_hub.hub import released
-constants.HF_HOME = "/dev/null/x"
-folder = released._home()
-if (child := os.fork()) == 0:
-    sys.exit()
-os.waitpid(child, 0)
-assert folder.is_dir()
-print(folder)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
-    assert "advcl_hub-" in done.stdout and not Path(done.stdout.strip()).exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ the Hub

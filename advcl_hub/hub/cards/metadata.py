@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from advcl_hub.hub.cards.results import is_robust, method_name
+from advcl_hub.hub.cards.provenance import is_robust, method_name
 from advcl_hub.records import autoattack_text, pixels
 
 _DATASETS = {

@@ -7,16 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from advcl_hub.files import replacing, without_local_paths
+from advcl_hub.hub.cards.provenance import PROTOCOLS, ancestors
 from advcl_hub.hub.cards.seeds import compact_other_seed
 from advcl_hub.hub.export import CONFIG, PICTURE, WEIGHTS
 from advcl_hub.records import RESULTS, load_record
 
-PROTOCOLS = {
-    "slf": "linear head on the frozen encoder (SLF)",
-    "alf": "adversarially trained linear head on the frozen encoder (ALF)",
-    "aff": "adversarial full finetuning (AFF)",
-    "sff": "standard full finetuning (SFF)",
-}
 # Of an evaluation's record, what no card shows: every class and step, and how the model was made, which stands beside it.
 _LEFT_OUT = ("per_class", "curves", "classes", "corrupted")
 _TYPED = ("notes", "origin", "licence")  # of results.json, by people who mean it to be read
@@ -98,74 +93,13 @@ def add_to_results(
     return results
 
 
-def pretraining(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The record of the pretraining run behind an encoder or a classifier, None if it is not known."""
-    record: Any = results
-    while isinstance(record, Mapping):
-        if "recipe" in record:
-            return record
-        record = (record.get("encoder") or {}).get("provenance")
-    return None
-
-
-def finetunings(results: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """The records of every finetuning behind some weights, the latest first, LP-AFF among them, which reads no labels."""
-    found, record = [], results
-    while record and "recipe" not in record:
-        if record.get("settings"):
-            found.append(record)
-        record = (record.get("encoder") or {}).get("provenance")
-    return found
-
-
-def is_lp_aff(record: Mapping[str, Any]) -> bool:
-    """Whether the record of a finetuning is that of LP-AFF."""
-    return str(record.get("method")).startswith("LP-AFF")
-
-
-_METHODS = {
-    "advcl": "AdvCL",
-    "simclr": "contrastive learning on clean views (SimCLR)",
-    "acl": "adversarial contrastive learning (ACL)",
-    "deacl": "DeACL",
-    "profeat": "ProFeAT",
-    "pseudo_label_at": "adversarial training on pseudo-labels",
-}
-
-
-def is_robust(made: Mapping[str, Any]) -> bool:
-    """Whether a pretraining run had adversarial views."""
-    return method_name(made) != "simclr" and bool(made["recipe"].get("attack", {}).get("steps"))
-
-
-def method(made: Mapping[str, Any]) -> str:
-    """What a pretraining run did, in the terms of the field."""
-    name = method_name(made)
-    if name == "advcl" and not made["recipe"].get("objective", {}).get("pseudo_label_weight"):
-        return "AdvCL without pseudo-labels"
-    return _METHODS.get(name, name)
-
-
-def method_name(made: Mapping[str, Any]) -> str:
-    """The name of the method; earlier records have SimCLR and ACL as settings of AdvCL's objective."""
-    recipe = made["recipe"]
-    objective = recipe.get("objective", {})
-    earlier = "acl" if objective.get("pairing") == "separate" else "advcl"
-    return str(recipe.get("method") or ("simclr" if objective.get("adversarial_views") == [] else earlier))
-
-
-def is_advcl(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> bool:
-    """Whether weights come from AdvCL: our own pretraining (see `pretraining`) or a checkpoint of its authors' code."""
-    return results.get("layout") == "advcl" or (made is not None and method_name(made) == "advcl")
-
-
 def _compact(record: dict[str, Any], results: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """What a card needs of an evaluation's record; ValueError if it is of other weights than the export's."""
     ours, model = results["sha256"][WEIGHTS], record["model"]
     tuned = model.get("provenance") or {}
     if model.get("file_sha256") == ours:
         name = "this model"
-    elif ours in _ancestors(tuned) and tuned.get("settings"):
+    elif ours in ancestors(tuned) and tuned.get("settings"):
         name = PROTOCOLS[tuned["settings"]["protocol"]]
     else:
         raise ValueError(f"{path} is an evaluation of {model['name']}, which is neither these weights nor finetuned from them.")
@@ -174,16 +108,6 @@ def _compact(record: dict[str, Any], results: Mapping[str, Any], path: str | Pat
     if name != "this model":
         kept["finetuning"] = {key: tuned.get(key) for key in ("settings", "kept_head", "data", "seconds", "command")}
     return without_local_paths(kept)
-
-
-def _ancestors(tuned: Mapping[str, Any]) -> set[str]:
-    """sha256 of the weights that a finetuned classifier comes from."""
-    found: set[Any] = set()
-    record = (tuned.get("encoder") or {}).get("provenance")
-    while record:
-        found |= {(record.get("sha256") or {}).get(WEIGHTS), (record.get("rounded_from") or {}).get("sha256")}
-        record = (record.get("encoder") or {}).get("provenance")
-    return found - {None}
 
 
 def _seed_identity(record: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from advcl_hub.files import without_local_paths
+from advcl_hub.hub.cards.provenance import chain, pretraining, pretrainings, started_from
 from advcl_hub.records import pixels
 from advcl_hub.training.state import FREE, differences
 
@@ -28,22 +29,23 @@ def compact_other_seed(path: str | Path, record: Mapping[str, Any], results: Map
     Raises:
         ValueError: the other model was made otherwise, or with the same seed; or there is nothing to compare it with.
     """
-    theirs, recipe = _stages(record["model"].get("provenance") or {})
+    provenance = record["model"].get("provenance") or {}
+    theirs, recipe, own = _stages(provenance), pretraining(provenance), pretraining(results)
     ours = [e for e in results.get("evaluations", []) if _measured(e) == _measured(record)]
     chains = {e["model"]["name"]: _stages(results, e.get("finetuning")) for e in ours}
-    same = {name: chain for name, chain in chains.items() if _protocols(chain[0]) == _protocols(theirs)}
-    if recipe is None or _stages(results)[1] is None:
+    same = {name: stages for name, stages in chains.items() if _protocols(stages) == _protocols(theirs)}
+    if recipe is None or own is None:
         raise ValueError(f"{path}: the pretraining of {'this export' if recipe else record['model']['name']} is not on record.")
     if not same:
         raise ValueError(f"{path} has no counterpart: add an evaluation of these weights on the same data, with the same PGD.")
-    name, (stages, own) = next(iter(same.items()))
-    assert own is not None
+    name, stages = next(iter(same.items()))
     found = differences(_decided(theirs, recipe), _decided(stages, own))
     if differing := [sentence for key, sentence in found.items() if _decides(key)]:
         raise ValueError(
             f"{path} is of a model that was trained otherwise (there) than these weights (now):\n  " + "\n  ".join(differing)
         )
-    for number, (other, mine) in enumerate(zip(_seeds(recipe), _seeds(own), strict=True)):
+    for number, made in enumerate(zip(pretrainings(recipe), pretrainings(own), strict=True)):
+        other, mine = (each["recipe"].get("seed") for each in made)
         if other == mine:
             which = "of pretraining" if number == 0 else "of the pretraining that it started from"
             raise ValueError(f"{path} is of a model with the same seed {which}, {mine}.")
@@ -79,13 +81,6 @@ def seeds_table(evaluations: Sequence[Mapping[str, Any]], others: Sequence[Mappi
     return "\n".join([*header, *rows]) if rows else None
 
 
-def _seeds(made: Mapping[str, Any]) -> list[Any]:
-    """The seeds of a pretraining and of those that it started from, as far as they are on record."""
-    start = (made.get("provenance") or {}).get("start_from") or {}
-    before = _stages(start.get("provenance"))[1]
-    return [made["recipe"].get("seed"), *(_seeds(before) if before else [])]
-
-
 def _accuracy(record: Mapping[str, Any], key: str, protocol: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """None if it was not measured as in `protocol`, or only by some attacks of AutoAttack."""
     other = record.get("autoattack_left_out") or record["protocol"]["autoattack"] != protocol["autoattack"]
@@ -105,15 +100,9 @@ def _measured(record: Mapping[str, Any]) -> tuple[Any, ...]:
     return record["data"].get("sha256"), protocol, record["model"].get("attacked_at")
 
 
-def _stages(
-    record: Mapping[str, Any] | None, finetuning: Mapping[str, Any] | None = None
-) -> tuple[list[Mapping[str, Any]], Mapping[str, Any] | None]:
-    """The stages of finetuning, the last one first, and the record of the pretraining below, None if it is not known."""
-    found = [finetuning] if finetuning else []
-    while record and "recipe" not in record:
-        found.append(record)
-        record = (record.get("encoder") or {}).get("provenance")
-    return found, record or None
+def _stages(record: Mapping[str, Any], finetuning: Mapping[str, Any] | None = None) -> list[Mapping[str, Any]]:
+    """All that was done after pretraining, the last stage first."""
+    return [*([finetuning] if finetuning else []), *(stage for stage in chain(record) if "recipe" not in stage)]
 
 
 def _protocols(stages: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -123,13 +112,13 @@ def _protocols(stages: Sequence[Mapping[str, Any]]) -> list[Any]:
 def _decided(stages: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> dict[str, Any]:
     """What decided the weights of a model: recipe, length and inputs of its pretraining, and every stage of finetuning."""
     inputs = made.get("provenance") or {}
-    labels, start = inputs.get("pseudo_labels") or {}, inputs.get("start_from") or {}
-    before, teacher = _stages(start.get("provenance"))
+    labels, first = inputs.get("pseudo_labels") or {}, started_from(made)
+    before, teacher = first.get("provenance") or {}, pretraining(first.get("provenance"))
     return {
         **{key: made.get(key) for key in ("recipe", "step", "branch", "ema")},
         "images": (inputs.get("data") or {}).get("sha256"),
         "pseudo_labels": {key: labels.get(key) for key in (_OF_CLUSTERS if "encoder" in labels else ("file_sha256",))},
-        "start_from": _decided(before, teacher) if teacher else {"weights_sha256": start.get("weights_sha256")},
+        "start_from": _decided(_stages(before), teacher) if teacher else {"weights_sha256": first.get("weights_sha256")},
         "finetuning": {
             str(number): {
                 **{key: stage.get(key) for key in ("settings", "kept_head")},

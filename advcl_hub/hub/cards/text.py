@@ -11,7 +11,18 @@ from huggingface_hub import ModelCard
 
 from advcl_hub.files import replacing
 from advcl_hub.hub.cards.metadata import metadata
-from advcl_hub.hub.cards.results import PROTOCOLS, finetunings, is_advcl, is_lp_aff, is_robust, method, pretraining, read_export
+from advcl_hub.hub.cards.provenance import (
+    PROTOCOLS,
+    finetunings,
+    is_advcl,
+    is_lp_aff,
+    is_robust,
+    method,
+    pretraining,
+    pretrainings,
+    started_from,
+)
+from advcl_hub.hub.cards.results import read_export
 from advcl_hub.hub.cards.seeds import seeds_table
 from advcl_hub.hub.export import CARD, PICTURE
 from advcl_hub.records import RESULTS, pixels
@@ -143,25 +154,26 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
     lines: dict[str, str] = {}
     if made:
         place, data, labels = made["provenance"], made["provenance"]["data"], made["provenance"].get("pseudo_labels")
+        _, *before = pretrainings(made)
+        teacher = before[0] if before else None
         lines["Pretraining"] = f"{method(made)}, {made['recipe']['epochs']} epochs, {made['step']:,} steps"
         if not made.get("finished", True):
             lines["Pretraining"] += ", stopped before the end of the schedule"
         lines["Pretraining images"] = f"{data['images']:,} of {data['name']} (sha256 of the pixels `{data['sha256'][:16]}`)"
         lines["Pseudo-labels"] = _pseudo_labels(labels)
-        if start := place.get("start_from"):
-            teacher = _before(made)
+        if start := started_from(made):
             took = f", {teacher['seconds']:,.0f} s" if teacher and teacher.get("seconds") else ""
             how = f", {method(teacher)}, {teacher['recipe']['epochs']} epochs{took}" if teacher else ""
             lines["Started from"] = f"{_line(start['name'])}{how} (weights sha256 `{start['weights_sha256'][:16]}`)"
         lines["Branch"] = f"batch norm `{made['branch']}`" + (", averaged weights" if made.get("ema") else "")
         lines["Pretraining took"] = f"{made['seconds']:,.0f} s on {place['hardware']['device']}"
-        if before := _stages_before(made):
+        if before:
             total = sum(stage.get("seconds") or 0 for stage in (made, *before))
             lines["Pretraining took"] += f"; with what it started from {total:,.0f} s"
         lines["Pretraining versions"] = _listed(place["versions"])
-    before = list(reversed(finetunings(results)[1:]))
-    if before:
-        lines["Finetuned before"] = "; ".join(f"{_finetuned(s)}, {s['settings']['epochs']} epochs" for s in before)
+    if stages := finetunings(results)[1:]:
+        told = [f"{_finetuned(stage)}, {stage['settings']['epochs']} epochs" for stage in reversed(stages)]
+        lines["Finetuned before"] = "; ".join(told)
     if settings := results.get("settings"):
         data, place = results["data"], results["places"][-1]
         shots = f", {data['shots']} of every class" if data.get("shots") else ""
@@ -188,20 +200,9 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
     return lines
 
 
-def _before(made: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The record of the pretraining run that another one started from, None if there is none or it is not known."""
-    return pretraining((made["provenance"].get("start_from") or {}).get("provenance") or {})
-
-
-def _stages_before(made: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The records of all pretraining runs before one, the latest first."""
-    before = _before(made)
-    return [before, *_stages_before(before)] if before else []
-
-
 def _recipes(made: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """Title and text of the recipe of every pretraining run behind some weights, the latest first."""
-    stages = [made, *_stages_before(made)] if made else []
+    stages = pretrainings(made)
     titles = ["The recipe, with all its values", *["The recipe of what it started from"] * len(stages)]
     return [(title, json.dumps(stage["recipe"], indent=2)) for title, stage in zip(titles, stages, strict=False)]
 
@@ -269,8 +270,8 @@ def _limits(results: Mapping[str, Any], made: Mapping[str, Any] | None, evaluati
         limits.append("The pseudo-labels come from an encoder trained on ImageNet images: this is not learning from scratch.")
     if labelled := [_finetuned(stage) for stage in reversed(finetunings(results)[1:]) if not is_lp_aff(stage)]:
         limits.append(f"Labels came in before this finetuning, too: the encoder had been {'; '.join(labelled)}.")
-    start = ((made or {}).get("provenance") or {}).get("start_from")
-    if made and start and not _before(made):
+    start = started_from(made or {})
+    if made and start and len(pretrainings(made)) == 1:
         limits.append(
             f"Nothing says how {_line(start['name'])} was made, from which the pretraining started: it may have seen labels or "
             "other images."

@@ -1,0 +1,98 @@
+"""How weights came to be, read from their records.
+
+A record names the encoder that its training started from, with that encoder's own record in it, down to a pretraining.
+That may have started from another one, such as that of a teacher.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from advcl_hub.hub.export import WEIGHTS
+
+Record = Mapping[str, Any]
+PROTOCOLS = {
+    "slf": "linear head on the frozen encoder (SLF)",
+    "alf": "adversarially trained linear head on the frozen encoder (ALF)",
+    "aff": "adversarial full finetuning (AFF)",
+    "sff": "standard full finetuning (SFF)",
+}
+_METHODS = {
+    "advcl": "AdvCL",
+    "simclr": "contrastive learning on clean views (SimCLR)",
+    "acl": "adversarial contrastive learning (ACL)",
+    "deacl": "DeACL",
+    "profeat": "ProFeAT",
+    "pseudo_label_at": "adversarial training on pseudo-labels",
+}
+
+
+def chain(record: Record | None) -> Iterator[Record]:
+    """The record of some weights and of what each was made from, the latest first; a pretraining is the last one."""
+    while isinstance(record, Mapping) and record:
+        yield record
+        if "recipe" in record:
+            return
+        record = (record.get("encoder") or {}).get("provenance")
+
+
+def pretraining(results: Record | None) -> Record | None:
+    """The record of the pretraining behind an encoder or a classifier, None if it is not known."""
+    return next((record for record in chain(results) if "recipe" in record), None)
+
+
+def pretrainings(results: Record | None) -> list[Record]:
+    """The records of that pretraining and of those that it started from, the latest first, as far as they are known."""
+    found, made = [], pretraining(results)
+    while made:
+        found.append(made)
+        made = pretraining(started_from(made).get("provenance"))
+    return found
+
+
+def started_from(made: Record) -> Record:
+    """The encoder that a pretraining started from: `name`, `weights_sha256`, and its `provenance`; empty if there is none."""
+    found: Record = (made.get("provenance") or {}).get("start_from") or {}
+    return found
+
+
+def finetunings(results: Record | None) -> list[Record]:
+    """The records of every finetuning behind some weights, the latest first, LP-AFF among them, which reads no labels."""
+    return [record for record in chain(results) if "recipe" not in record and record.get("settings")]
+
+
+def ancestors(results: Record) -> set[str]:
+    """sha256 of the files of weights that finetuned ones come from, and of those that were rounded to these."""
+    before = list(chain(results))[1:]
+    pairs = [((record.get("sha256") or {}).get(WEIGHTS), (record.get("rounded_from") or {}).get("sha256")) for record in before]
+    return {sha256 for pair in pairs for sha256 in pair if sha256}
+
+
+def is_lp_aff(record: Record) -> bool:
+    """Whether the record of a finetuning is that of LP-AFF."""
+    return str(record.get("method")).startswith("LP-AFF")
+
+
+def is_robust(made: Record) -> bool:
+    """Whether a pretraining had adversarial views."""
+    return method_name(made) != "simclr" and bool(made["recipe"].get("attack", {}).get("steps"))
+
+
+def is_advcl(results: Record, made: Record | None) -> bool:
+    """Whether weights come from AdvCL: our own pretraining (see `pretraining`) or a checkpoint of its authors' code."""
+    return results.get("layout") == "advcl" or (made is not None and method_name(made) == "advcl")
+
+
+def method(made: Record) -> str:
+    """What a pretraining did, in the terms of the field."""
+    name = method_name(made)
+    if name == "advcl" and not made["recipe"].get("objective", {}).get("pseudo_label_weight"):
+        return "AdvCL without pseudo-labels"
+    return _METHODS.get(name, name)
+
+
+def method_name(made: Record) -> str:
+    """The name of the method; earlier records have SimCLR and ACL as settings of AdvCL's objective."""
+    recipe = made["recipe"]
+    objective = recipe.get("objective", {})
+    earlier = "acl" if objective.get("pairing") == "separate" else "advcl"
+    return str(recipe.get("method") or ("simclr" if objective.get("adversarial_views") == [] else earlier))

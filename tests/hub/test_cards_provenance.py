@@ -1,0 +1,66 @@
+"""A chain of records, with a teacher, LP-AFF and a classifier, read in all its directions."""
+
+from typing import Any
+
+import pytest
+
+from advcl_hub.hub.cards import provenance
+
+TEACHER = {"recipe": {"method": "simclr"}, "sha256": {"model.safetensors": "t"}}
+STUDENT = {
+    "recipe": {"method": "deacl", "attack": {"steps": 3}},
+    "sha256": {"model.safetensors": "s"},
+    "provenance": {"start_from": {"name": "teacher", "provenance": TEACHER}},
+}
+CLUSTERED = {
+    "method": "LP-AFF, stage 2",
+    "settings": {"protocol": "aff"},
+    "sha256": {"model.safetensors": "c16"},
+    "rounded_from": {"sha256": "c32"},
+    "encoder": {"name": "student", "provenance": STUDENT},
+}
+HEAD = {
+    "settings": {"protocol": "slf"},
+    "sha256": {"model.safetensors": "h"},
+    "encoder": {"name": "again", "provenance": CLUSTERED},
+}
+
+
+def test_a_classifier_is_followed_down_to_its_teacher() -> None:
+    assert provenance.pretraining(HEAD) is STUDENT
+    assert provenance.pretrainings(HEAD) == [STUDENT, TEACHER]
+    assert provenance.finetunings(HEAD) == [HEAD, CLUSTERED] and provenance.is_lp_aff(CLUSTERED)
+    assert provenance.started_from(STUDENT)["name"] == "teacher" and provenance.started_from(TEACHER) == {}
+
+
+def test_weights_come_from_those_before_them_and_not_from_themselves() -> None:
+    assert provenance.ancestors(HEAD) == {"c16", "c32", "s"}
+    assert provenance.ancestors(STUDENT) == set()
+
+
+@pytest.mark.parametrize("record", [None, {}, {"settings": {"protocol": "slf"}, "encoder": None}, {"encoder": {"name": "x"}}])
+def test_where_nothing_is_known_of_a_pretraining_nothing_is_told(record: dict[str, Any] | None) -> None:
+    assert provenance.pretraining(record) is None and provenance.pretrainings(record) == []
+    assert len(provenance.finetunings(record)) == bool(record and "settings" in record)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "robust"),
+    [
+        ({"method": "advcl", "attack": {"steps": 5}, "objective": {"pseudo_label_weight": 0.2}}, "AdvCL", True),
+        ({"method": "advcl", "attack": {"steps": 0}, "objective": {"pseudo_label_weight": 0.2}}, "AdvCL", False),
+        ({"method": "advcl", "attack": {"steps": 5}}, "AdvCL without pseudo-labels", True),
+        ({"method": "simclr", "attack": {"steps": 5}}, "contrastive learning on clean views (SimCLR)", False),
+        # Records of before the methods had names.
+        (
+            {"objective": {"adversarial_views": []}, "attack": {"steps": 5}},
+            "contrastive learning on clean views (SimCLR)",
+            False,
+        ),
+        ({"objective": {"pairing": "separate"}, "attack": {"steps": 5}}, "adversarial contrastive learning (ACL)", True),
+    ],
+)
+def test_methods_have_the_names_of_the_field(recipe: dict[str, Any], name: str, robust: bool) -> None:
+    made = {"recipe": recipe}
+    assert provenance.method(made) == name and provenance.is_robust(made) is robust
+    assert provenance.is_advcl({}, made) is name.startswith("AdvCL")
