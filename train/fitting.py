@@ -1,5 +1,7 @@
 """Whether a finetuning fits its share of a plan: its own log tells, while it runs."""
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,8 @@ from advcl_hub.training.stop import StopRequest
 _SURE = 10.0  # seconds of training after the first record in the log, after which its pace is known
 
 
-class FitRequest(StopRequest):
-    """The stop request of a call, due also when a training turns out to be too long for its share.
+class FitWatch:
+    """When to stop a training: with the call that it runs in, or when it turns out to be too long for its share.
 
     Nothing is stopped to measure: starting a process costs more, on a fast device, than all epochs of a linear head.
 
@@ -20,62 +22,85 @@ class FitRequest(StopRequest):
         training: folder with the log of the training. What is in it now was trained in an earlier call.
         epochs: that the training was asked for.
         share: seconds for all of it, starts of processes included.
+        before: folders with the logs of trainings that come before it in the same command, and are not repeated.
 
     Attributes:
         fits: number of epochs that fit; None as long as that is not known.
     """
 
-    def __init__(self, stop: StopRequest, training: Path, epochs: int, share: float) -> None:
-        super().__init__(share)
-        self.stop, self.training, self.epochs, self.share = stop, training, epochs, share
-        self.before = _seconds(read_log(training))
+    def __init__(self, stop: StopRequest, training: Path, epochs: int, share: float, before: Sequence[Path] = ()) -> None:
+        self.stop, self.training, self.epochs, self.share, self.before = stop, training, epochs, share, before
+        self.began, self.earlier = time.monotonic(), self._seconds()
         self.fits: int | None = None
+        self.trained = trained_seconds(training)
 
     @property
     def requested(self) -> bool:
         """Whether to stop now."""
-        if self.fits is None:
-            spent = self.share - super().remaining + self.before
-            self.fits = fitting_epochs(read_log(self.training), self.epochs, self.share, spent)
+        self._look()
         return self.stop.requested or self.too_long
-
-    @property
-    def too_long(self) -> bool:
-        """Whether it is known that not all epochs fit."""
-        return self.fits is not None and self.fits < self.epochs
 
     @property
     def remaining(self) -> float:
         """Seconds that are left to the call."""
         return self.stop.remaining
 
+    @property
+    def too_long(self) -> bool:
+        """Whether it is known that not all epochs fit."""
+        return self.fits is not None and self.fits < self.epochs
 
-def fitting_epochs(records: Sequence[Mapping[str, Any]], epochs: int, share: float, spent: float) -> int | None:
+    def _look(self) -> None:
+        """Reads the log until it tells how many epochs fit; that is decided once, and only by what this call trains."""
+        if self.fits is None and trained_seconds(self.training) > self.trained:
+            spent = time.monotonic() - self.began + self.earlier
+            once = self._seconds() - trained_seconds(self.training)
+            self.fits = fitting_epochs(timed_records(self.training), self.epochs, self.share, spent, once)
+
+    def _seconds(self) -> float:
+        return sum(map(trained_seconds, (self.training, *self.before)))
+
+
+def fitting_epochs(
+    records: Sequence[Mapping[str, float]], epochs: int, share: float, spent: float, once: float = 0.0
+) -> int | None:
     """How many epochs of a training fit into its share.
 
     Args:
-        records: of its log so far; those with `seconds` tell the `epoch` that was reached by then.
+        records: of its log so far, from `timed_records`.
         epochs: that it was asked for.
         share: seconds for all of it, the start of its process included.
         spent: seconds that it has taken so far, the start included.
+        once: seconds of those that a new run does not repeat.
 
     Returns:
         `epochs` if all fit when it goes on, fewer to begin anew with if they do not, None as long as the log does not tell.
     """
-    timed = [record for record in records if record.get("seconds")]
-    if len(timed) < 2:
+    if len(records) < 2:
         return None
-    first, last = timed[0], timed[-1]  # the first steps are slower: they choose algorithms
+    first, last = records[0], records[-1]  # the first steps are slower: they choose algorithms
     seconds, done = last["seconds"] - first["seconds"], last["epoch"] - first["epoch"]
     if seconds < min(_SURE, share / 10) or done <= 0:
         return None
-    pace, start_up = seconds / done, max(0.0, spent - last["seconds"])
+    pace, start_up = seconds / done, max(0.0, spent - last["seconds"] - once)
     fewer = max(1, min(epochs - 1, int((share - spent - start_up) / pace)))
     # What is trained is worth a tenth more than the share, and is not thrown away for what takes as long.
     enough = max(share * 1.1 - spent, start_up + fewer * pace)
     return epochs if pace * (epochs - last["epoch"]) <= enough else fewer
 
 
-def _seconds(records: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds of training in a log."""
-    return max((float(record.get("seconds") or 0) for record in records), default=0.0)
+def timed_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's log that tell an `epoch` and the `seconds` of training until then; none if it cannot be read."""
+    try:
+        return [record for record in read_log(folder) if all(map(_is_number, (record.get("epoch"), record.get("seconds"))))]
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def trained_seconds(folder: Path) -> float:
+    """Seconds of training in a run's log."""
+    return max((float(record["seconds"]) for record in timed_records(folder)), default=0.0)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

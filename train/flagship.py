@@ -27,10 +27,10 @@ from advcl_hub.training.stop import StopRequest, duration
 from train import kept, plan
 from train.checkpoint import load_checkpoint
 from train.export import export_checkpoint
-from train.fitting import FitRequest
+from train.fitting import FitWatch
 from train.plan import TRAINED, Inputs, load_plan
 from train.plan_folder import TUNED, PlanFolder, Record, StageState
-from train.processes import StageError, run_command
+from train.processes import StageError, Stop, run_command
 from train.recipe import require
 from train.trial import COMPILED
 
@@ -100,7 +100,7 @@ class Flagship:
                 self.at.write()
             self.keep()
 
-    def call(self, name: str, command: list[str], stop: StopRequest) -> None:
+    def call(self, name: str, command: list[str], stop: Stop) -> None:
         """Runs a command of a stage; see `run_command`."""
         environment = {"CUDA_VISIBLE_DEVICES": ""} if self.at.record.rehearsal else {}
         run_command(command, self.at.path / "logs" / f"{name}.log", stop, environment, (self.lock.fileno(),))
@@ -155,7 +155,7 @@ class Flagship:
         stage, state = self.at.stages[name], self.at.record.stages[name]
         encoder, made = self.at.model(self.at.source(name)), TUNED[stage.run].made
 
-        def train(until: StopRequest) -> bool:
+        def train(until: Stop) -> bool:
             """Goes on, and returns whether the model is there."""
             folder = self.at.folder(name)
             if not (folder / made / RESULTS).is_file():
@@ -164,19 +164,20 @@ class Flagship:
             return (folder / made / RESULTS).is_file()
 
         if not state.measured:
-            epochs = plan.tuning_epochs(stage, self.at.plan)
-            assert epochs is not None
-            fit = FitRequest(stop, self.at.training(name), epochs, self.at.plan.seconds(name))
-            if not train(fit):
-                if not fit.too_long:
-                    return False
-                first, state.epochs = self.at.folder(name), fit.fits
-                log.info("All epochs of %s do not fit its share: it begins anew, with %d.", name, state.epochs)
-                for same in (LABELS, HEAD) if stage.run == "lp_aff" else ():  # they do not depend on the epochs
+            first, epochs, lp_aff = self.at.folder(name), plan.tuning_epochs(stage, self.at.plan), stage.run == "lp_aff"
+            head = [first / HEAD] if lp_aff else []
+            fit = FitWatch(stop, self.at.training(name), epochs, self.at.plan.seconds(name), head)
+            done, fits = train(fit), fit.fits
+            if not done and fits is not None and fits < epochs:
+                log.info("All epochs of %s do not fit its share: it begins anew, with %d.", name, fits)
+                for same in (LABELS, HEAD) if lp_aff else ():  # they do not depend on the epochs
                     if (first / same).is_dir():
-                        shutil.copytree(first / same, self.at.folder(name) / same, dirs_exist_ok=True)
-            state.measured = True
+                        shutil.copytree(first / same, self.at.shortened(name, fits) / same, dirs_exist_ok=True)
+                state.epochs = fits
+            state.measured = done or fits is not None
             self.at.write()
+            if not state.measured:
+                return False
         return not stop.requested and train(stop) and not stop.requested
 
     def _evaluate(self, name: str, stop: StopRequest) -> None:

@@ -17,8 +17,9 @@ from timm.models import create_model, is_model
 
 from advcl_hub.cli.measure import evaluate
 from advcl_hub.cli.tune import finetune, lp_aff
+from advcl_hub.evaluation.protocol import Protocol
 from advcl_hub.finetuning.lp_aff import stage_values
-from advcl_hub.finetuning.presets import Settings, choose_settings
+from advcl_hub.finetuning.presets import Settings, choose_settings, without_effect
 from advcl_hub.hub.released import check_name
 from train.recipe import Recipe, build, load_recipe, read_yaml, require
 
@@ -34,7 +35,8 @@ NEEDS = {
 }
 TRAINED = ("pretrain", "lp_aff")  # these make an encoder
 RESERVED = ("logs", "lock", "kept")
-_CHOSEN = ("help", "data", "root", "output", "time_budget", "json", "milestones")  # by train.flagship, or by the epochs
+# By train.flagship, or by the epochs; of the time that choosing an epoch takes, the log of a training says nothing.
+_CHOSEN = ("help", "data", "root", "output", "time_budget", "json", "milestones", "val_fraction")
 # The option lists of those commands that are not recipes.
 _CLICK: dict[str, click.Command] = {"lp_aff": lp_aff, "finetune": finetune, "evaluate": evaluate}
 DTYPE = "float16"  # of the weights that a plan leaves, which are those that it measures
@@ -169,7 +171,7 @@ def load_plan(name: str, inputs: Inputs, *, rehearse: bool = False) -> Plan:
             elif stage.run in _CLICK:
                 for key in stage.settings:
                     require(key.replace("-", "_") not in _CHOSEN, f"settings.{key} is not for a plan to set")
-                tuning_epochs(stage, plan)
+                _check_options(stage, plan)
         except (ValueError, TypeError, click.ClickException) as error:
             message = error.format_message() if isinstance(error, click.ClickException) else str(error)
             if inputs.labels is None and "pseudo_labels.path" in message:
@@ -180,18 +182,39 @@ def load_plan(name: str, inputs: Inputs, *, rehearse: bool = False) -> Plan:
     return plan
 
 
-def tuning_epochs(stage: Stage, plan: Plan) -> int | None:
-    """The number of epochs that a stage finetunes in, or None if it does not. Raises ValueError for a bad setting."""
-    given = _CLICK[stage.run].make_context(stage.run, ["MODEL", "--data", plan.data, *options(stage)]).params
-    names = {f.name for f in fields(Settings)} - {"protocol", "preset"}
-    chosen = {key: value for key, value in given.items() if key in names and value is not None}
+def _check_options(stage: Stage, plan: Plan) -> None:
+    """Raises ValueError for a setting that the stage's command would refuse."""
+    given = _given(stage, plan)
+    for name in ("n", "shots"):
+        require(given.get(name) is None or given[name] >= 1, f"{name} is {given.get(name)}, expected at least 1")
+    if stage.run == "evaluate":
+        Protocol(**{f.name: given[f.name] for f in fields(Protocol) if f.name in given})
+        return
+    tuning_epochs(stage, plan)
+    require(given.get("clusters", 2) >= 2, f"clusters is {given.get('clusters')}, expected at least 2")
+    protocol = given.get("protocol", "aff")
+    idle = ", ".join(without_effect(protocol, _overrides_of(given)))
+    require(not idle, f"{idle} changes nothing with the protocol {protocol}: leave it out")
+
+
+def tuning_epochs(stage: Stage, plan: Plan) -> int:
+    """The number of epochs that LP-AFF or a finetuning is asked for. Raises ValueError for a bad setting."""
+    given = _given(stage, plan)
     if stage.run == "finetune":
-        return choose_settings(given["protocol"], given["preset"], data=plan.data, overrides=chosen).epochs
-    if stage.run == "lp_aff":
-        require(given["clusters"] >= 2, f"clusters is {given['clusters']}, expected at least 2")
-        epochs: int = stage_values(given["head_epochs"], chosen)["aff"]["epochs"]
-        return epochs
-    return None
+        return choose_settings(given["protocol"], given["preset"], data=plan.data, overrides=_overrides_of(given)).epochs
+    epochs: int = stage_values(given["head_epochs"], _overrides_of(given))["aff"]["epochs"]
+    return epochs
+
+
+def _given(stage: Stage, plan: Plan) -> dict[str, Any]:
+    """The options of a stage's command, as click reads them."""
+    return _CLICK[stage.run].make_context(stage.run, ["MODEL", "--data", plan.data, *options(stage)]).params
+
+
+def _overrides_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that replace a preset's values."""
+    names = {f.name for f in fields(Settings)} - {"protocol", "preset"}
+    return {key: value for key, value in given.items() if key in names and value is not None}
 
 
 def _source_of(plan: Plan, name: str) -> Stage:

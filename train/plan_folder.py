@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from advcl_hub.files import replacing
 from advcl_hub.finetuning.lp_aff import EXPORT, FULL
 from advcl_hub.records import RESULTS
-from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import differences
 from train import kept
+from train.fitting import timed_records
 from train.plan import DTYPE, Plan
 from train.recipe import build
 from train.trial import TRIAL
@@ -101,8 +101,11 @@ class PlanFolder:
     def folder(self, name: str) -> Path:
         """Where a stage works; one that is shortened begins anew beside its first try."""
         epochs = self.record.stages[name].epochs
-        shortened = self.stages[name].run in TUNED and epochs is not None
-        return self.path / (f"{name}-{epochs}ep" if shortened else name)
+        return self.shortened(name, epochs) if self.stages[name].run in TUNED and epochs is not None else self.path / name
+
+    def shortened(self, name: str, epochs: int) -> Path:
+        """Where a finetuning works that was shortened to so many epochs."""
+        return self.path / f"{name}-{epochs}ep"
 
     def model(self, name: str) -> Path:
         """The exported folder of a stage that makes one; encoders that training goes on from are in float32."""
@@ -173,7 +176,7 @@ class PlanFolder:
                 way = record["ways"][record["chosen"]]
                 rate = f"{way['images_per_second']:,.0f} images/s, {way['share_of_matrix_rate']:.0%} of the matrix rate"
                 return f"{record['chosen']}: {rate}; {record['epochs']} epochs fit"
-            case "pretrain" | "lp_aff" | "finetune" if steps := [r for r in read_log(self.training(name)) if "seconds" in r]:
+            case "pretrain" | "lp_aff" | "finetune" if steps := timed_records(self.training(name)):
                 last, of = steps[-1], f" of {state.epochs}" if state.epochs else ""
                 return f"epoch {last['epoch']:.1f}{of}, {last['seconds']:.0f} s of training"
             case "evaluate" if record:

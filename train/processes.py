@@ -9,12 +9,22 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
-
-from advcl_hub.training.stop import StopRequest
+from typing import IO, Protocol
 
 _GRACE = 30.0  # seconds that a command has to write its checkpoint
 _TAIL = 60  # lines that may say why a command failed
+
+
+class Stop(Protocol):
+    """When to end a command; see `advcl_hub.training.stop.StopRequest`."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop now."""
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that are left; infinite without a limit."""
 
 
 class StageError(Exception):
@@ -22,7 +32,7 @@ class StageError(Exception):
 
 
 def run_command(
-    command: Sequence[str], log: Path, stop: StopRequest, environment: Mapping[str, str], keep_open: Sequence[int] = ()
+    command: Sequence[str], log: Path, stop: Stop, environment: Mapping[str, str], keep_open: Sequence[int] = ()
 ) -> None:
     """Runs a command to its end, or until a stop is requested: then it gets SIGTERM, and half a minute later SIGKILL.
 
@@ -68,7 +78,7 @@ def run_command(
         raise StageError(_reason(process.returncode, list(tail), log))
 
 
-def _wait(process: "subprocess.Popen[str]", stop: StopRequest) -> bool:
+def _wait(process: "subprocess.Popen[str]", stop: Stop) -> bool:
     """Waits for the end of a process. Returns whether it was stopped, by us or by a signal to both processes."""
     stopping = False
     while True:

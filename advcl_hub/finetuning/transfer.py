@@ -170,7 +170,7 @@ def _check(
             raise ValueError(f"{most} images of every class were asked for, {source} has {fewest} of one class{rest}.")
     for name, model in named.items():
         stages = finetunings(open_encoder(model).facts["provenance"])
-        if held_out and (seen := {stage["data"]["name"] for stage in stages if not is_lp_aff(stage)}):
+        if held_out and (seen := {str((stage.get("data") or {}).get("name")) for stage in stages if not is_lp_aff(stage)}):
             warnings.warn(
                 f"{name} was finetuned with labels of {', '.join(sorted(seen))}: it may have seen the held-out images.",
                 stacklevel=5,

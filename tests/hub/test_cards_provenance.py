@@ -38,10 +38,16 @@ def test_weights_come_from_those_before_them_and_not_from_themselves() -> None:
     assert provenance.ancestors(STUDENT) == set()
 
 
-@pytest.mark.parametrize("record", [None, {}, {"settings": {"protocol": "slf"}, "encoder": None}, {"encoder": {"name": "x"}}])
+@pytest.mark.parametrize(
+    "record",
+    [None, {}, {"settings": {"protocol": "slf"}, "encoder": None}, {"encoder": {"name": "x"}}, {"encoder": "x", "sha256": "x"}],
+)
 def test_where_nothing_is_known_of_a_pretraining_nothing_is_told(record: dict[str, Any] | None) -> None:
     assert provenance.pretraining(record) is None and provenance.pretrainings(record) == []
     assert len(provenance.finetunings(record)) == bool(record and "settings" in record)
+    assert provenance.ancestors(record or {}) == set()
+    for damaged in ({"recipe": {}, "provenance": "x"}, {"recipe": {}, "provenance": {"start_from": "x"}}):
+        assert provenance.started_from(damaged) == {} and provenance.pretrainings(damaged) == [damaged]
 
 
 @pytest.mark.parametrize(

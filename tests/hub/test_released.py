@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,8 @@ import pytest
 
 import advcl_hub
 from advcl_hub.hub import registry, released
-from tests.support.kept_registry import kept_registry
 from tests.support.released_file import data_file
 from tests.support.small_encoders import export_encoder
-
-
-@pytest.fixture(autouse=True)
-def clean_registry() -> Iterator[None]:
-    """What a test registers is gone afterwards."""
-    with kept_registry():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -114,17 +114,17 @@ def test_lp_aff_is_measured_by_the_epochs_after_its_head(tmp_path: Path, monkeyp
             (folder / "labels").mkdir(parents=True)
             (folder / "labels" / "clusters").touch()
             assert not stop.requested
-            write_log(folder / "head", 1e6)
+            write_log(folder / "head", 1.0)
             assert not stop.requested  # the head's epochs are others
-            write_log(folder / "full", 1.0)  # the share is 6 s
+            write_log(folder / "full", 2.05)  # the share is 6 s
             assert stop.requested
 
     monkeypatch.setattr(flagship, "run_command", pretend)
     made = flagship.Flagship(Record(plan, False), Inputs(), output, output / "kept")
     made._lp_aff("again", StopRequest())
     made.lock.close()
-    first, anew = output / "again", output / "again-5ep"
+    first, anew = output / "again", output / "again-2ep"
     assert [command[command.index("--output") + 1] for command in commands] == [str(first), str(anew)]
-    assert commands[0][4] == str(output / "student" / "export") and commands[-1][-4:-2] == ["--epochs", "5"]
+    assert commands[0][4] == str(output / "student" / "export") and commands[-1][-4:-2] == ["--epochs", "2"]
     assert (anew / "labels" / "clusters").is_file() and (anew / "head" / "log.jsonl").is_file() and not (anew / "full").exists()
     assert made.at.done("again") is False and made.at.state("encoder") == "waits for again"

@@ -32,7 +32,7 @@ def chain(record: Record | None) -> Iterator[Record]:
         yield record
         if "recipe" in record:
             return
-        record = (record.get("encoder") or {}).get("provenance")
+        record = _part(_part(record, "encoder"), "provenance")
 
 
 def pretraining(results: Record | None) -> Record | None:
@@ -42,17 +42,16 @@ def pretraining(results: Record | None) -> Record | None:
 
 def pretrainings(results: Record | None) -> list[Record]:
     """The records of that pretraining and of those that it started from, the latest first, as far as they are known."""
-    found, made = [], pretraining(results)
-    while made:
-        found.append(made)
-        made = pretraining(started_from(made).get("provenance"))
-    return found
+    records, latest = [], pretraining(results)
+    while latest:
+        records.append(latest)
+        latest = pretraining(_part(started_from(latest), "provenance"))
+    return records
 
 
 def started_from(made: Record) -> Record:
     """The encoder that a pretraining started from: `name`, `weights_sha256`, and its `provenance`; empty if there is none."""
-    found: Record = (made.get("provenance") or {}).get("start_from") or {}
-    return found
+    return _part(_part(made, "provenance"), "start_from")
 
 
 def finetunings(results: Record | None) -> list[Record]:
@@ -63,8 +62,14 @@ def finetunings(results: Record | None) -> list[Record]:
 def ancestors(results: Record) -> set[str]:
     """sha256 of the files of weights that finetuned ones come from, and of those that were rounded to these."""
     before = list(chain(results))[1:]
-    pairs = [((record.get("sha256") or {}).get(WEIGHTS), (record.get("rounded_from") or {}).get("sha256")) for record in before]
+    pairs = [(_part(record, "sha256").get(WEIGHTS), _part(record, "rounded_from").get("sha256")) for record in before]
     return {sha256 for pair in pairs for sha256 in pair if sha256}
+
+
+def _part(record: Record, key: str) -> Record:
+    """A record within a record; empty where there is none, whatever a damaged file has in its place."""
+    part = record.get(key)
+    return part if isinstance(part, Mapping) else {}
 
 
 def is_lp_aff(record: Record) -> bool:

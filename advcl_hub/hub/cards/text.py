@@ -172,8 +172,8 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
             lines["Pretraining took"] += f"; with what it started from {total:,.0f} s"
         lines["Pretraining versions"] = _listed(place["versions"])
     if stages := finetunings(results)[1:]:
-        told = [f"{_finetuned(stage)}, {stage['settings']['epochs']} epochs" for stage in reversed(stages)]
-        lines["Finetuned before"] = "; ".join(told)
+        phrases = [f"{_finetuned(stage)}, {stage['settings']['epochs']} epochs" for stage in reversed(stages)]
+        lines["Finetuned before"] = "; ".join(phrases)
     if settings := results.get("settings"):
         data, place = results["data"], results["places"][-1]
         shots = f", {data['shots']} of every class" if data.get("shots") else ""
