@@ -13,7 +13,7 @@ _SURE = 10.0  # seconds of training after the first record in the log, after whi
 
 
 class FitWatch:
-    """When to stop a training: with the call that it runs in, or when it turns out to be too long for its share.
+    """When to stop a training: when its call has used its time, or when it turns out that not all epochs fit into its share.
 
     Nothing is stopped to measure: starting a process costs more, on a fast device, than all epochs of a linear head.
 
@@ -71,7 +71,7 @@ def fitting_epochs(
         epochs: that it was asked for.
         share: seconds for all of it, the start of its process included.
         spent: seconds that it has taken so far, the start included.
-        once: seconds of those that a new run does not repeat.
+        once: of the seconds spent, those that need not be spent again by a new run with fewer epochs.
 
     Returns:
         `epochs` if all fit when it goes on, fewer to begin anew with if they do not, None as long as the log does not tell.
@@ -84,7 +84,7 @@ def fitting_epochs(
         return None
     pace, start_up = seconds / done, max(0.0, spent - last["seconds"] - once)
     fewer = max(1, min(epochs - 1, int((share - spent - start_up) / pace)))
-    # What is trained is worth a tenth more than the share, and is not thrown away for what takes as long.
+    # A training may exceed its share by a tenth, and goes on if a new run with fewer epochs would take as long as to finish it.
     enough = max(share * 1.1 - spent, start_up + fewer * pace)
     return epochs if pace * (epochs - last["epoch"]) <= enough else fewer
 

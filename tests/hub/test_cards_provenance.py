@@ -1,10 +1,10 @@
-"""A chain of records, with a teacher, LP-AFF and a classifier, read in all its directions."""
+"""A chain of records, with a teacher, LP-AFF and a classifier, read in all its directions; what a card says of its checks."""
 
 from typing import Any
 
 import pytest
 
-from advcl_hub.hub.cards import provenance
+from advcl_hub.hub.cards import provenance, text
 
 TEACHER = {"recipe": {"method": "simclr"}, "sha256": {"model.safetensors": "t"}}
 STUDENT = {
@@ -70,3 +70,20 @@ def test_methods_have_the_names_of_the_field(recipe: dict[str, Any], name: str, 
     made = {"recipe": recipe}
     assert provenance.method(made) == name and provenance.is_robust(made) is robust
     assert provenance.is_advcl({}, made) is name.startswith("AdvCL")
+
+
+def test_a_card_says_which_classifier_was_not_checked() -> None:
+    """That all checks passed must not stand for those that never ran."""
+    checked = {"model": {"name": "SLF"}, "checks": [{"passed": True}, {"passed": True}]}
+    failed = {"model": {"name": "ALF"}, "checks": [{"passed": False}]}
+    unchecked = {"model": {"name": "AFF"}, "checks": []}
+    assert text._checks([checked]) == "2 of 2 passed."
+    assert text._checks([checked, unchecked]) == "2 of 2 passed; not run on AFF."
+    assert text._checks([checked, failed]) == "2 of 3 passed; the warnings above say which did not."
+    assert text._checks([unchecked]) is None
+
+
+def test_a_card_tells_a_file_of_labels_from_the_labels_in_it() -> None:
+    labels = {"file": "labels.safetensors", "file_sha256": "a" * 64, "sha256": "b" * 64}
+    line = text._pseudo_labels(labels)
+    assert line == f"labels.safetensors, sha256 of the file `{'a' * 16}`, sha256 of the labels `{'b' * 16}`"

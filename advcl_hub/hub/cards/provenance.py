@@ -60,7 +60,7 @@ def finetunings(results: Record | None) -> list[Record]:
 
 
 def ancestors(results: Record) -> set[str]:
-    """sha256 of the files of weights that finetuned ones come from, and of those that were rounded to these."""
+    """sha256 of the files that these weights were finetuned from, and of those before they were rounded to a smaller dtype."""
     before = list(chain(results))[1:]
     pairs = [(_part(record, "sha256").get(WEIGHTS), _part(record, "rounded_from").get("sha256")) for record in before]
     return {sha256 for pair in pairs for sha256 in pair if sha256}

@@ -210,9 +210,10 @@ def _recipes(made: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 def _pseudo_labels(labels: Mapping[str, Any] | None) -> str:
     if not labels:
         return "none"
-    told = {key: value for key, value in labels.items() if key not in ("sha256", "file_sha256", "file", "device", "versions")}
+    facts = {key: value for key, value in labels.items() if key not in ("sha256", "file_sha256", "file", "device", "versions")}
     file = f"{labels['file']}, " if labels.get("file") else ""
-    return f"{file}{_listed(told)}{'; ' if told else ''}sha256 `{labels['sha256'][:16]}`"
+    of_file = f"sha256 of the file `{labels['file_sha256'][:16]}`, " if labels.get("file_sha256") else ""
+    return f"{file}{_listed(facts)}{'; ' if facts else ''}{of_file}sha256 of the labels `{labels['sha256'][:16]}`"
 
 
 def _listed(values: Mapping[str, Any]) -> str:
@@ -245,7 +246,9 @@ def _checks(evaluations: Sequence[Mapping[str, Any]]) -> str | None:
     if not checks:
         return None
     failed = sum(not check["passed"] for check in checks)
-    return f"{len(checks) - failed} of {len(checks)} passed" + ("; the warnings above say which did not." if failed else ".")
+    result = f"{len(checks) - failed} of {len(checks)} passed" + ("; the warnings above say which did not" if failed else "")
+    unchecked = [e["model"]["name"] for e in evaluations if not e["checks"]]
+    return f"{result}; not run on {', '.join(map(_line, unchecked))}." if unchecked else f"{result}."
 
 
 def _caption(model: str | None) -> str:
