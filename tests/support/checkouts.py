@@ -25,14 +25,18 @@ PACKAGE = {*DESCRIBED, WEIGHTS, GOLDEN}
 def copy_checkout(folder: Path) -> Path:
     """The parts of the project that releasing reads and writes, without large weights."""
     for part in ("advcl_hub", "model_cards"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.rmtree(folder / "model_cards" / "weights", ignore_errors=True)  # large weights, where there are any
+        shutil.copytree(ROOT / part, folder / part, ignore=_left_out)
     released = folder / "advcl_hub" / "hub" / "released.json"
     data = json.loads(released.read_text(encoding="utf-8"))
     data["releases"] = {name: entry for name, entry in data["releases"].items() if "bundled" in entry}
     released.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     shutil.copy(ROOT / "README.md", folder)
     return folder
+
+
+def _left_out(folder: str, names: list[str]) -> set[str]:
+    """What is not copied of a folder: caches, and large weights where there are any."""
+    return {"__pycache__"} | ({"weights"} if Path(folder) == ROOT / "model_cards" else set())
 
 
 def run(checkout: Path, *arguments: object) -> str:

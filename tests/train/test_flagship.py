@@ -20,6 +20,7 @@ from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
 from advcl_hub.training.stop import StopRequest
 from tests.support import ROOT
+from tests.support.checkouts import copy_checkout
 from tests.support.tiny_plans import call, environment, measured, refusal, start, tiny_plan
 from train import flagship, kept
 from train.checkpoint import load_checkpoint
@@ -100,10 +101,8 @@ def test_the_same_call_repeats_nothing_and_fills_a_new_folder(rehearsed: tuple[P
 
 def test_a_rehearsed_plan_is_released_by_name(rehearsed: tuple[Path, str], tmp_path: Path) -> None:
     """In a copy of the checkout; as weights that are too large for the package are."""
-    checkout = tmp_path / "checkout"
-    for part in ("advcl_hub", "model_cards", "train"):
-        shutil.copytree(ROOT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "README.md", checkout)
+    checkout = copy_checkout(tmp_path / "checkout")
+    shutil.copytree(ROOT / "train", checkout / "train", ignore=shutil.ignore_patterns("__pycache__"))
 
     def python(program: str, *arguments: object) -> str:
         command = [sys.executable, "-c", program, *map(str, arguments)]
