@@ -368,7 +368,7 @@ def relabelled(labels: Callable[[Tensor], Tensor], classes: int = 10) -> ImageDa
         ("slf", {"batch_size": 100}, "A batch of 100 needs as many training images; there are 80"),
         ("aff", {"batch_size": 16, "accumulate": 3}, "batch_size 16 does not divide into accumulate=3 parts"),
         ("slf", {"model": "no/such/folder"}, "neither a folder nor a model that timm knows"),
-        ("slf", {"model": "resnet18_cifar"}, "resnet18_cifar has no weights"),
+        ("slf", {"model": "resnet20_cifar"}, "resnet20_cifar has no weights"),
         ("slf", {"model": "random:resnet99"}, "neither a folder nor a model that timm knows"),
         ("slf", {"model": "random:resnet10_cifar.no"}, r"random:resnet10_cifar\.no cannot be opened: Invalid pretrained tag"),
         ("slf", {"data": "cifar11"}, "unknown data source 'cifar11'"),
