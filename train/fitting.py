@@ -30,9 +30,9 @@ class FitWatch:
 
     def __init__(self, stop: StopRequest, training: Path, epochs: int, share: float, before: Sequence[Path] = ()) -> None:
         self.stop, self.training, self.epochs, self.share, self.before = stop, training, epochs, share, before
-        self.began, self.earlier = time.monotonic(), self._seconds()
+        self.began, self.trained = time.monotonic(), trained_seconds(training)
+        self.earlier = self.trained + self._seconds_before()
         self.fits: int | None = None
-        self.trained = trained_seconds(training)
 
     @property
     def requested(self) -> bool:
@@ -54,11 +54,11 @@ class FitWatch:
         """Reads the log until it tells how many epochs fit; that is decided once, and only by what this call trains."""
         if self.fits is None and trained_seconds(self.training) > self.trained:
             spent = time.monotonic() - self.began + self.earlier
-            once = self._seconds() - trained_seconds(self.training)
-            self.fits = fitting_epochs(timed_records(self.training), self.epochs, self.share, spent, once)
+            records = timed_records(self.training)
+            self.fits = fitting_epochs(records, self.epochs, self.share, spent, self._seconds_before())
 
-    def _seconds(self) -> float:
-        return sum(map(trained_seconds, (self.training, *self.before)))
+    def _seconds_before(self) -> float:
+        return sum(map(trained_seconds, self.before))
 
 
 def fitting_epochs(
