@@ -33,6 +33,7 @@ from advcl_hub.files import check_writable, comfort, replacing
 from advcl_hub.hub.export import check_exportable, verify_folder
 from advcl_hub.models.branch_norm import branch_state_dict
 from advcl_hub.pretraining import METHODS
+from advcl_hub.records import counted
 from advcl_hub.records.environment import backends
 from advcl_hub.training.loop import Loop, open_accelerator
 from advcl_hub.training.runlog import Panel
@@ -190,7 +191,7 @@ class Trainer(Loop):
             size = sum(p.numel() for p in self.core.encoder.parameters())
             log.info(
                 f"{self.recipe.method} of {self.recipe.model}, {size:,} parameters; {len(self.data):,} images of "
-                f"{self.data.name}, {self.recipe.epochs} epochs of {self.steps_per_epoch} steps; "
+                f"{self.data.name}, {counted(self.recipe.epochs, 'epoch')} of {counted(self.steps_per_epoch, 'step')}; "
                 f"{self.device.type}, processes: {self.world}"
             )
         if self.state.step == 0:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from advcl_hub.files import comfort, replacing
-from advcl_hub.records import RESULTS, load_record, pixels
+from advcl_hub.records import RESULTS, counted, load_record, pixels
 
 CELL = "cell.json"  # in a cell's folder: what it was asked for, and its last evaluation
 
@@ -113,11 +113,11 @@ def _note(cell: Cell) -> str:
     )
     tests = "held-out training images" if cell.held_out else "test images"
     rate = f"batch {s['batch_size']}, lr {s['lr']:g}" + (f", beta {s['beta']:g}" if s["objective"] == "trades" else "")
-    attack = f"; attack {s['steps']} steps within {pixels(s['eps'])}" if s["objective"] != "ce" else ""
+    attack = f"; attack {counted(s['steps'], 'step')} within {pixels(s['eps'])}" if s["objective"] != "ce" else ""
     return (
-        f"{cell.training} on {trained['name']}: preset {cell.tuned['preset']}, {s['epochs']} epochs over {trained['images']:,} "
-        f"images, {rate}, augmentation {s['augment']}, {s['precision']}{attack}; {cell.tuned['chosen']}. Tested on "
-        f"{tested['selection']} {tested['images']:,} of {tested['of']:,} {tests}; PGD-{p['steps']}, {p['norm']} "
+        f"{cell.training} on {trained['name']}: preset {cell.tuned['preset']}, {counted(s['epochs'], 'epoch')} over "
+        f"{trained['images']:,} images, {rate}, augmentation {s['augment']}, {s['precision']}{attack}; {cell.tuned['chosen']}. "
+        f"Tested on {tested['selection']} {tested['images']:,} of {tested['of']:,} {tests}; PGD-{p['steps']}, {p['norm']} "
         f"{pixels(p['eps'], p['norm'])}, step {pixels(p['step_size'], p['norm'])}; seeds {s['seed']} and {p['seed']}."
     )
 

@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from advcl_hub.records import counted
+
 PROTOCOLS = {
     "slf": "standard linear finetuning: a linear head on the frozen encoder, cross-entropy on clean images",
     "alf": "adversarial linear finetuning: a linear head on the frozen encoder, cross-entropy on PGD images",
@@ -126,7 +128,7 @@ class Settings:
     def describe(self) -> str:
         """The protocol in a few words."""
         loss = {"ce": "cross-entropy", "pgd": f"PGD-{self.steps}", "trades": f"TRADES beta {self.beta:g}"}[self.objective]
-        return f"{self.protocol.upper()} ({loss}; {self.epochs} epochs, batch {self.batch_size}, lr {self.lr:g})"
+        return f"{self.protocol.upper()} ({loss}; {counted(self.epochs, 'epoch')}, batch {self.batch_size}, lr {self.lr:g})"
 
 
 _LINEAR = {"epochs": 25, "batch_size": 512, "lr": 0.01}

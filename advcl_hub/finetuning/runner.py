@@ -14,7 +14,7 @@ from advcl_hub.finetuning.encoder import Encoder, open_encoder, set_head
 from advcl_hub.finetuning.presets import Settings, choose_settings, fit_to_images, without_effect
 from advcl_hub.hub.export import check_exportable, check_replaceable
 from advcl_hub.modes import as_usual
-from advcl_hub.records import RESULTS
+from advcl_hub.records import RESULTS, counted
 from advcl_hub.records.environment import hardware, versions
 from advcl_hub.training.state import FILE, differences
 from advcl_hub.training.stop import StopRequest
@@ -178,8 +178,8 @@ def finetune(
         log.info("%s", describe(encoder, train, held_out, settings, accelerator))
         if 0 < steps < _FEW_STEPS:
             warnings.warn(
-                f"{len(train)} images in batches of {settings.batch_size} are {steps} steps in {settings.epochs} epochs, "
-                f"few for a learning rate of {settings.lr:g}: consider more epochs"
+                f"{len(train)} images in batches of {settings.batch_size} are {counted(steps, 'step')} in "
+                f"{counted(settings.epochs, 'epoch')}, few for a learning rate of {settings.lr:g}: consider more epochs"
                 + (", smaller batches, or a higher rate." if settings.frozen else "."),  # all weights might diverge
                 stacklevel=3,
             )

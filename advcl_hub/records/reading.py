@@ -46,6 +46,11 @@ def pixels(length: float, norm: str = "Linf") -> str:
     return f"{length * 255:.3g}/255" if norm == "Linf" else f"{length:.3g}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: `1 step`, `7,640 steps`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def autoattack_text(record: Mapping[str, Any]) -> str:
     """Which AutoAttack the record of an evaluation is of, such as `standard`, or `standard without Square`."""
     missing = (f" without {ATTACK_NAMES[name]}" for name in record.get("autoattack_left_out", {}))

@@ -366,7 +366,7 @@ def test_the_encoder_is_one_like_any_other(run: Callable[..., Finetuned], digits
     text = card(done.folder)
     assert "adversarial finetuning on 4 clusters of the features of local-dir:named in place of labels" in text
     assert "image encoder for" in text and "linear head on the frozen encoder (SLF)" in text
-    assert "eps 8/255, 1 steps of 2/255" in text and "`advcl-hub lp-aff x`" in text
+    assert "eps 8/255, 1 step of 2/255" in text and "`advcl-hub lp-aff x`" in text
     assert "adversarial-robustness" in text.partition("# export")[0]
 
 

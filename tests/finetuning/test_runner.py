@@ -337,7 +337,7 @@ def test_own_images_in_folders(run: Callable[..., Finetuned], pets: Path) -> Non
 
 
 def test_few_steps_are_warned_of(run: Callable[..., Finetuned], resnet: Path, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"80 images in batches of 10 are 8 steps in 1 epochs, few for a learning rate of 0.1"):
+    with pytest.warns(UserWarning, match=r"80 images in batches of 10 are 8 steps in 1 epoch, few for a learning rate of 0.1"):
         tuned = advcl_hub.finetune(resnet, "fake:80", "slf", epochs=1, lr=0.1, output=tmp_path / "run")
     assert tuned.record["settings"]["batch_size"] == 10
 

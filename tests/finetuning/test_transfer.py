@@ -69,7 +69,7 @@ def test_the_table_has_a_row_an_encoder_and_protocol_and_two_columns_a_data_set(
             f"{100 * v:.1f}" for d in ("fake:80", "digits") for c in [cells[name, training, d]] for v in (c.standard, c.robust)
         ]
         assert [figure.removesuffix(" (!)") for figure in figures] == expected
-    assert "SLF, 2 shots on digits: preset advcl, 1 epochs over 20 images, batch 8, lr 0.1" in text
+    assert "SLF, 2 shots on digits: preset advcl, 1 epoch over 20 images, batch 8, lr 0.1" in text
     assert "class-balanced 20 of 359 test images; PGD-2, Linf 1/255, step 0.25/255; seeds 0 and 0." in text
     assert "(!) ours, SLF, 2 shots, fake:80: Not checked for false robustness (check_images=0)." in text
 

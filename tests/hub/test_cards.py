@@ -142,7 +142,7 @@ def test_pretraining_is_told_with_its_pseudo_labels(copies: dict[str, Path]) -> 
             "data": {"name": "parquet:cifar10", "images": 49000, "sha256": "ab" * 32},
             "pseudo_labels": {"encoder": "SimCLR on ImageNet", "file": "labels.safetensors", "sha256": "cd" * 32},
             "versions": {"torch": "2.14.1"},
-            "hardware": {"device": "cpu, 1 threads"},
+            "hardware": {"device": "cpu, 1 thread"},
         },
     }
     (folder / RESULTS).write_text(json.dumps(results), encoding="utf-8")
@@ -161,7 +161,7 @@ RUN: dict[str, Any] = {
     "provenance": {
         "data": {"name": "parquet:cifar10", "images": 49000, "sha256": "ab" * 32},
         "versions": {"torch": "2.14.1"},
-        "hardware": {"device": "cpu, 1 threads"},
+        "hardware": {"device": "cpu, 1 thread"},
     },
 }
 ATTACK = {"steps": 5, "eps": 8 / 255, "step_size": 2 / 255}

@@ -27,6 +27,7 @@ from advcl_hub.data import ImageData, load_data
 from advcl_hub.data.matching import check_fits
 from advcl_hub.files import check_writable, without_local_paths
 from advcl_hub.opening import load_model
+from advcl_hub.records import counted
 from advcl_hub.records.environment import hardware, versions
 from advcl_hub.training.processes import choose
 from train.benchmark import methods, parts, processes, step, use
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> list[Section]:
         "hardware": machine,
         "versions": versions(),
     }
-    print(f"{machine['name']}, {machine['threads']} threads; torch {torch.__version__}\n", flush=True)
+    print(f"{machine['name']}, {counted(machine['threads'], 'thread')}; torch {torch.__version__}\n", flush=True)
     sections: list[Section] = []
     for name in args.only or PARTS:
         try:

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from advcl_hub.files import replacing
+from advcl_hub.records import counted
 from train.benchmark.timing import Timing
 
 
@@ -106,7 +107,8 @@ def _draw(path: Path, sections: list[Section], facts: dict[str, Any]) -> None:
             axes.set_xscale("log")
         axes.set_title(f"{section.title}, {section.unit + '/s' if rates else 'seconds'}", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{facts['hardware']['name']}, {facts['hardware']['threads']} threads, torch {facts['versions']['torch']}")
+    threads = counted(facts["hardware"]["threads"], "thread")
+    figure.suptitle(f"{facts['hardware']['name']}, {threads}, torch {facts['versions']['torch']}")
     figure.savefig(path, format="png", dpi=110)
     plt.close(figure)
 

@@ -25,7 +25,7 @@ from advcl_hub.hub.cards.provenance import (
 from advcl_hub.hub.cards.results import read_export
 from advcl_hub.hub.cards.seeds import seeds_table
 from advcl_hub.hub.export import CARD, PICTURE
-from advcl_hub.records import RESULTS, pixels
+from advcl_hub.records import RESULTS, counted, pixels
 from advcl_hub.records.tables import report
 
 _TEMPLATE = Path(__file__).with_name("card.md")
@@ -156,14 +156,14 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
         place, data, labels = made["provenance"], made["provenance"]["data"], made["provenance"].get("pseudo_labels")
         _, *before = pretrainings(made)
         teacher = before[0] if before else None
-        lines["Pretraining"] = f"{method(made)}, {made['recipe']['epochs']} epochs, {made['step']:,} steps"
+        lines["Pretraining"] = f"{method(made)}, {counted(made['recipe']['epochs'], 'epoch')}, {counted(made['step'], 'step')}"
         if not made.get("finished", True):
             lines["Pretraining"] += ", stopped before the end of the schedule"
         lines["Pretraining images"] = f"{data['images']:,} of {data['name']} (sha256 of the pixels `{data['sha256'][:16]}`)"
         lines["Pseudo-labels"] = _pseudo_labels(labels)
         if start := started_from(made):
             took = f", {teacher['seconds']:,.0f} s" if teacher and teacher.get("seconds") else ""
-            how = f", {method(teacher)}, {teacher['recipe']['epochs']} epochs{took}" if teacher else ""
+            how = f", {method(teacher)}, {counted(teacher['recipe']['epochs'], 'epoch')}{took}" if teacher else ""
             lines["Started from"] = f"{_line(start['name'])}{how} (weights sha256 `{start['weights_sha256'][:16]}`)"
         lines["Branch"] = f"batch norm `{made['branch']}`" + (", averaged weights" if made.get("ema") else "")
         lines["Pretraining took"] = f"{made['seconds']:,.0f} s on {place['hardware']['device']}"
@@ -172,20 +172,20 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
             lines["Pretraining took"] += f"; with what it started from {total:,.0f} s"
         lines["Pretraining versions"] = _listed(place["versions"])
     if stages := finetunings(results)[1:]:
-        phrases = [f"{_finetuned(stage)}, {stage['settings']['epochs']} epochs" for stage in reversed(stages)]
+        phrases = [f"{_finetuned(stage)}, {counted(stage['settings']['epochs'], 'epoch')}" for stage in reversed(stages)]
         lines["Finetuned before"] = "; ".join(phrases)
     if settings := results.get("settings"):
         data, place = results["data"], results["places"][-1]
         shots = f", {data['shots']} of every class" if data.get("shots") else ""
         decay = ", ".join(f"{m:g}" for m in settings["milestones"])
         lines["Finetuning"] = (
-            f"{PROTOCOLS[settings['protocol']]}, loss {settings['objective']}, {settings['epochs']} epochs, batch "
+            f"{PROTOCOLS[settings['protocol']]}, loss {settings['objective']}, {counted(settings['epochs'], 'epoch')}, batch "
             f"{settings['batch_size']}, lr {settings['lr']:g}, divided by 10 after {decay}; {results['chosen']}; seed "
             f"{settings['seed']}"
         )
         if settings["objective"] != "ce":
             lines["Attack in finetuning"] = (
-                f"l_inf, eps {pixels(settings['eps'])}, {settings['steps']} steps of {pixels(settings['step_size'])}"
+                f"l_inf, eps {pixels(settings['eps'])}, {counted(settings['steps'], 'step')} of {pixels(settings['step_size'])}"
             )
         lines["Finetuning images"] = f"{data['images']:,} of {data['of']:,}, {data['name']} {data['split'] or ''}{shots}"
         if command := results.get("command"):
@@ -225,7 +225,7 @@ def _threat(evaluations: Sequence[Mapping[str, Any]], results: Mapping[str, Any]
     if made and is_robust(made):
         attack = made["recipe"]["attack"]
         parts.append(
-            f"Pretraining made adversarial views within l_inf {pixels(attack['eps'])} ({attack['steps']} steps of "
+            f"Pretraining made adversarial views within l_inf {pixels(attack['eps'])} ({counted(attack['steps'], 'step')} of "
             f"{pixels(attack['step_size'])})."
         )
     attacked = [e["protocol"] for e in evaluations if {"pgd", "autoattack"} & e["accuracy"].keys()]
