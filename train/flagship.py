@@ -21,7 +21,7 @@ from advcl_hub.data import load_data
 from advcl_hub.files import check_writable, lock, write_errors
 from advcl_hub.finetuning.lp_aff import HEAD, LABELS, REQUEST
 from advcl_hub.hub.export import export_again
-from advcl_hub.records import RESULTS
+from advcl_hub.records import RESULTS, counted
 from advcl_hub.training.state import FILE
 from advcl_hub.training.stop import StopRequest, duration
 from train import kept, plan
@@ -125,7 +125,7 @@ class Flagship:
                 log.info("Not even one epoch fits into the share of %s: it takes one.", name)
             self.at.write()
         assert state.epochs is not None
-        log.info("%d epochs, %s", state.epochs, "compiled" if state.compiled else "eager")
+        log.info("%s, %s", counted(state.epochs, "epoch"), "compiled" if state.compiled else "eager")
         benchmark, start = self.at.stages[source], self.at.start(source)
         command = plan.pretrain_command(benchmark, self.inputs, start, state.epochs, state.compiled, self.at.folder(name))
         self.call(name, command, stop)

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 import advcl_hub
 from advcl_hub.data import ImageData, load_data, train_val_split
 from advcl_hub.pretraining.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
-from advcl_hub.records import counted
 from advcl_hub.training.state import FREE, differences
 from train.recipe import Recipe, require
 
@@ -64,7 +63,7 @@ def provenance(
             "python": platform.python_version(),
         },
         "hardware": {
-            "device": f"{name}, {counted(torch.get_num_threads(), 'thread')}" if kind == "cpu" else name,
+            "device": f"{name}, {torch.get_num_threads()} threads" if kind == "cpu" else name,
             "processes": accelerator.num_processes,
         },
     }

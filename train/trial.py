@@ -26,6 +26,7 @@ from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metri
 from advcl_hub.cli.common import script
 from advcl_hub.errors import reason_of
 from advcl_hub.files import check_writable, replacing, without_local_paths
+from advcl_hub.records import counted
 from advcl_hub.records.environment import hardware, versions
 from advcl_hub.training.stop import duration
 from train.benchmark.report import Row, Section
@@ -164,9 +165,10 @@ def report(ways: dict[str, Way], trainer: Trainer) -> tuple[Section, dict[str, A
         rows.append(Row(name, way.timing, recipe.batch_size, more))
     precision = str(dtype).removeprefix("torch.")
     note = (
-        f"{recipe.method} with {recipe.model}, batch {recipe.batch_size}, {trainer.core.attack.steps} attack steps, "
-        f"{precision}; steps of the trainer itself, in turns: median (slowest to fastest). Matrix products reach "
-        f"{rate / 1e12:.3g} TFLOP/s here. Memory: the most that a step holds besides weights and optimizer state."
+        f"{recipe.method} with {recipe.model}, batch {recipe.batch_size}, "
+        f"{counted(trainer.core.attack.steps, 'attack step')}, {precision}; steps of the trainer "
+        f"itself, in turns: median (slowest to fastest). Matrix products reach {rate / 1e12:.3g} TFLOP/s here. "
+        f"Memory: the most that a step holds besides weights and optimizer state."
     )
     return Section("trial", "Training step of the recipe", rows, note=note), {
         "matrix_flops_per_second": rate,
@@ -223,8 +225,8 @@ def run(recipe: Recipe, folder: Path, seconds: float, rounds: int) -> dict[str, 
     fits = [f"{name} {way.epochs(seconds, trainer.steps_per_epoch)}" for name, way in ways.items()]
     fits += [] if recipe.speed.compile else ["compiled not measured (speed.compile is false)"]
     log.info(
-        "Epochs of %d steps that fit into %.0f s: %s. Best: %s, %d epochs. (The trial took %.0f s.)",
-        trainer.steps_per_epoch,
+        "Epochs of %s that fit into %.0f s: %s. Best: %s, %s. (The trial took %.0f s.)",
+        counted(trainer.steps_per_epoch, "step"),
         seconds,
         ", ".join(fits),
         chosen,

@@ -15,7 +15,7 @@ from advcl_hub.attacks import LOSSES, ascend, project
 from advcl_hub.evaluation.journal import Payload
 from advcl_hub.evaluation.measure import Measurement
 from advcl_hub.evaluation.protocol import Protocol
-from advcl_hub.records import pixels
+from advcl_hub.records import counted, pixels
 
 CURVE_EPS = (0.25, 0.5, 1, 2, 4)  # times the protocol's eps
 CURVE_STEPS = (1, 2, 5, 10, 20, 50, 100)
@@ -200,7 +200,7 @@ def curve_checks(curves: Curves, labels: Tensor, clean: float, protocol: Protoco
         Check(
             "steps reach eps",
             protocol.steps * protocol.step >= protocol.radius * (1 - 1e-9),
-            f"{protocol.steps} steps of {pixels(protocol.step, norm)} for eps {pixels(protocol.radius, norm)}",
+            f"{counted(protocol.steps, 'step')} of {pixels(protocol.step, norm)} for eps {pixels(protocol.radius, norm)}",
         ),
         Check("eps 0 equals clean", abs(eps[0][1] - clean) <= image, f"{eps[0][1]:.1%} at eps 0, {clean:.1%} clean"),
         Check("robust is not above clean", highest <= clean + image, f"at most {highest:.1%} under attack, {clean:.1%} clean"),
@@ -219,7 +219,11 @@ def curve_checks(curves: Curves, labels: Tensor, clean: float, protocol: Protoco
             _rise(curves.steps) <= slack,
             f"from one number of steps to the next accuracy rises by {_rise(curves.steps):.1%} at most",
         ),
-        Check("enough steps", own - at_most <= slack, f"{own:.1%} after {protocol.steps} steps, {at_most:.1%} after {most}"),
+        Check(
+            "enough steps",
+            own - at_most <= slack,
+            f"{own:.1%} after {counted(protocol.steps, 'step')}, {at_most:.1%} after {most}",
+        ),
         Check(
             "more restarts find little more",
             restarts[0][1] - restarts[-1][1] <= gain,

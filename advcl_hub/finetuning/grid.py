@@ -49,7 +49,7 @@ class Cell:
     @property
     def training(self) -> str:
         """Protocol and shots, as a row names them."""
-        return self.protocol.upper() + (f", {self.shots} shots" if self.shots else "")
+        return self.protocol.upper() + (f", {counted(self.shots, 'shot')}" if self.shots else "")
 
 
 def save(folder: Path, cells: Sequence[Cell]) -> None:

@@ -21,6 +21,7 @@ from advcl_hub.finetuning.presets import choose_settings, without_effect
 from advcl_hub.finetuning.runner import finetune
 from advcl_hub.hub.cards.provenance import finetunings, is_lp_aff
 from advcl_hub.opening import load_model
+from advcl_hub.records import counted
 from advcl_hub.training.processes import Processes
 
 log = logging.getLogger("advcl")
@@ -97,7 +98,7 @@ def transfer(
         if left is not None and left <= 0:
             break
         if Processes.current().rank == 0:
-            count = "" if shot is None else f", {shot} shots"
+            count = "" if shot is None else f", {counted(shot, 'shot')}"
             log.info("\n[%d of %d] %s, %s on %s%s", number, len(wanted), name, protocol.upper(), data, count)
         relevant = {key: value for key, value in overrides.items() if key not in without_effect(protocol, overrides)}
         label = data + (f"-held-out-{held_out:g}" if held_out else "")

@@ -142,7 +142,7 @@ def test_pretraining_is_told_with_its_pseudo_labels(copies: dict[str, Path]) -> 
             "data": {"name": "parquet:cifar10", "images": 49000, "sha256": "ab" * 32},
             "pseudo_labels": {"encoder": "SimCLR on ImageNet", "file": "labels.safetensors", "sha256": "cd" * 32},
             "versions": {"torch": "2.14.1"},
-            "hardware": {"device": "cpu, 1 thread"},
+            "hardware": {"device": "cpu, 1 threads"},
         },
     }
     (folder / RESULTS).write_text(json.dumps(results), encoding="utf-8")
@@ -161,7 +161,7 @@ RUN: dict[str, Any] = {
     "provenance": {
         "data": {"name": "parquet:cifar10", "images": 49000, "sha256": "ab" * 32},
         "versions": {"torch": "2.14.1"},
-        "hardware": {"device": "cpu, 1 thread"},
+        "hardware": {"device": "cpu, 1 threads"},
     },
 }
 ATTACK = {"steps": 5, "eps": 8 / 255, "step_size": 2 / 255}
@@ -195,6 +195,7 @@ def test_each_method_is_told_by_its_name_and_only_those_that_attack_as_robust(
     assert f"pretrained with {told} on parquet:cifar10 without its labels" in text
     assert ("keep adversarial robustness" in text) == robust
     assert ("Pretraining made adversarial views within l_inf 8/255 (5 steps of 2/255)." in text) == robust
+    assert "61 s on cpu, 1 thread\n" in text  # records say `1 threads`, and must: runs are compared by them
     assert ("2111.01124" in text) == told.startswith("AdvCL")
     assert ("\n- contrastive-learning\n" in text) == any(word in told for word in ("AdvCL", "contrastive"))
 
@@ -212,7 +213,37 @@ def test_a_card_names_the_teacher_and_says_what_is_not_known_of_it(copies: dict[
     assert ("Nothing says how teacher/export was made" in text) != known
     total = run["seconds"] + TEACHER["seconds"]
     assert (f"; with what it started from {total:,.0f} s" in text) == known
-    assert text.count("<summary>The recipe") == 1 + known and ("is made first, in the same way" in text) == known
+    assert text.count("<summary>The recipe") == 1 + known and ("first train what it started from" in text) == known
+
+
+def test_each_attack_of_the_pretraining_is_told(copies: dict[str, Path]) -> None:
+    first = RUN | {"recipe": {"epochs": 40, "method": "pseudo_label_at", "attack": ATTACK | {"steps": 1}, "objective": {}}}
+    start = {"name": "first/export", "weights_sha256": "ef" * 32, "provenance": first}
+    run = RUN | {"recipe": {"epochs": 3, "method": "pseudo_label_at", "attack": ATTACK, "objective": {}}}
+    run["provenance"] = {**RUN["provenance"], "start_from": start}
+    (copies["encoder"] / RESULTS).write_text(json.dumps(evaluation_record(copies["encoder"]) | run), encoding="utf-8")
+    text = card(copies["encoder"])
+    assert "3 epochs, 1,200 steps; before that, adversarial training on pseudo-labels, 40 epochs\n" in text
+    assert "within l_inf 8/255 (5 steps of 2/255), before that within l_inf 8/255 (1 step of 2/255)." in text
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ({"file_sha256": "26b90406be84225f8a3fa9c80d625f8d53edb53da25638c4383eb009eebd17be"}, "the authors of AdvCL published"),
+        ({"encoder": "resnet18.a1_in1k"}, "of resnet18.a1_in1k, which may have seen labels or other images."),
+        ({"encoder": "resnet10_cifar.simclr_c10"}, None),
+        ({"encoder": "pixels"}, None),
+    ],
+)
+def test_what_is_not_known_of_pseudo_labels_is_a_limit(
+    copies: dict[str, Path], labels: dict[str, Any], told: str | None
+) -> None:
+    run = RUN | {"recipe": {"epochs": 3, "method": "advcl", "attack": ATTACK, "objective": {}}}
+    run["provenance"] = {**RUN["provenance"], "pseudo_labels": {"file": "renamed.safetensors", "sha256": "cd" * 32} | labels}
+    (copies["encoder"] / RESULTS).write_text(json.dumps(evaluation_record(copies["encoder"]) | run), encoding="utf-8")
+    limits = [line for line in card(copies["encoder"]).splitlines() if line.startswith("- The pseudo-labels")]
+    assert told in limits[0] if told else not limits
 
 
 def test_no_finetuning_on_the_way_is_left_out(copies: dict[str, Path]) -> None:

@@ -88,6 +88,14 @@ def test_a_seed_without_autoattack_counts_for_the_other_columns(copies: list[Pat
     assert len(rows) == 1 and rows[0].endswith("| 15.0 (10.0 to 20.0) |")
 
 
+@pytest.mark.parametrize("checked", [0, 8])
+def test_other_seeds_without_checks_are_told(copies: list[Path], checked: int) -> None:
+    first, _, third = copies
+    edit(third / "evaluation", lambda record: record["protocol"].update(check_images=checked))
+    add_to_results(first / "encoder", [first / "evaluation"], other_seeds=[third / "evaluation"])
+    assert ("The other seeds were not checked for false robustness." in card(first / "encoder")) == (not checked)
+
+
 def test_what_is_not_the_same_training_is_refused(copies: list[Path]) -> None:
     first, second, third = copies
     encoder = first / "encoder"

@@ -27,7 +27,8 @@ def measure(
     """Steps of 1, 2 ... processes with the same share of images each: a GPU each, or a CPU thread each."""
     rows: list[Row] = []
     for world in worlds:
-        tell(f"{world} processes")
+        name = f"{world} process{'es' if world > 1 else ''}"
+        tell(name)
         with tempfile.TemporaryDirectory() as folder:
             spawn(_main, (world, folder, device.type, model, share, rounds), nprocs=world)
             found = json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
@@ -41,7 +42,7 @@ def measure(
                 "gathered, MB": found["gathered"] / 1e6,
                 "least to gather, MB": found["least"] / 1e6,
             }
-        rows.append(Row(f"{world} process{'es' if world > 1 else ''}", timing, world * share, more))
+        rows.append(Row(name, timing, world * share, more))
     note = (
         f"{model}, bf16, channels-last, {share} images a process and step, {_backend(device.type)}"
         f"{', one thread a process' if device.type == 'cpu' else ''}. Efficiency: against one process. Bytes are those that a "

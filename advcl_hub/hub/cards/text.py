@@ -25,9 +25,12 @@ from advcl_hub.hub.cards.provenance import (
 from advcl_hub.hub.cards.results import read_export
 from advcl_hub.hub.cards.seeds import seeds_table
 from advcl_hub.hub.export import CARD, PICTURE
+from advcl_hub.hub.released import load_releases
 from advcl_hub.records import RESULTS, counted, pixels
 from advcl_hub.records.tables import report
 
+# Of the safetensors file of the labels that the authors of AdvCL published for CIFAR-10.
+_PUBLISHED_LABELS = "26b90406be84225f8a3fa9c80d625f8d53edb53da25638c4383eb009eebd17be"
 _TEMPLATE = Path(__file__).with_name("card.md")
 _ADVCL = """@inproceedings{fan2021advcl,
   title     = {When Does Contrastive Learning Preserve Adversarial Robustness from Pretraining to Finetuning?},
@@ -71,7 +74,7 @@ def _render(folder: Path, results: Mapping[str, Any], config: Mapping[str, Any],
     cfg, classes = config.get("pretrained_cfg", {}), tuple(config.get("label_names") or ())
     if not classes and config.get("num_classes"):
         classes = tuple(str(i) for i in range(config["num_classes"]))
-    evaluations = results.get("evaluations", [])
+    evaluations, others = results.get("evaluations", []), results.get("other_seeds", [])
     mean, std = cfg.get("mean", [0.0]), cfg.get("std", [1.0])
     plain = not any(mean) and all(value == 1 for value in std)
     made = pretraining(results)
@@ -87,7 +90,8 @@ def _render(folder: Path, results: Mapping[str, Any], config: Mapping[str, Any],
         "projector": _projector(results),
         "normalisation": "without normalisation" if plain else f"normalised with mean {mean} and standard deviation {std}",
         "table": report(evaluations, "markdown") if evaluations else None,
-        "seeds": seeds_table(evaluations, results.get("other_seeds", []), seed),
+        "seeds": seeds_table(evaluations, others, seed),
+        "unchecked_seeds": not any(other["protocol"].get("check_images") for other in others),
         "seed": seed,
         "corruptions": _corruptions(evaluations),
         "checks": _checks(evaluations),
@@ -157,6 +161,10 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
         _, *before = pretrainings(made)
         teacher = before[0] if before else None
         lines["Pretraining"] = f"{method(made)}, {counted(made['recipe']['epochs'], 'epoch')}, {counted(made['step'], 'step')}"
+        if before:
+            lines["Pretraining"] += "; before that, " + "; ".join(
+                f"{method(stage)}, {counted(stage['recipe']['epochs'], 'epoch')}" for stage in before
+            )
         if not made.get("finished", True):
             lines["Pretraining"] += ", stopped before the end of the schedule"
         lines["Pretraining images"] = f"{data['images']:,} of {data['name']} (sha256 of the pixels `{data['sha256'][:16]}`)"
@@ -166,7 +174,7 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
             how = f", {method(teacher)}, {counted(teacher['recipe']['epochs'], 'epoch')}{took}" if teacher else ""
             lines["Started from"] = f"{_line(start['name'])}{how} (weights sha256 `{start['weights_sha256'][:16]}`)"
         lines["Branch"] = f"batch norm `{made['branch']}`" + (", averaged weights" if made.get("ema") else "")
-        lines["Pretraining took"] = f"{made['seconds']:,.0f} s on {place['hardware']['device']}"
+        lines["Pretraining took"] = f"{made['seconds']:,.0f} s on {_device(place)}"
         if before:
             total = sum(stage.get("seconds") or 0 for stage in (made, *before))
             lines["Pretraining took"] += f"; with what it started from {total:,.0f} s"
@@ -180,8 +188,8 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
         decay = ", ".join(f"{m:g}" for m in settings["milestones"])
         lines["Finetuning"] = (
             f"{PROTOCOLS[settings['protocol']]}, loss {settings['objective']}, {counted(settings['epochs'], 'epoch')}, batch "
-            f"{settings['batch_size']}, lr {settings['lr']:g}, divided by 10 after {decay}; {results['chosen']}; seed "
-            f"{settings['seed']}"
+            f"{settings['batch_size']}, lr {settings['lr']:g}, divided by 10 after epochs {decay}, weight decay "
+            f"{settings['weight_decay']:g}; {results['chosen']}; seed {settings['seed']}"
         )
         if settings["objective"] != "ce":
             lines["Attack in finetuning"] = (
@@ -223,11 +231,11 @@ def _listed(values: Mapping[str, Any]) -> str:
 def _threat(evaluations: Sequence[Mapping[str, Any]], results: Mapping[str, Any], made: Mapping[str, Any] | None) -> str:
     parts = []
     if made and is_robust(made):
-        attack = made["recipe"]["attack"]
-        parts.append(
-            f"Pretraining made adversarial views within l_inf {pixels(attack['eps'])} ({counted(attack['steps'], 'step')} of "
-            f"{pixels(attack['step_size'])})."
+        attacks = [stage["recipe"]["attack"] for stage in pretrainings(made) if is_robust(stage)]
+        lengths = dict.fromkeys(
+            f"l_inf {pixels(a['eps'])} ({counted(a['steps'], 'step')} of {pixels(a['step_size'])})" for a in attacks
         )
+        parts.append(f"Pretraining made adversarial views within {', before that within '.join(lengths)}.")
     attacked = [e["protocol"] for e in evaluations if {"pgd", "autoattack"} & e["accuracy"].keys()]
     budgets = dict.fromkeys(f"{p['norm']} {pixels(p['eps'], p['norm'])}" for p in attacked)
     if budgets:
@@ -261,6 +269,11 @@ def _line(text: str) -> str:
     return " ".join(str(text).split()).replace("<", "&lt;").replace("|", "/")
 
 
+def _device(place: Mapping[str, Any]) -> str:
+    """The device of a pretraining; its record, which runs are compared by, has `1 threads`."""
+    return re.sub(r"\b1 threads\b", "1 thread", place["hardware"]["device"])
+
+
 def _limits(results: Mapping[str, Any], made: Mapping[str, Any] | None, evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     attacked = any({"pgd", "autoattack"} & evaluation["accuracy"].keys() for evaluation in evaluations)
     robustness = "was measured, not proven: stronger attacks may find more" if attacked else "has not been measured"
@@ -269,8 +282,18 @@ def _limits(results: Mapping[str, Any], made: Mapping[str, Any] | None, evaluati
         "Not for decisions about people, nor as the only protection of anything.",
     ]
     labels = ((made or {}).get("provenance") or {}).get("pseudo_labels") or {}
-    if "imagenet" in json.dumps(labels).lower():
+    if labels.get("file_sha256") == _PUBLISHED_LABELS:
+        limits.append(
+            "The pseudo-labels are those that the authors of AdvCL published, as a safetensors file that is not in the "
+            "repository: without it these weights cannot be made again. They come from an encoder trained on ImageNet images: "
+            "this is not learning from scratch."
+        )
+    elif "imagenet" in json.dumps(labels).lower():
         limits.append("The pseudo-labels come from an encoder trained on ImageNet images: this is not learning from scratch.")
+    elif (encoder := labels.get("encoder")) and encoder not in {"pixels", *(release.name for release in load_releases())}:
+        limits.append(
+            f"The pseudo-labels are clusters of the features of {_line(encoder)}, which may have seen labels or other images."
+        )
     if labelled := [_finetuned(stage) for stage in reversed(finetunings(results)[1:]) if not is_lp_aff(stage)]:
         limits.append(f"Labels came in before this finetuning, too: the encoder had been {'; '.join(labelled)}.")
     start = started_from(made or {})
