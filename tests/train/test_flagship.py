@@ -175,7 +175,7 @@ def test_killed_within_a_stage_it_goes_on(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGTERM)  # as batch systems do: to the command and to what it started
     said = process.communicate()[0]
     assert process.returncode == 0 and "| pretrain | stopped |" in said and "Next: pretrain. The same command goes on:" in said
-    assert "== benchmark" not in said and "1000000 epochs, eager" in said and "| encoder | waits for pretrain |" in said
+    assert "== benchmark" not in said and "1,000,000 epochs, eager" in said and "| encoder | waits for pretrain |" in said
     checkpoint = load_checkpoint(output / "pretrain")
     assert checkpoint.recipe.epochs == 10**6 and checkpoint.step > steps
     log = [entry["step"] for entry in read_log(output / "pretrain")]
