@@ -230,7 +230,7 @@ def run(recipe: Recipe, folder: Path, seconds: float, rounds: int) -> dict[str, 
         seconds,
         ", ".join(fits),
         chosen,
-        epochs,
+        counted(epochs, "epoch"),
         time.monotonic() - began,
     )
     return {

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from advcl_hub.records import counted
 from train import trial
 from train.benchmark.timing import Timing
 from train.pretrain import Trainer
@@ -52,6 +53,7 @@ def test_a_trial_measures_the_step_that_pretraining_takes(tmp_path: Path, caplog
     median, low, high = eager["seconds"]
     assert 0 < low <= median <= high and eager["images_per_second"] == pytest.approx(8 / median)
     assert record["epochs"] == max(0, int((60 * 0.94 - max(0, eager["first_step_seconds"] - median)) / (5 * median)))
+    assert f"Best: eager, {counted(record['epochs'], 'epoch')}. (The trial took" in caplog.text
     assert eager["graphs"] == [] and record["recipe"]["batch_size"] == 8 and {"hardware", "versions", "date"} <= set(record)
     assert eager["share_of_matrix_rate"] == pytest.approx(record["step_flops"] / median / record["matrix_flops_per_second"])
 

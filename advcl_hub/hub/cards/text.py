@@ -160,18 +160,16 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
         place, data, labels = made["provenance"], made["provenance"]["data"], made["provenance"].get("pseudo_labels")
         _, *before = pretrainings(made)
         teacher = before[0] if before else None
-        lines["Pretraining"] = f"{method(made)}, {counted(made['recipe']['epochs'], 'epoch')}, {counted(made['step'], 'step')}"
+        lines["Pretraining"] = f"{_schedule(made)}, {counted(made['step'], 'step')}"
         if before:
-            lines["Pretraining"] += "; before that, " + "; ".join(
-                f"{method(stage)}, {counted(stage['recipe']['epochs'], 'epoch')}" for stage in before
-            )
+            lines["Pretraining"] += f"; before that, {'; '.join(map(_schedule, before))}"
         if not made.get("finished", True):
             lines["Pretraining"] += ", stopped before the end of the schedule"
         lines["Pretraining images"] = f"{data['images']:,} of {data['name']} (sha256 of the pixels `{data['sha256'][:16]}`)"
         lines["Pseudo-labels"] = _pseudo_labels(labels)
         if start := started_from(made):
             took = f", {teacher['seconds']:,.0f} s" if teacher and teacher.get("seconds") else ""
-            how = f", {method(teacher)}, {counted(teacher['recipe']['epochs'], 'epoch')}{took}" if teacher else ""
+            how = f", {_schedule(teacher)}{took}" if teacher else ""
             lines["Started from"] = f"{_line(start['name'])}{how} (weights sha256 `{start['weights_sha256'][:16]}`)"
         lines["Branch"] = f"batch norm `{made['branch']}`" + (", averaged weights" if made.get("ema") else "")
         lines["Pretraining took"] = f"{made['seconds']:,.0f} s on {_device(place)}"
@@ -267,6 +265,11 @@ def _caption(model: str | None) -> str:
 def _line(text: str) -> str:
     """What somebody typed, as one line of Markdown that is no heading, rule, table or HTML."""
     return " ".join(str(text).split()).replace("<", "&lt;").replace("|", "/")
+
+
+def _schedule(made: Mapping[str, Any]) -> str:
+    """A pretraining by its method and length."""
+    return f"{method(made)}, {counted(made['recipe']['epochs'], 'epoch')}"
 
 
 def _device(place: Mapping[str, Any]) -> str:
