@@ -33,16 +33,6 @@ QUICK: dict[str, Any] = {"epochs": 1, "head_epochs": 1, "batch_size": 25, "steps
 
 
 @pytest.fixture(scope="module")
-def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_encoder(tmp_path_factory.mktemp("encoders") / "resnet", **SMALL_RESNET)
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_encoder(tmp_path_factory.mktemp("encoders") / "vit", "vit_tiny_patch16_224", **SMALL_VIT)
-
-
-@pytest.fixture(scope="module")
 def digits() -> ImageData:
     return load_data("digits", "train", size=16).sample(100)
 

@@ -1,4 +1,4 @@
-"""Finetuning in this process: what each protocol trains, what it leaves, how it goes on, what it refuses."""
+"""Finetuning in this process: what each protocol trains, what it leaves, how it goes on."""
 
 import json
 from collections.abc import Callable
@@ -21,11 +21,10 @@ from advcl_hub.finetuning.features import extract_features
 from advcl_hub.hub.export import export_folder, load_folder, verify_folder
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
-from tests.support.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder
+from tests.support.small_encoders import SMALL_RESNET, export_encoder, relabelled
 from tests.support.speed import channels_last
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 16, "steps": 2, "lr": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +36,6 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = advcl_hub.finetune(start, "digits", "sff", output=folder / "run", **settings).load()
     model.reset_classifier(0)
     return export_folder(model, folder / "resnet", results={"kind": "encoder"}, model_args=SMALL_RESNET)
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_encoder(tmp_path_factory.mktemp("encoders") / "vit", "vit_tiny_patch16_224", **SMALL_VIT)
-
-
-@pytest.fixture
-def run(resnet: Path, tmp_path: Path) -> Callable[..., Finetuned]:
-    def finetune(protocol: str, data: Any = "fake:80", output: str = "run", model: Any = None, **options: Any) -> Finetuned:
-        return advcl_hub.finetune(model or resnet, data, protocol, output=tmp_path / output, **{**QUICK, **options})
-
-    return finetune
 
 
 def weights(tuned: Finetuned) -> dict[str, Tensor]:
@@ -346,59 +332,6 @@ def test_options_without_effect_are_said_and_left_out(run: Callable[..., Finetun
     with pytest.warns(UserWarning, match="Without effect in slf, and left out: steps, eps."):
         tuned = run("slf", eps=0.5, epochs=1)
     assert tuned.record["settings"]["eps"] == 8 / 255
-
-
-def grey(data: ImageData) -> ImageData:
-    assert isinstance(data.images, Tensor)
-    return ImageData(data.images[:, :1], data.labels, data.indices, data.classes, data.name)
-
-
-def relabelled(labels: Callable[[Tensor], Tensor], classes: int = 10) -> ImageData:
-    data = load_data("fake:80")
-    return ImageData(data.images, labels(data.labels), data.indices, tuple(map(str, range(classes))), "mine")
-
-
-@pytest.mark.parametrize(
-    ("protocol", "options", "message"),
-    [
-        ("slf", {"data": relabelled(torch.zeros_like, 1)}, r"mine has one class only \(0\)"),
-        ("slf", {"data": relabelled(lambda y: y + 1)}, "mine has labels from 1 to 10, its 10 classes go from 0"),
-        ("slf", {"data": relabelled(lambda y: y - 1)}, "mine has labels from -1 to 8"),
-        ("slf", {"data": grey(load_data("fake:80"))}, "The model takes 3 channels, the images of fake:80 have 1"),
-        ("slf", {"batch_size": 100}, "A batch of 100 needs as many training images; there are 80"),
-        ("aff", {"batch_size": 16, "accumulate": 3}, "batch_size 16 does not divide into accumulate=3 parts"),
-        ("slf", {"model": "no/such/folder"}, "neither a folder nor a model that timm knows"),
-        ("slf", {"model": "resnet20_cifar"}, "resnet20_cifar has no weights"),
-        ("slf", {"model": "random:resnet99"}, "neither a folder nor a model that timm knows"),
-        ("slf", {"model": "random:resnet10_cifar.no"}, r"random:resnet10_cifar\.no cannot be opened: Invalid pretrained tag"),
-        ("slf", {"data": "cifar11"}, "unknown data source 'cifar11'"),
-        ("slf", {"shots": 9}, "9 images of every class were asked for, fake:80 has 8 of 0"),
-        ("slf", {"epoch": 3}, "Unknown setting 'epoch'. Did you mean 'epochs'"),
-        ("slf", {"val_fraction": 0.2, "shots": 1}, "label 0 has a single image"),
-    ],
-)
-def test_refusals_come_before_anything_is_written(
-    run: Callable[..., Finetuned], tmp_path: Path, protocol: str, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises((ValueError, OSError), match=message):
-        run(protocol, **options)
-    assert not list(tmp_path.glob("run/*"))
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("resnetv2_50", {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "stem_chs": 8}),  # a convolution
-        ("deit_tiny_distilled_patch16_224", SMALL_VIT),  # two layers
-    ],
-)
-def test_only_full_protocols_take_a_head_that_is_not_one_linear_layer(
-    run: Callable[..., Finetuned], tmp_path: Path, name: str, arguments: dict[str, Any]
-) -> None:
-    encoder = export_encoder(tmp_path / "encoder", name, **arguments)
-    with pytest.raises(ValueError, match="needs a model whose classifier is one Linear layer"):
-        run("slf", model=encoder)
-    assert run("sff", model=encoder, epochs=1).load()(torch.rand(1, 3, 16, 16)).shape == (1, 10)
 
 
 def test_losses_that_are_not_finite_stop_with_the_last_good_checkpoint(run: Callable[..., Finetuned]) -> None:

@@ -1,5 +1,6 @@
-"""Data that cluster in one sensible way, and a small pretrained timm model in a folder."""
+"""Data that cluster in one sensible way or have labels of their own, and a small pretrained timm model in a folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ def blobs(per_class: int = 20, seed: int = 0) -> ImageData:
     images = torch.randint(0, 60, (len(labels), 3, 8, 8), generator=generator)
     images[torch.arange(len(labels)), labels] += 180
     return ImageData(images.byte(), labels, torch.arange(len(labels)), ("red", "green", "blue"), "blobs")
+
+
+def relabelled(labels: Callable[[Tensor], Tensor], classes: int = 10) -> ImageData:
+    data = load_data("fake:80")
+    return ImageData(data.images, labels(data.labels), data.indices, tuple(map(str, range(classes))), "mine")
 
 
 def pixels(data: ImageData) -> Tensor:
