@@ -223,8 +223,12 @@ def test_each_attack_of_the_pretraining_is_told(copies: dict[str, Path]) -> None
     run["provenance"] = {**RUN["provenance"], "start_from": start}
     (copies["encoder"] / RESULTS).write_text(json.dumps(evaluation_record(copies["encoder"]) | run), encoding="utf-8")
     text = card(copies["encoder"])
-    assert "3 epochs, 1,200 steps; before that, adversarial training on pseudo-labels, 40 epochs\n" in text
+    before = "; before that, adversarial training on pseudo-labels, 40 epochs\n"
+    assert f"3 epochs, 1,200 steps{before}" in text
     assert "within l_inf 8/255 (5 steps of 2/255), before that within l_inf 8/255 (1 step of 2/255)." in text
+    stopped = evaluation_record(copies["encoder"]) | run | {"finished": False}
+    (copies["encoder"] / RESULTS).write_text(json.dumps(stopped), encoding="utf-8")
+    assert f"3 epochs, 1,200 steps, stopped before the end of the schedule{before}" in card(copies["encoder"])
 
 
 @pytest.mark.parametrize(
@@ -232,6 +236,8 @@ def test_each_attack_of_the_pretraining_is_told(copies: dict[str, Path]) -> None
     [
         ({"file_sha256": "26b90406be84225f8a3fa9c80d625f8d53edb53da25638c4383eb009eebd17be"}, "the authors of AdvCL published"),
         ({"encoder": "resnet18.a1_in1k"}, "of resnet18.a1_in1k, which may have seen labels or other images."),
+        ({"encoder": "resnet10_cifar.advcl_c10"}, "of resnet10_cifar.advcl_c10, which may have seen labels or other images."),
+        ({"encoder": "resnet10_cifar.simclr_c10_slf"}, "_slf, which may have seen labels or other images."),
         ({"encoder": "resnet10_cifar.simclr_c10"}, None),
         ({"encoder": "pixels"}, None),
     ],
@@ -241,9 +247,18 @@ def test_what_is_not_known_of_pseudo_labels_is_a_limit(
 ) -> None:
     run = RUN | {"recipe": {"epochs": 3, "method": "advcl", "attack": ATTACK, "objective": {}}}
     run["provenance"] = {**RUN["provenance"], "pseudo_labels": {"file": "renamed.safetensors", "sha256": "cd" * 32} | labels}
-    (copies["encoder"] / RESULTS).write_text(json.dumps(evaluation_record(copies["encoder"]) | run), encoding="utf-8")
-    limits = [line for line in card(copies["encoder"]).splitlines() if line.startswith("- The pseudo-labels")]
-    assert told in limits[0] if told else not limits
+
+    def limits() -> list[str]:
+        (copies["encoder"] / RESULTS).write_text(json.dumps(evaluation_record(copies["encoder"]) | run), encoding="utf-8")
+        return [line for line in card(copies["encoder"]).splitlines() if line.startswith("- The pseudo-labels")]
+
+    found = limits()
+    assert len(found) == 1 and told in found[0] if told else not found
+    first = {**run, "provenance": run["provenance"]}  # the same labels in the stage before are told once, as are they alone
+    for latest in (run["provenance"]["pseudo_labels"], None):
+        start = {"name": "first/export", "weights_sha256": "ef" * 32, "provenance": first}
+        run["provenance"] = {**RUN["provenance"], "pseudo_labels": latest, "start_from": start}
+        assert limits() == found
 
 
 def test_no_finetuning_on_the_way_is_left_out(copies: dict[str, Path]) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,9 @@ def test_other_seeds_without_checks_are_told(copies: list[Path], checked: int) -
     edit(third / "evaluation", lambda record: record["protocol"].update(check_images=checked))
     add_to_results(first / "encoder", [first / "evaluation"], other_seeds=[third / "evaluation"])
     assert ("The other seeds were not checked for false robustness." in card(first / "encoder")) == (not checked)
+    edit(first / "encoder", lambda results: results["other_seeds"].append(deepcopy(results["other_seeds"][0]) | {"seed": 3}))
+    edit(first / "encoder", lambda results: results["other_seeds"][1]["protocol"].update(check_images=8))
+    assert ("Some of the other seeds were not checked" in card(first / "encoder")) == (not checked)
 
 
 def test_what_is_not_the_same_training_is_refused(copies: list[Path]) -> None:

@@ -25,7 +25,7 @@ from advcl_hub.hub.cards.provenance import (
 from advcl_hub.hub.cards.results import read_export
 from advcl_hub.hub.cards.seeds import seeds_table
 from advcl_hub.hub.export import CARD, PICTURE
-from advcl_hub.hub.released import load_releases
+from advcl_hub.hub.released import Release, load_releases
 from advcl_hub.records import RESULTS, counted, pixels
 from advcl_hub.records.tables import report
 
@@ -75,6 +75,7 @@ def _render(folder: Path, results: Mapping[str, Any], config: Mapping[str, Any],
     if not classes and config.get("num_classes"):
         classes = tuple(str(i) for i in range(config["num_classes"]))
     evaluations, others = results.get("evaluations", []), results.get("other_seeds", [])
+    checked = [bool(other["protocol"].get("check_images")) for other in others]
     mean, std = cfg.get("mean", [0.0]), cfg.get("std", [1.0])
     plain = not any(mean) and all(value == 1 for value in std)
     made = pretraining(results)
@@ -91,7 +92,7 @@ def _render(folder: Path, results: Mapping[str, Any], config: Mapping[str, Any],
         "normalisation": "without normalisation" if plain else f"normalised with mean {mean} and standard deviation {std}",
         "table": report(evaluations, "markdown") if evaluations else None,
         "seeds": seeds_table(evaluations, others, seed),
-        "unchecked_seeds": not any(other["protocol"].get("check_images") for other in others),
+        "unchecked_seeds": None if all(checked) else "Some of the" if any(checked) else "The",
         "seed": seed,
         "corruptions": _corruptions(evaluations),
         "checks": _checks(evaluations),
@@ -161,10 +162,10 @@ def _training(results: Mapping[str, Any], made: Mapping[str, Any] | None) -> dic
         _, *before = pretrainings(made)
         teacher = before[0] if before else None
         lines["Pretraining"] = f"{_schedule(made)}, {counted(made['step'], 'step')}"
-        if before:
-            lines["Pretraining"] += f"; before that, {'; '.join(map(_schedule, before))}"
         if not made.get("finished", True):
             lines["Pretraining"] += ", stopped before the end of the schedule"
+        if before:
+            lines["Pretraining"] += f"; before that, {'; '.join(map(_schedule, before))}"
         lines["Pretraining images"] = f"{data['images']:,} of {data['name']} (sha256 of the pixels `{data['sha256'][:16]}`)"
         lines["Pseudo-labels"] = _pseudo_labels(labels)
         if start := started_from(made):
@@ -277,6 +278,32 @@ def _device(place: Mapping[str, Any]) -> str:
     return re.sub(r"\b1 threads\b", "1 thread", place["hardware"]["device"])
 
 
+def _origin_of_labels(labels: Mapping[str, Any]) -> str | None:
+    """What the pseudo-labels of a pretraining may have brought in; None if it is known that they brought in nothing."""
+    if labels.get("file_sha256") == _PUBLISHED_LABELS:
+        return (
+            "The pseudo-labels are those that the authors of AdvCL published, read from a safetensors file of our own that is "
+            "not in the repository: without that file these weights cannot be made again. They come from an encoder trained on "
+            "ImageNet images: this is not learning from scratch."
+        )
+    if "imagenet" in json.dumps(labels).lower():
+        return "The pseudo-labels come from an encoder trained on ImageNet images: this is not learning from scratch."
+    encoder = labels.get("encoder")
+    if (
+        not encoder
+        or encoder == "pixels"
+        or any(encoder == release.name and _saw_no_labels(release) for release in load_releases())
+    ):
+        return None
+    return f"The pseudo-labels are clusters of the features of {_line(encoder)}, which may have seen labels or other images."
+
+
+def _saw_no_labels(release: Release) -> bool:
+    """Whether a release is an encoder made without labels of any kind, and from nothing else."""
+    made = release.facts.get("provenance") or {}
+    return release.facts.get("head") == "none" and bool(made) and not made.get("pseudo_labels") and not made.get("start_from")
+
+
 def _limits(results: Mapping[str, Any], made: Mapping[str, Any] | None, evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     attacked = any({"pgd", "autoattack"} & evaluation["accuracy"].keys() for evaluation in evaluations)
     robustness = "was measured, not proven: stronger attacks may find more" if attacked else "has not been measured"
@@ -284,19 +311,8 @@ def _limits(results: Mapping[str, Any], made: Mapping[str, Any] | None, evaluati
         f"For research on robust representations. Robustness {robustness}.",
         "Not for decisions about people, nor as the only protection of anything.",
     ]
-    labels = ((made or {}).get("provenance") or {}).get("pseudo_labels") or {}
-    if labels.get("file_sha256") == _PUBLISHED_LABELS:
-        limits.append(
-            "The pseudo-labels are those that the authors of AdvCL published, as a safetensors file that is not in the "
-            "repository: without it these weights cannot be made again. They come from an encoder trained on ImageNet images: "
-            "this is not learning from scratch."
-        )
-    elif "imagenet" in json.dumps(labels).lower():
-        limits.append("The pseudo-labels come from an encoder trained on ImageNet images: this is not learning from scratch.")
-    elif (encoder := labels.get("encoder")) and encoder not in {"pixels", *(release.name for release in load_releases())}:
-        limits.append(
-            f"The pseudo-labels are clusters of the features of {_line(encoder)}, which may have seen labels or other images."
-        )
+    of_labels = (_origin_of_labels((stage.get("provenance") or {}).get("pseudo_labels") or {}) for stage in pretrainings(made))
+    limits += dict.fromkeys(filter(None, of_labels))
     if labelled := [_finetuned(stage) for stage in reversed(finetunings(results)[1:]) if not is_lp_aff(stage)]:
         limits.append(f"Labels came in before this finetuning, too: the encoder had been {'; '.join(labelled)}.")
     start = started_from(made or {})
