@@ -289,11 +289,7 @@ def _origin_of_labels(labels: Mapping[str, Any]) -> str | None:
     if "imagenet" in json.dumps(labels).lower():
         return "The pseudo-labels come from an encoder trained on ImageNet images: this is not learning from scratch."
     encoder = labels.get("encoder")
-    if (
-        not encoder
-        or encoder == "pixels"
-        or any(encoder == release.name and _saw_no_labels(release) for release in load_releases())
-    ):
+    if not encoder or encoder in {"pixels", *(release.name for release in load_releases() if _saw_no_labels(release))}:
         return None
     return f"The pseudo-labels are clusters of the features of {_line(encoder)}, which may have seen labels or other images."
 
