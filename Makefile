@@ -4,17 +4,19 @@ VENV        ?= .venv
 PIP_ARGS    ?=
 NEED_GB     ?=
 PYTEST_ARGS ?= --numprocesses logical --maxprocesses 4 --dist loadfile
+MUTATE_ARGS ?=
+VERSIONS_ARGS ?=
 
 export PIP_ARGS
 
 RUN   := $(VENV)/bin/python -m
 STAMP := $(VENV)/.advcl-hub-installed
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test test-all test-versions mutate check format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands (this text)
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  VENV=path      another virtual environment than .venv"
 	@echo "  PYTHON=path    the Python that makes the environment"
@@ -27,9 +29,20 @@ demo: $(STAMP)  ## attack two released encoders, then pretrain, attack, compare 
 	@$(RUN) train.demo --output runs/demo
 
 # One thread a process: the tests run in several, which would fight for the cores.
-test: $(STAMP)  ## run the tests
-	@echo "test: python -m pytest $(PYTEST_ARGS)"
+test: $(STAMP)  ## run the tests, but for the slow ones
+	@echo "test: python -m pytest -m 'not slow' $(PYTEST_ARGS)"
+	@OMP_NUM_THREADS=1 $(RUN) pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-all: $(STAMP)  ## run all tests that this machine can run
+	@echo "test-all: python -m pytest $(PYTEST_ARGS)"
 	@OMP_NUM_THREADS=1 $(RUN) pytest $(PYTEST_ARGS)
+
+test-versions:  ## run the tests with the lowest and the newest versions that pyproject.toml allows: .versions
+	@$(PYTHON) .ci/versions.py $(VERSIONS_ARGS)
+
+mutate: $(STAMP)  ## make faults in a copy of the project and see that tests notice each of them (15 minutes)
+	@echo "mutate: python -m tests.mutate $(MUTATE_ARGS)"
+	@OMP_NUM_THREADS=1 $(RUN) tests.mutate $(MUTATE_ARGS)
 
 check: $(STAMP)  ## lint (ruff), formatting (ruff format) and types (mypy)
 	@echo "check: ruff check"

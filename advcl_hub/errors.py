@@ -18,7 +18,7 @@ def reason_of(error: BaseException, limit: int = 300) -> str:
     if len(lines) > 1 and lines[0].startswith("Error(s) in loading state_dict"):
         text = f"{_plain(lines[0])} {'; '.join(_refused_keys(lines[1:]))}"
     else:
-        text = _plain(" ".join(lines))
+        text = _plain(" ".join(lines)) or _plain(repr(error))
     return text if len(text) <= limit else f"{text[: limit - 4].rstrip()} ..."
 
 
@@ -47,6 +47,11 @@ def _refused_keys(lines: Sequence[str]) -> Iterator[str]:
 def _first_two(items: Sequence[str]) -> str:
     shown = ", ".join(item if len(item) <= 90 else f"{item[:86]} ..." for item in items[:2])
     return shown + (f" and {len(items) - 2} more" if len(items) > 2 else "")
+
+
+def visible(text: str) -> str:
+    """A text of others for a terminal, with what would move its cursor or change its colours written out, but for new lines."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _plain(text: str) -> str:

@@ -27,14 +27,32 @@ if TYPE_CHECKING:
 
 def slug(text: str) -> str:
     """A file name: the last two parts of a path, with nothing but letters, digits, dot, dash and underscore."""
-    parts = [re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in Path(text).parts[-2:] if part.strip("/.")]
-    return "-".join(parts) or "model"
+    parts = [re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in Path(text).parts[-2:]]
+    return "-".join(filter(None, parts)) or "model"
 
 
 def file_sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_DEPTH = 100  # of values within values: those that we write have some twenty
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text of other people holds; ValueError whatever is wrong with it, also where it is nested too deeply."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [value]
+    for _ in range(_DEPTH):
+        groups = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [each for group in groups for each in group]
+    if level:
+        raise ValueError("it is nested too deeply")
+    return value
 
 
 class SafetensorsFile(NamedTuple):
@@ -58,12 +76,15 @@ def read_safetensors(path: Path) -> SafetensorsFile:
 
     Raises:
         FileNotFoundError: no such file.
-        SafetensorError: it is no complete safetensors file.
+        SafetensorError: it is no complete safetensors file, or holds types that torch does not read.
     """
     from safetensors.torch import load  # torch, which most users of this module do without
 
     content = path.read_bytes()
-    tensors = load(content)
+    try:
+        tensors = load(content)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of types and shapes
+        raise SafetensorError(f"{type(error).__name__}: {error}") from error
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # `load` has checked it, and drops the metadata
     return SafetensorsFile(tensors, header.get("__metadata__") or {}, hashlib.sha256(content).hexdigest())
 

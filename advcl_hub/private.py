@@ -121,7 +121,7 @@ def _is_default_cfg(cfg: Any) -> bool:
 
 
 def set_model_args(model: nn.Module, model_args: Mapping[str, Any]) -> None:
-    """Sets the arguments of the architecture that timm saves with a model; early versions of timm save none."""
+    """Sets the arguments of the architecture that timm saves with a model."""
     model._model_args = dict(model_args)  # type: ignore[assignment]
 
 

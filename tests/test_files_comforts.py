@@ -5,8 +5,6 @@ import errno
 import fcntl
 import json
 import os
-import subprocess
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -26,7 +24,7 @@ from advcl_hub.training import loop, runlog
 from advcl_hub.training.processes import ALONE
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.stop import StopRequest
-from tests.support import ROOT
+from tests.support import warm
 from tests.support.small_encoders import SMALL_RESNET, export_encoder, save_encoder
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator", "fresh_warnings")
@@ -260,6 +258,8 @@ class Missing(MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name.partition(".")[0] in ("matplotlib", "tensorboard"):
             raise ModuleNotFoundError(f"No module named {name!r}")
+for name in [name for name in sys.modules if name.partition(".")[0] in ("matplotlib", "tensorboard") or "tensorboard" in name]:
+    del sys.modules[name]
 sys.meta_path.insert(0, Missing())
 import importlib.util
 found = importlib.util.find_spec
@@ -269,14 +269,7 @@ run = advcl_hub.finetune("encoder", "fake:40", "sff", size=16, epochs=1, batch_s
 result = advcl_hub.evaluate(run.folder, "fake:20", advcl_hub.Protocol(steps=1, check_images=0), output="out", progress=False)
 print(run.finished, result.robust is not None)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
+    done = warm.run("-c", program, cwd=tmp_path)
     assert done.stdout.split() == ["True", "True"], done.stderr
     assert "Pictures need matplotlib" in done.stderr and "TensorBoard's log failed" in done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "images.csv", "report.md"}

@@ -5,6 +5,8 @@ A recipe's keys are the fields of `Recipe` and of the groups in it; numbers may 
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,7 @@ import yaml
 from advcl_hub.pretraining import METHODS, AdvCL, Attack, ViewConfig
 from advcl_hub.pretraining.pseudo_labels import PAPER_KS
 
+_DEPTH = 50  # of settings within settings
 RECIPES = Path(__file__).with_name("recipes")
 
 
@@ -246,8 +249,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             target = target.setdefault(group, {})
             require(isinstance(target, dict), f"{key}: {group} is not a group of settings")
         try:
-            target[leaf] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            target[leaf] = _parse_yaml(text)
+        except ValueError as error:
             raise ValueError(f"{override!r} is not YAML: {' '.join(str(error).split())}") from None
     recipe = from_dict(values)
     o = recipe.optimizer
@@ -270,11 +273,38 @@ def read_yaml(name: str, folder: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"No {what} {name!r}. Known: {', '.join(known)}; or give the path of a YAML file.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = _parse_yaml(path.read_text(encoding="utf-8")) or {}
+    except ValueError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     require(isinstance(values, dict), f"{path} must hold `key: value` lines")
     return typing.cast(dict[str, Any], values)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-5` is a number, as in JSON and YAML 1.2: else `model_kwargs` would have it as text."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def _parse_yaml(text: str) -> Any:
+    """What a YAML text holds; ValueError whatever is wrong with it."""
+    try:
+        value = yaml.load(text, _Loader)
+        _check_depth(value)
+        return value
+    # PyYAML's own errors do not cover values such as `0x_` and `!!bool maybe`.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error) if isinstance(error, yaml.YAMLError) else repr(error)) from None
+
+
+def _check_depth(value: Any) -> None:
+    """Raises ValueError for groups in groups in groups, and for those that hold themselves."""
+    level = [value]
+    for _ in range(_DEPTH):
+        groups = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = list({id(each): each for group in groups for each in group}.values())  # each once, however often it is named
+    require(not level, "it is nested too deeply")
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
@@ -295,7 +325,19 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
         "objective": objective,
         "attack": build(Attack, values.get("attack", {}), "attack", METHODS[name].default_attack),
     }
-    return typing.cast(Recipe, build(Recipe, {**values, **groups}))
+    recipe: Recipe = build(Recipe, {**values, **groups})
+    _check_plain(recipe.to_dict())
+    return recipe
+
+
+def _check_plain(value: Any, path: str = "") -> None:
+    """Raises ValueError for what JSON, which checkpoints have, does not keep: infinite numbers, dates of YAML."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_plain(inner, _join(path, key))
+        return
+    kept = isinstance(value, str | int | None) or (isinstance(value, float) and math.isfinite(value))
+    require(kept, f"{path} is {value!s:.60}, expected a finite number, or text in quotes")
 
 
 def require(condition: bool, message: str) -> None:
@@ -348,7 +390,7 @@ def build(kind: Any, value: Any, path: str = "", base: Any = None) -> Any:
         return {key: build(args[1], v, _join(path, key)) for key, v in value.items()}
     if kind is float and isinstance(value, str | int | float) and not isinstance(value, bool):
         try:  # YAML leaves 8/255 and 1e-4 as text
-            return float(Fraction(value)) if isinstance(value, str) else float(value)
+            return float(Fraction(value) if isinstance(value, str) and "/" in value else value)
         except (ValueError, ZeroDivisionError, OverflowError):
             pass
     elif type(value) is kind:

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import io
 import logging
+import math
 import os
 import select
 import sys
@@ -18,7 +19,7 @@ import click
 import torch
 
 from advcl_hub.data.matching import CLASS_ORDERS
-from advcl_hub.errors import reason_of
+from advcl_hub.errors import reason_of, visible
 from advcl_hub.training.stop import duration
 
 TRACEBACK = "ADVCL_HUB_TRACEBACK"  # a variable: 1 shows where an error came from
@@ -33,8 +34,11 @@ DATA = "cifar10, cifar100, stl10, fashion-mnist, digits, folder:PATH or parquet:
 def length(text: str) -> float:
     """A distance of pixels in [0, 1], also as a fraction."""
     try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+        number = float(Fraction(text) if "/" in text else text)
+        if not math.isfinite(number):
+            raise ValueError
+        return number
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise click.BadParameter(f"{text!r} is not a number such as 8/255 or 0.5") from None
 
 
@@ -64,7 +68,7 @@ def sentence(error: Exception) -> str:
     ours = kind.__module__.partition(".")[0] in ("builtins", "advcl_hub", "train", "model_cards")
     if ours and isinstance(error, ValueError | OSError | ImportError | FloatingPointError) and str(error):
         # Names and keys of other people's files may hold what moves a terminal's cursor.
-        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
+        return visible(str(error))
     text = reason_of(error)
     named = text if text.startswith(kind.__name__) else f"{kind.__name__}: {text}"
     return f"{named.rstrip('.')}. (Set {TRACEBACK}=1 to see where.)"
@@ -146,7 +150,7 @@ def user_errors(function: Callable[..., None]) -> Callable[..., None]:
         logging.getLogger("timm").setLevel(logging.WARNING)
         try:
             with one_sentence(click.ClickException), warnings.catch_warnings():
-                warnings.showwarning = lambda message, *rest: click.echo(f"warning: {message}", err=True)
+                warnings.showwarning = lambda message, *rest: click.echo(f"warning: {visible(str(message))}", err=True)
                 function(*args, **options)
         except KeyboardInterrupt:
             click.echo("\nStopped. What takes long goes on from there with the same command.", err=True)

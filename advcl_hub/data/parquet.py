@@ -10,7 +10,6 @@ Where the split `train` may be, below a folder or its `data/`:
 Only names of the first kind tell how many files there are. Of the others, a loss of the last ones cannot be seen.
 """
 
-import json
 import re
 import unicodedata
 from collections import Counter
@@ -22,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from advcl_hub.errors import need
-from advcl_hub.files import refuse_pointer
+from advcl_hub.files import parse_json, refuse_pointer
 
+_MOST_CLASSES = 2**20  # that are named after their numbers
 _LAYOUT = "[data/]SPLIT-*.parquet"
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<total>\d+)(?P<suffix>.*)\.parquet")
 _NUMBERED = re.compile(r"(?P<split>.+)-(?P<number>\d+)\.parquet")
@@ -212,7 +212,7 @@ def _read_file(file: _File) -> _Shard:
         schema = pq.read_schema(file.path)
         image, label = columns = _columns(schema, file.path)
         table = pq.read_table(file.path, columns=[image, label], partitioning=None)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file.path} cannot be read as Parquet: {error}; fetch it again") from error
     if missing := table[label].null_count:
         raise ValueError(f"{file.path} has {missing} rows without a label")
@@ -226,18 +226,26 @@ def _columns(schema: Any, path: Path) -> tuple[str, str]:
     import pyarrow as pa
 
     types = {field.name: field.type for field in schema}
-    images = [n for n in ("img", "image") if n in types and pa.types.is_struct(types[n])]
+    images = [n for n in ("img", "image") if n in types and _holds_bytes(types[n])]
     labels = [n for n in ("label", "fine_label") if n in types and pa.types.is_integer(types[n])]
-    if not images or not labels or types[images[0]].get_field_index("bytes") < 0:
+    if not images or not labels or len(types) < len(schema):
         found = ", ".join(f"{name}: {kind}" for name, kind in types.items())
         raise ValueError(f"{path} has {found}; expected img or image: struct<bytes, path>, and label: int")
     return images[0], labels[0]
 
 
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column's type is a struct with `bytes`. Text there would be taken for the path of a file on this machine."""
+    import pyarrow as pa
+
+    place = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
+    return place >= 0 and (pa.types.is_binary(kind.field(place).type) or pa.types.is_large_binary(kind.field(place).type))
+
+
 def _class_names(schema: Any, label: str, path: Path) -> tuple[str, ...]:
     """Names in the Hugging Face metadata, in form NFC as folders' names are compared; () if there are none."""
     try:
-        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        metadata = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
         names = metadata.get("info", {}).get("features", {}).get(label, {}).get("names") or []
         if not isinstance(names, list):
             raise TypeError(f"class names as {type(names).__name__}")
@@ -295,6 +303,8 @@ def _classes(shard: _Shard, file: _File, found: Sequence[_File], largest: int) -
             )
         if not names:
             largest = max(largest, *(_largest(file.path, label) for file in found if file.split == split))
+    if not shard.classes and largest >= _MOST_CLASSES:
+        raise ValueError(f"{file.path} has the label {largest}, and no class names: that is no number of a class.")
     return shard.classes or tuple(str(label) for label in range(largest + 1))
 
 

@@ -62,12 +62,9 @@ def _exact_backends(cuda: bool) -> Iterator[None]:
     """True float32 everywhere, and on a GPU deterministic kernels wherever there are any (torch warns where there are none)."""
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
+    mkldnn: Any = torch.backends.mkldnn  # of CPUs
     settings: list[tuple[Any, str, Any]]
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9; it refuses to mix these with the older allow_tf32
-        mkldnn: Any = torch.backends.mkldnn  # of CPUs
-        settings = [(place, "fp32_precision", "ieee") for place in (cudnn.conv, matmul, mkldnn.conv, mkldnn.matmul)]
-    else:
-        settings = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+    settings = [(place, "fp32_precision", "ieee") for place in (cudnn.conv, matmul, mkldnn.conv, mkldnn.matmul)]
     settings += [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
     earlier = [(module, name, getattr(module, name)) for module, name, _ in settings]
     strict, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

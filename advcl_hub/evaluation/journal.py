@@ -8,10 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from advcl_hub.files import check_writable, lock, sync, write_errors
+from advcl_hub.files import check_writable, lock, parse_json, sync, write_errors
 from advcl_hub.training.processes import Processes
 
 Payload = dict[str, list[Any]]
+
+
+def _is_result(entry: Mapping[str, Any]) -> bool:
+    """Whether the line of a unit has what a unit needs."""
+    unit, payload, seconds = (entry.get(key) for key in ("unit", "payload", "seconds"))
+    lists = isinstance(payload, dict) and all(isinstance(column, list) for column in payload.values())
+    return isinstance(unit, str) and lists and isinstance(seconds, int | float)
 
 
 class Journal:
@@ -57,13 +64,16 @@ class Journal:
                 self._append({"header": header})
 
     def _read(self, path: Path, header: Mapping[str, Any]) -> None:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        for number, line in enumerate(path.read_bytes().splitlines()):
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
+                if not isinstance(entry, dict) or ("unit" in entry and not _is_result(entry)):
+                    raise ValueError
             except ValueError:
-                break  # cut short by a kill: measured again
+                break  # cut short by a kill, or damaged: measured again
             if number == 0 and entry.get("header") != header:
-                differing = [k for k in header if (entry.get("header") or {}).get(k) != header[k]]
+                earlier = entry.get("header")
+                differing = [k for k in header if not isinstance(earlier, dict) or earlier.get(k) != header[k]]
                 raise ValueError(
                     f"{path.parent} holds an unfinished evaluation with another {', '.join(differing) or 'format'}. "
                     "Repeat its command to finish it, choose another --output, or remove that folder."

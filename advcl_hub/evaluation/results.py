@@ -81,13 +81,17 @@ def finished(folder: Path, facts: Mapping[str, Any]) -> Evaluation | None:
         )
     if not (folder / "images.csv").is_file():
         raise ValueError(f"{folder} lacks its images.csv: remove that folder to measure again.")
-    with (folder / "images.csv").open(newline="", encoding="utf-8") as file:
-        names, *rows = list(csv.reader(file)) or [[]]
-    if not rows or any(len(row) != len(names) for row in rows):
-        raise ValueError(f"{folder} has a damaged images.csv: remove that folder to measure again.")
     values = {"True": True, "False": False}
-    columns = [[values[v] if v in values else int(v) for v in column] for column in zip(*rows, strict=True)]
-    return Evaluation(record, dict(zip(names, columns, strict=True)))
+    try:
+        with (folder / "images.csv").open(newline="", encoding="utf-8") as file:
+            names, *rows = csv.reader(file)
+        columns = zip(*([values[v] if v in values else int(v) for v in row] for row in rows), strict=True)
+        images = {name: [*column] for name, column in zip(names, columns, strict=True)}
+    except (ValueError, csv.Error):
+        images = {}
+    if not images:
+        raise ValueError(f"{folder} has a damaged images.csv: remove that folder to measure again.")
+    return Evaluation(record, images)
 
 
 def proportion(correct: int, total: int) -> dict[str, Any]:
@@ -95,7 +99,8 @@ def proportion(correct: int, total: int) -> dict[str, Any]:
     z, p = 1.959964, correct / total
     centre, spread = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
-    low, high = max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    low, high = max(0.0, min(p, low)), min(1.0, max(p, high))  # which rounding must not put beside the value
     return {"value": p, "correct": correct, "interval_95": [low, high]}
 
 

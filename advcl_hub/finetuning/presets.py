@@ -87,8 +87,8 @@ class Settings:
         least = {"epochs": 1, "batch_size": 1, "steps": 1, "accumulate": 1, "seed": 0}
         least |= {"momentum": 0, "weight_decay": 0, "beta": 0, "ema_decay": 0, "val_fraction": 0}
         for name, smallest in least.items():
-            if not getattr(self, name) >= smallest:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
+            if not smallest <= (value := getattr(self, name)) < float("inf"):
+                raise ValueError(f"{name} is {value}, expected at least {smallest}{' and finite' if value > 0 else ''}")
         for name in ("ema_decay", "val_fraction", "momentum"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected less than 1")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from advcl_hub.errors import reason_of
-from advcl_hub.files import file_sha256, make_readable, refuse_pointer, without_local_paths, write_errors
+from advcl_hub.files import file_sha256, make_readable, parse_json, refuse_pointer, without_local_paths, write_errors
 from advcl_hub.hub.projector_file import PROJECTOR, layers_of, projector_from_state, read_projector, save_projector, widths_of
 from advcl_hub.modes import as_usual
 from advcl_hub.private import config_writer
@@ -191,7 +191,7 @@ def _check_complete(folder: Path, names: Iterable[str]) -> None:
 def recorded_sha256(path: Path) -> dict[str, str]:
     """By name the sha256 of an export's files, from its results.json. Raises ValueError if that is damaged."""
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        recorded = parse_json(path.read_text(encoding="utf-8"))["sha256"]
         return {name: recorded[name] for name in (*CHECKED, *((PROJECTOR,) if PROJECTOR in recorded else ()))}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): copy it again.") from None

@@ -4,7 +4,6 @@ Those of `released.json` are registered when this module is imported; `register`
 """
 
 import functools
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,7 +15,7 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 import advcl_hub.models  # noqa: F401  # whose architectures released weights belong to
-from advcl_hub.files import refuse_pointer
+from advcl_hub.files import parse_json, refuse_pointer
 from advcl_hub.hub.download import commit_of, fetch, is_cached, split_revision
 from advcl_hub.hub.export import CONFIG, WEIGHTS, verify_folder
 from advcl_hub.hub.released import SOURCES, Release, check_name, head_of, load_releases
@@ -131,11 +130,15 @@ def open_source(source: str | Path, name: str | None = None, *, cache_dir: str |
         else:
             results_file = None
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        results = json.loads(results_file.read_text(encoding="utf-8")) if results_file else {}
+        config = parse_json(config_file.read_text(encoding="utf-8"))
+        results = parse_json(results_file.read_text(encoding="utf-8")) if results_file else {}
         files = {file: {"sha256": sha256} for file, sha256 in results.get("sha256", {}).items()}
         facts = {"own": True, "head": head_of(results, config)}
-        return Release(name or config["architecture"], config, files, hub_id, revision, folder, facts, unchecked=unchecked)
+        if not isinstance(config["architecture"], str):
+            raise TypeError(f"the architecture is {config['architecture']!r}")
+        opened = Release(name or config["architecture"], config, files, hub_id, revision, folder, facts, unchecked=unchecked)
+        _ = opened.model_args, opened.cfg  # made of the config
+        return opened
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{source} has a damaged {CONFIG} or {RESULTS} (in {config_file.parent}): {error!r}.") from None
 

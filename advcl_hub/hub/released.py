@@ -6,7 +6,6 @@ it).
 
 import atexit
 import functools
-import json
 import os
 import re
 import shutil
@@ -19,7 +18,7 @@ from typing import Any
 from huggingface_hub import constants
 from timm.models import PretrainedCfg
 
-from advcl_hub.files import check_writable, refuse_pointer
+from advcl_hub.files import check_writable, parse_json, refuse_pointer
 from advcl_hub.hub.download import check_file, fetch
 from advcl_hub.hub.export import WEIGHTS
 from advcl_hub.hub.parts import join
@@ -167,7 +166,7 @@ def load_releases(path: Path = RELEASED) -> list[Release]:
     """
     found = []
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
         entries = dict(data["releases"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): install advcl-hub again.") from None

@@ -29,7 +29,7 @@ class AdvCLObjective(ContrastiveObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pseudo_label_weight < 0:
+        if not 0 <= self.pseudo_label_weight < float("inf"):
             raise ValueError(f"pseudo_label_weight must not be negative, got {self.pseudo_label_weight}")
 
     @property

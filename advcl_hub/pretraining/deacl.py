@@ -31,7 +31,7 @@ class DeACLObjective(Objective):
     attacks_in_evaluation = True
 
     def __post_init__(self) -> None:
-        if self.robust_weight < 0:
+        if not 0 <= self.robust_weight < float("inf"):
             raise ValueError(f"robust_weight must not be negative, got {self.robust_weight}")
 
 

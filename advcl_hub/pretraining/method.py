@@ -28,8 +28,10 @@ class Attack:
     steps: int = 5
 
     def __post_init__(self) -> None:
-        if min(self.eps, self.step_size, self.steps) < 0:
-            raise ValueError(f"eps, step_size and steps must not be negative, got {self.eps}, {self.step_size}, {self.steps}")
+        if not all(0 <= value < float("inf") for value in (self.eps, self.step_size, self.steps)):
+            raise ValueError(
+                f"eps, step_size and steps must not be negative or infinite, got {self.eps}, {self.step_size}, {self.steps}"
+            )
 
     def run(self, loss: Callable[[Tensor], Tensor], images: Tensor, start: Tensor) -> Tensor:
         """PGD from `start` around `images` (..., C, H, W); `loss` is a sum over the images. See `advcl_hub.attacks.pgd`."""

@@ -37,6 +37,7 @@ from advcl_hub.training.progress import progress_bar
 
 PAPER_KS = (2, 10, 50, 100, 500)  # numbers of clusters in the paper (section 5)
 METHOD = "1"  # part of the cache key: raise it with every change that gives other labels for the same input
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)  # of labels
 NUM_STARTS = 3  # k-means++ starts; the one with the least inertia is kept
 NUM_VERIFIED = 512  # images compared with the digests on load: enough for shifts, cheap for lazy images
 
@@ -153,7 +154,10 @@ def load_pseudo_labels(
     except SafetensorError as error:
         raise ValueError(f"{path} is no readable safetensors file ({error}); make it again.") from error
     provenance = {**file.metadata, "file": path.name, "file_sha256": file.sha256}
-    return _align(file.tensors, provenance, data, split, ks)
+    try:
+        return _align(file.tensors, provenance, data, split, ks)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _provenance(identity: dict[str, str], device: str | torch.device) -> dict[str, str]:
@@ -251,7 +255,7 @@ def _align(
     ks: Sequence[int] | None,
 ) -> PseudoLabels:
     """From the order of the source to the order of the data, with every check there is."""
-    pattern = re.compile(re.escape(split) + r"_(\d+)")
+    pattern = re.compile(re.escape(split) + r"_([1-9][0-9]{0,8})")
     available = sorted(int(match[1]) for key in tensors if (match := pattern.fullmatch(key)))
     if not available:
         raise ValueError(f"There are no labels of the split {split!r}, only {', '.join(sorted(tensors))}.")
@@ -262,7 +266,7 @@ def _align(
     columns = []
     for k in ks:
         column = tensors[f"{split}_{k}"]
-        if column.ndim != 1 or column.is_floating_point() or len(column) <= int(indices.max()):
+        if column.ndim != 1 or column.dtype not in _INTEGERS or len(column) <= int(indices.max()):
             raise ValueError(
                 f"{split}_{k} holds {column.dtype} {tuple(column.shape)}, but {data.name} has an image at "
                 f"position {int(indices.max())} of its source: they are of other data or another split."
@@ -281,6 +285,8 @@ def _align(
 
 
 def _check_digests(digests: Tensor, data: ImageData) -> None:
+    if digests.ndim != 1 or digests.dtype != torch.int64 or len(digests) <= int(data.indices.max()):
+        raise ValueError(f"The hashes of the images are {digests.dtype} {tuple(digests.shape)}: the file is damaged.")
     chosen = torch.linspace(0, len(data) - 1, min(len(data), NUM_VERIFIED)).long()
     sample = data.subset(chosen)
     found = torch.cat([_digests(images) for images, _ in batches(sample, NUM_VERIFIED)])

@@ -44,13 +44,9 @@ def backends(device: torch.device) -> dict[str, Any]:
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
     mkldnn: Any = torch.backends.mkldnn
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9; "none" asks for nothing less than float32
-        products, convolutions = (matmul, cudnn.conv) if device.type == "cuda" else (mkldnn.matmul, mkldnn.conv)
-        precision = [backend.fp32_precision.replace("none", "ieee") for backend in (products, convolutions)]
-    elif device.type == "cuda":
-        precision = ["tf32" if backend.allow_tf32 else "ieee" for backend in (matmul, cudnn)]
-    else:
-        precision = ["ieee" if torch.get_float32_matmul_precision() != "medium" else "bf16", "ieee"]
+    products, convolutions = (matmul, cudnn.conv) if device.type == "cuda" else (mkldnn.matmul, mkldnn.conv)
+    # "none" asks for nothing less than float32.
+    precision = [backend.fp32_precision.replace("none", "ieee") for backend in (products, convolutions)]
     return {
         "float32_matmul": precision[0],
         "float32_conv": precision[1],

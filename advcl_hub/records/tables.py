@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from advcl_hub.records.literature import SOURCE, quoted
-from advcl_hub.records.reading import ATTACK_NAMES, autoattack_text, pixels
+from advcl_hub.records.reading import ATTACK_NAMES, autoattack_text, in_markdown, one_line, pixels
 
 FORMATS = ("text", "markdown", "latex")
 
@@ -58,21 +58,27 @@ def report(records: Sequence[Mapping[str, Any]], style: str = "text", *, literat
     if any(text.startswith("parquet:") for text in protocols):
         notes.append("Images from Parquet files (parquet:) may be recompressed: figures of the originals then do not compare.")
     warnings = [f"{r['model']['name']}: {warning}" for r in records for warning in r["warnings"]]
-    return {"text": _text, "markdown": _markdown, "latex": _latex}[style](header, rows, notes, warnings)
+    made = ([*map(one_line, texts)] for texts in (notes, warnings))
+    return {"text": _text, "markdown": _markdown, "latex": _latex}[style](header, [[*map(one_line, r)] for r in rows], *made)
 
 
 def page(record: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """The report of one evaluation in markdown, with its checks and pictures."""
-    checks = [f"| {c['name']} | {'yes' if c['passed'] else '**no**'} | {c['detail']} |" for c in record["checks"]]
-    parts = [f"# {record['model']['name']} on {record['data']['name']}", report([record], "markdown")]
+    checks = [
+        f"| {in_markdown(c['name'])} | {'yes' if c['passed'] else '**no**'} | {in_markdown(c['detail'])} |"
+        for c in record["checks"]
+    ]
+    parts = [in_markdown(f"# {record['model']['name']} on {record['data']['name']}"), report([record], "markdown")]
     if "corruptions" in record:
         found = record["corruptions"]
-        parts.append(f"Mean accuracy under corruptions ({record['corrupted']['set']}): {100 * found['mean']:.1f} %.")
+        of = in_markdown(record["corrupted"]["set"])
+        parts.append(f"Mean accuracy under corruptions ({of}): {100 * found['mean']:.1f} %.")
     parts += [f"![{name}]({name})" for name in pictures]
     if checks:
         parts.append("\n".join(["## Signs of false robustness", "", "| check | passed | seen |", "|---|---|---|", *checks]))
     if record["command"]:
-        parts.append(f"Made by `{record['command']}` in {record['seconds']:,.0f} s on {record['hardware']['name']}.")
+        how, where = in_markdown(record["command"]), in_markdown(record["hardware"]["name"])
+        parts.append(f"Made by `{how}` in {record['seconds']:,.0f} s on {where}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -114,9 +120,10 @@ def _text(header: list[str], rows: list[list[str]], notes: list[str], warnings: 
 
 
 def _markdown(header: list[str], rows: list[list[str]], notes: list[str], warnings: list[str]) -> str:
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in (header, *rows)]
+    lines = [f"| {' | '.join(map(in_markdown, row))} |" for row in (header, *rows)]
     lines.insert(1, "|---" + "|---:" * (len(header) - 1) + "|")
-    parts = ["\n".join(lines), *(f"> **Warning.** {w}" for w in warnings), "\n".join(f"- {note}" for note in notes)]
+    cited = [f"> **Warning.** {in_markdown(warning)}" for warning in warnings]
+    parts = ["\n".join(lines), *cited, "\n".join(f"- {in_markdown(note)}" for note in notes)]
     return "\n\n".join(parts)
 
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from advcl_hub.files import comfort, replacing, write_errors
+from advcl_hub.files import comfort, parse_json, replacing, write_errors
 
 LOG = "log.jsonl"
 _JUDGED = ("probe_", "val_")  # names of what is measured on held-out images begin so
@@ -28,7 +28,8 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / LOG
-        kept = [r for r in read_log(folder) if r["step"] < step or (r["step"] == step and not _is_judgement(r))]
+        whole = [r for r in read_log(folder) if isinstance(r.get("step"), int)]
+        kept = [r for r in whole if r["step"] < step or (r["step"] == step and not _is_judgement(r))]
         with replacing(self.path) as draft:
             draft.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         self.board: Any = None
@@ -89,13 +90,13 @@ def _is_judgement(record: dict[str, Any]) -> bool:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run; a line cut off by a kill is left out."""
+    """The records of a run; a line cut off by a kill, or damaged, is left out."""
     records = []
     path = folder / LOG
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line)
+        except ValueError:
             continue
         if isinstance(record, dict):
             records.append(record)

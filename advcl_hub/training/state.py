@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from advcl_hub.files import read_safetensors, replacing
+from advcl_hub.files import parse_json, read_safetensors, replacing
 from advcl_hub.training.tensors import separate
 
 FILE = "checkpoint.safetensors"
@@ -126,10 +126,13 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = folder / FILE
     try:
         file = read_safetensors(path)
-        return json.loads(file.metadata["advcl"]), file.tensors
+        info = parse_json(file.metadata["advcl"])
+        if not isinstance(info, dict):
+            raise ValueError(f"its record is a {type(info).__name__}")
+        return info, file.tensors
     except FileNotFoundError:
         raise FileNotFoundError(f"No checkpoint in {folder} (expected {FILE}).") from None
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a readable training checkpoint ({error}). Remove it to start over.") from None
 
 

@@ -16,6 +16,7 @@ from advcl_hub import releases
 from advcl_hub.cli import main
 from advcl_hub.hub.export import WEIGHTS, load_folder, verify_folder
 from advcl_hub.records import RESULTS
+from tests.support import warm
 from tests.support.hub_client import TOKENS, WRITER
 from tests.support.hub_server import Hub, flipped
 from tests.support.small_encoders import export_encoder
@@ -80,10 +81,8 @@ def test_list_for_people_and_for_programs() -> None:
 
 def test_completion_offers_the_names() -> None:
     names = list(releases())
-    command = [sys.executable, "-m", "advcl_hub.cli"]
     words = {"COMP_WORDS": "advcl-hub info resnet10", "COMP_CWORD": "2", "_ADVCL_HUB_COMPLETE": "bash_complete"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **words}, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
+    done = warm.run("-m", "advcl_hub.cli", env={**os.environ, **words}, code=0)
     offered = {line.partition(",")[2] for line in done.stdout.splitlines()}
     assert offered == {name for name in names if name.startswith("resnet10")} != set()
 
@@ -142,9 +141,8 @@ def test_push_info_pull_and_verify_on_a_hub(export: Path, hub: Hub, tmp_path: Pa
     environment = hub.environment(tmp_path / "home", WRITER)
 
     def typed(*arguments: object) -> str:
-        command = [sys.executable, "-m", "advcl_hub.cli", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, encoding="utf-8")
-        assert "Traceback" not in done.stderr and done.returncode == 0, done.stderr
+        done = warm.run("-m", "advcl_hub.cli", *arguments, env=environment, code=0)
+        assert "Traceback" not in done.stderr, done.stderr
         return done.stdout
 
     name = "acme/resnet8_cifar.test"
@@ -158,8 +156,5 @@ def test_push_info_pull_and_verify_on_a_hub(export: Path, hub: Hub, tmp_path: Pa
     assert "complete and verified" in typed("pull", f"{name}@v1", tmp_path / "copy")
     assert verify_folder(tmp_path / "copy") == 0
     environment.pop("HF_TOKEN")
-    command = [sys.executable, "-m", "advcl_hub.cli", "verify", name]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment | {"HF_HOME": str(tmp_path / "fresh")}, encoding="utf-8"
-    )
+    done = warm.run("-m", "advcl_hub.cli", "verify", name, env=environment | {"HF_HOME": str(tmp_path / "fresh")})
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("Error: ") and "or is private" in done.stderr

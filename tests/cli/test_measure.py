@@ -1,6 +1,5 @@
 """advcl-hub evaluate and report, as typed: what they print and leave, after a kill, with several processes, on bad input."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from advcl_hub.evaluation.journal import Journal
 from advcl_hub.hub.export import export_folder
 from advcl_hub.models import resnet_cifar  # noqa: F401
 from advcl_hub.training.processes import ALONE
-from tests.support import ROOT
+from tests.support import ROOT, warm
 from tests.support.commands import finish, start
 from tests.support.hub_client import nobody, open_client
 from tests.support.hub_server import serve_hub
@@ -97,28 +96,19 @@ def test_asked_again_it_answers_from_the_folder_and_overwrites_nothing(model: Pa
     assert what_was_measured(uninterrupted) == before
 
 
-def wait_for_units(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_units(folder: Path, count: int, process: warm.Warm) -> None:
     deadline = time.monotonic() + 120
     while sum(path.read_text(encoding="utf-8").count('"unit"') for path in folder.glob("unfinished/*.jsonl")) < count:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
 
 
-def kill(output: Path) -> None:
-    """SIGKILL to every process that was started for this folder, also to those that a launcher started."""
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # gone meanwhile
-            if str(output).encode() in entry.read_bytes():
-                os.kill(int(entry.parent.name), signal.SIGKILL)
-
-
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes to kill in /proc")
 def test_after_kills_it_ends_as_if_nothing_had_happened(model: Path, uninterrupted: Path, tmp_path: Path) -> None:
     output = tmp_path / "evaluation"
     for units, processes in ((2, 1), (6, 2)):
         process = start("evaluate", model, *ATTACKED, "--output", output, processes=processes)
         wait_for_units(output, units, process)
-        kill(output)
+        os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         assert not (output / "results.json").exists()
     for path in output.glob("unfinished/*.jsonl"):
@@ -155,11 +145,7 @@ sys.stdout.write(f"figures {Processes.current().count} {result.standard} {result
 
 def test_a_script_under_torchrun_shares_the_images_too(model: Path, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, str(tmp_path / "script.py"), str(model), str(tmp_path / "e")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, encoding="utf-8")
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = warm.run(tmp_path / "script.py", model, tmp_path / "e", processes=2, code=0)
     alone = evaluate(model, "fake:60", Protocol(eps=1 / 255, check_images=0), progress=False)
     assert done.stdout.count(f"figures 2 {alone.standard} {alone.robust}") == 2
 
@@ -248,10 +234,8 @@ def test_a_model_of_the_hub_brings_its_provenance(model: Path, tmp_path: Path) -
     shutil.copytree(model, tmp_path / "hub" / "org" / "probe")
     with serve_hub(tmp_path / "hub") as address:
         environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        arguments = ["hf-hub:org/probe@main", *DATA, "--steps", "0", "--output", str(tmp_path / "e")]
-        command = [sys.executable, "-m", "advcl_hub.cli", "evaluate", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
+        arguments = ["hf-hub:org/probe@main", *DATA, "--steps", "0", "--output", tmp_path / "e"]
+        warm.run("-m", "advcl_hub.cli", "evaluate", *arguments, env=environment, code=0)
     record = json.loads((tmp_path / "e" / "results.json").read_text(encoding="utf-8"))
     assert record["model"]["provenance"]["provenance"]["pseudo_labels"] == {"encoder": "some_encoder"}
     local = run("evaluate", model, *DATA, "--steps", "0", "--json", "--output", tmp_path / "f")

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from advcl_hub.finetuning.presets import table
 from advcl_hub.hub.export import load_folder
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
-from tests.support import ROOT
+from tests.support import warm
 from tests.support.commands import finish, start
 from tests.support.hub_server import serve_hub
 from tests.support.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder
@@ -142,19 +140,9 @@ def test_an_encoder_of_the_hub(vit: Path, tmp_path: Path) -> None:
     """With the arguments of its architecture, so that the result opens as it is."""
     shutil.copytree(vit, tmp_path / "hub" / "org" / "vit")
     with serve_hub(tmp_path / "hub") as address:
-        environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-        command = [
-            sys.executable,
-            "-m",
-            "advcl_hub.cli",
-            "finetune",
-            "hf-hub:org/vit",
-            *QUICK,
-            "--output",
-            str(tmp_path / "run"),
-        ]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, encoding="utf-8")
-    assert done.returncode == 0, done.stderr[-3000:]
+        environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")}
+        command = ("-m", "advcl_hub.cli", "finetune", "hf-hub:org/vit", *QUICK, "--output", tmp_path / "run")
+        warm.run(*command, env=environment, code=0)
     record = json.loads((tmp_path / "run" / "classifier" / "results.json").read_text(encoding="utf-8"))
     assert record["encoder"]["name"] == "hf-hub:org/vit" and record["encoder"]["provenance"]["kind"] == "encoder"
     found, encoder = weights(tmp_path / "run"), load_folder(vit).state_dict()

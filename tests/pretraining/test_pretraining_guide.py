@@ -2,10 +2,7 @@
 
 import copy
 import io
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from torch import nn
 from advcl_hub.hub import export_folder
 from advcl_hub.models.branch_norm import branch_state_dict
 from advcl_hub.pretraining import METHODS, AdvCL, Attack, Method, SimCLR, create_method
-from tests.support import ROOT
+from tests.support import ROOT, warm
 
 GUIDE = ROOT / "advcl_hub" / "pretraining" / "README.md"
 
@@ -27,10 +24,7 @@ def test_the_programs_of_the_guide_run_and_the_export_opens_in_timm(tmp_path: Pa
     program = tmp_path / "program.py"
     lines = [loop.replace("range(2)", "range(1)"), *more, "print(losses.total.item())"]  # an epoch less
     program.write_text("\n".join(lines), encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(program)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = warm.run(program, cwd=tmp_path, code=0)
     epoch, contrastive, pseudo_label, distillation = done.stdout.split()
     assert epoch == "0" and 0 < float(contrastive) < 60 and 0 < float(pseudo_label) < 3  # log 2 and log 10 for a chance
     assert -3 < float(distillation) < -1  # a student that starts as its teacher: -1 - 2 if there were no attack

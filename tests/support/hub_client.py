@@ -1,6 +1,5 @@
 """The real Hub client, in a process of its own that was started with the addresses of a test's Hub."""
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -8,8 +7,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
+from tests.support import warm
 from tests.support.hub_server import Hub
 
 WRITER = "hf_writer"
@@ -30,7 +29,8 @@ class _Impatient:
         time.sleep(seconds / 1000)
 
 
-def _start() -> None:
+def _start(environment: Mapping[str, str]) -> None:
+    warm.enter(environment)
     from huggingface_hub.utils import _http
 
     setattr(_http, "time", _Impatient())  # noqa: B010  # a module is no module of ours
@@ -64,7 +64,5 @@ class Client:
 def open_client(hub: Hub, home: Path, **variables: str) -> Iterator[Client]:
     """A process that knows `hub`, with caches of its own in `home`."""
     environment = hub.environment(home) | {"OMP_NUM_THREADS": "1"} | variables
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start) as pool:
-        with patch.dict(os.environ, environment, clear=True):
-            pool.submit(os.getpid).result()  # the first call starts the process
+    with ProcessPoolExecutor(1, warm.CONTEXT, _start, (environment,)) as pool:
         yield Client(pool)

@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.support import ROOT
+from tests.support import ROOT, warm
 from train import flagship
 from train.plan import Inputs, load_plan
 from train.plan_folder import Record
@@ -81,33 +79,17 @@ def refusal(*arguments: object) -> str:
     return str(refused.value)
 
 
-def start(*arguments: object) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "train.flagship", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        encoding="utf-8",
-    )
+def start(*arguments: object) -> warm.Warm:
+    """Starts `python -m train.flagship ARGUMENTS`."""
+    return warm.start(ROOT / "tests" / "support" / "forked.py", *arguments, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def call(*arguments: object, code: int = 0) -> str:
     """What the command says."""
     with start(*arguments) as process:
-        try:
-            said = process.communicate(timeout=1500)[0]
-        except BaseException:
-            process.kill()
-            raise
+        said = "".join(process.communicate(timeout=1500))
     assert process.returncode == code, said[-4000:]
     return said
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def measured(plan: Path, output: Path, epochs: int, benchmark: str = "benchmark") -> None:

@@ -1,10 +1,7 @@
 """The demo at a tiny setting, as `make demo` runs it."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,17 +9,14 @@ import timm
 
 from advcl_hub.evaluation import Protocol, evaluate
 from advcl_hub.training.stop import StopRequest
-from tests.support import ROOT
+from tests.support import warm
 from train.demo import RELEASED, run_demo
 
 TINY = ("epochs=1", "optimizer.warmup_epochs=0", "judge.every=0", "attack.steps=1", "model_kwargs.channels=[16,16,16]")
 
 
 def demo(output: Path) -> str:
-    command = [sys.executable, "-m", "train.demo", *TINY, f"pseudo_labels.cache={output / 'labels'}", "--output", str(output)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, encoding="utf-8")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = warm.run("-m", "train.demo", *TINY, f"pseudo_labels.cache={output / 'labels'}", "--output", output, code=0)
     return done.stdout + done.stderr
 
 

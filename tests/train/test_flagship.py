@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,9 @@ from advcl_hub.records import RESULTS
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
 from advcl_hub.training.stop import StopRequest
-from tests.support import ROOT
+from tests.support import ROOT, warm
 from tests.support.checkouts import copy_checkout
-from tests.support.tiny_plans import call, environment, measured, refusal, start, tiny_plan
+from tests.support.tiny_plans import call, measured, refusal, start, tiny_plan
 from train import flagship, kept
 from train.checkpoint import load_checkpoint
 from train.plan import Inputs, load_plan
@@ -105,11 +103,8 @@ def test_a_rehearsed_plan_is_released_by_name(rehearsed: tuple[Path, str], tmp_p
     shutil.copytree(ROOT / "train", checkout / "train", ignore=shutil.ignore_patterns("__pycache__"))
 
     def python(program: str, *arguments: object) -> str:
-        command = [sys.executable, "-c", program, *map(str, arguments)]
-        env = environment() | {"PYTHONPATH": str(checkout), "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=300, encoding="utf-8")
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+        env = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+        return warm.run("-c", program, *arguments, cwd=checkout, env=env, code=0).stdout
 
     release = "from model_cards import release; release.BUNDLED_BYTES = 0; release.main()"
     said = python(release, rehearsed[0] / "kept", "--licence", "apache-2.0", "--note", "A try.", "--rehearsal")
@@ -136,11 +131,11 @@ def test_a_rehearsed_plan_is_released_by_name(rehearsed: tuple[Path, str], tmp_p
 # ------------------------------------------------------------------------------------------------- kills, budgets, failures
 
 
-def wait_for(condition: Any, process: "subprocess.Popen[str]") -> None:
+def wait_for(condition: Any, process: warm.Warm) -> None:
     for _ in range(3000):
         if condition():
             return
-        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     raise AssertionError("it never came")
 
@@ -173,7 +168,7 @@ def test_killed_within_a_stage_it_goes_on(tmp_path: Path) -> None:
     process = start(plan, "--output", output)
     wait_for(lambda: load_checkpoint(output / "pretrain").step > steps, process)
     os.killpg(process.pid, signal.SIGTERM)  # as batch systems do: to the command and to what it started
-    said = process.communicate()[0]
+    said = "".join(process.communicate())
     assert process.returncode == 0 and "| pretrain | stopped |" in said and "Next: pretrain. The same command goes on:" in said
     assert "== benchmark" not in said and "1,000,000 epochs, eager" in said and "| encoder | waits for pretrain |" in said
     checkpoint = load_checkpoint(output / "pretrain")

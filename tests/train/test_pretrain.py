@@ -4,8 +4,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from advcl_hub.training.runlog import read_log
 from advcl_hub.training.seeds import mix
 from advcl_hub.training.state import FILE, group
 from advcl_hub.training.stop import StopRequest
-from tests.support import ROOT
+from tests.support import warm
 from tests.support.image_files import encode, pixels, write
 from train.checkpoint import load_checkpoint
 from train.pretrain import Trainer, main, pretrain
@@ -32,20 +30,18 @@ TINY = [
 ]
 
 
-def start(output: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "train.pretrain", "digits_demo", *TINY, *arguments, "--output", str(output)]
-    command.append(f"pseudo_labels.cache={output.parent / 'labels'}")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-    )
+def command(output: Path, *arguments: str) -> list[str]:
+    settings = [*TINY, *arguments, f"pseudo_labels.cache={output.parent / 'labels'}"]
+    return ["-m", "train.pretrain", "digits_demo", *settings, "--output", str(output)]
+
+
+def start(output: Path, *arguments: str) -> warm.Warm:
+    return warm.start(*command(output, *arguments))
 
 
 def run(output: Path, *arguments: str, code: int = 0) -> str:
-    process = start(output, *arguments)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == code, err[-3000:]
-    return out + err
+    done = warm.run(*command(output, *arguments), code=code)
+    return done.stdout + done.stderr
 
 
 def refusal(output: Path, *arguments: str) -> str:
@@ -55,7 +51,7 @@ def refusal(output: Path, *arguments: str) -> str:
     return str(ended.value)
 
 
-def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(output: Path, step: int, process: warm.Warm) -> None:
     """Until the log (written just before each checkpoint) has come so far; for step 0, until the first checkpoint stands."""
     for _ in range(2000):
         if any(r["step"] >= step for r in read_log(output)) or (step == 0 and (output / FILE).is_file()):
@@ -243,17 +239,8 @@ def test_sigterm_to_the_whole_group_stops_a_streaming_run_cleanly(tmp_path: Path
     write_images(tmp_path / "images")
     program = "from advcl_hub.data import decoding; decoding.IN_MEMORY_BYTES = 0; from train.pretrain import main; main()"
     settings = [*TINY, f"data.source=folder:{tmp_path / 'images'}", "batch_size=8", "epochs=500", "data.workers=2"]
-    command = [sys.executable, "-c", program, "digits_demo", *settings, "checkpoint_minutes=60"]
-    command += [f"pseudo_labels.cache={tmp_path}", "--output", str(tmp_path / "run")]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        encoding="utf-8",
-    )
+    settings += ["checkpoint_minutes=60", f"pseudo_labels.cache={tmp_path}"]
+    process = warm.start("-c", program, "digits_demo", *settings, "--output", tmp_path / "run")
     wait_for_step(tmp_path / "run", 3, process)
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)

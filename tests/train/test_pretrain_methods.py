@@ -14,7 +14,6 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing import get_context
 from torch.nn.parallel import DistributedDataParallel
 
 from advcl_hub.hub.export import verify_folder
@@ -24,6 +23,7 @@ from advcl_hub.training.stop import StopRequest
 from tests.support.pool import run_ranks
 from tests.support.reference_steps import named
 from tests.support.small_encoders import SMALL_VIT, export_teacher
+from tests.support.warm import CONTEXT
 from train.checkpoint import load_checkpoint
 from train.pretrain import Trainer
 from train.recipe import Recipe, load_recipe
@@ -66,7 +66,7 @@ def test_a_killed_run_ends_with_the_same_weights(method: str, teacher: Path, tmp
     """And its export is a timm model with the weights of the branch that is finetuned."""
     whole = Trainer(recipe(method, teacher, tmp_path), tmp_path / "whole")
     assert whole.run(StopRequest())
-    process = get_context("spawn").Process(target=killed, args=(method, teacher, tmp_path))
+    process = CONTEXT.Process(target=killed, args=(method, teacher, tmp_path))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL and load_checkpoint(tmp_path / "run").step == 3

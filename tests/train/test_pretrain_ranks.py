@@ -1,8 +1,6 @@
 """Two real processes give the loss, the gradient and the attack of one process with the whole batch."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from advcl_hub.pretraining import AdvCL, Attack
 from advcl_hub.pretraining.losses import contrastive_loss
 from advcl_hub.pretraining.views import ViewConfig, Views
 from advcl_hub.training.runlog import read_log
-from tests.support import ROOT
+from tests.support import warm
 from tests.support.pool import run_ranks
 from tests.support.small_encoders import export_teacher
 from train.checkpoint import load_checkpoint
@@ -171,24 +169,20 @@ def test_pretraining_in_two_processes(method: str, tmp_path: Path) -> None:
     running averages decide the attack, of which each rank has its own."""
     more = ["objective.pseudo_label_weight=0"] if method == "advcl" else [f"start_from={export_teacher(tmp_path / 'teacher')}"]
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "train.pretrain"),
-        *("digits_demo", "epochs=1", "optimizer.warmup_epochs=0", "attack.steps=1", "judge.every=1", "data.source=fake:200"),
+        *("-m", "train.pretrain", "digits_demo", "epochs=1"),
+        *("optimizer.warmup_epochs=0", "attack.steps=1", "judge.every=1", "data.source=fake:200"),
         *("batch_size=32", "speed.mixed_precision=no", "model_kwargs.channels=[16,16,16]", f"method={method}", *more),
         *("--output", str(tmp_path / "run")),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, encoding="utf-8")
-    assert done.returncode == 0, done.stderr[-3000:]
+    warm.run(*command, processes=2, code=0)
     records = read_log(tmp_path / "run")
     assert any("probe_robust" in r for r in records)
     results = (tmp_path / "run" / "export" / "results.json").read_text(encoding="utf-8")
     assert '"processes": 2' in results
     again = [*command[:-1], str(tmp_path / "stopped")]
     for budget, said in ((["--time-budget", "0s"], "torchrun --nproc_per_node 2 -m train.pretrain"), ([], "Exported")):
-        done = subprocess.run(
-            [*again, *budget], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, encoding="utf-8"
-        )
-        assert done.returncode == 0 and said in done.stdout + done.stderr, done.stderr[-3000:]
+        done = warm.run(*again, *budget, processes=2, code=0)
+        assert said in done.stdout + done.stderr
         assert load_checkpoint(tmp_path / "stopped").step == (1 if budget else 5)
     whole, continued = (load_checkpoint(tmp_path / name).tensors for name in ("run", "stopped"))
     assert [k for k in whole if not torch.equal(whole[k], continued[k])] == []

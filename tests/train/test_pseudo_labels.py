@@ -1,14 +1,12 @@
 """The command that makes a file of pseudo-labels, and shows its clusters."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from advcl_hub.data import load_data
 from advcl_hub.pretraining import load_pseudo_labels
-from tests.support import ROOT
+from tests.support import warm
 from train.cluster_report import purity
 from train.pseudo_labels import main
 
@@ -20,9 +18,8 @@ def run_main(output: Path, encoder: str, *more: str) -> None:
 def test_command_on_digits_with_pixels(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, "-m", "train.pseudo_labels", "--data", "digits", "--encoder", "pixels"]
-    command += ["--k", "2", "10", "--output", str(tmp_path)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8")
+    command = ("-m", "train.pseudo_labels", "--data", "digits", "--encoder", "pixels")
+    run = warm.run(*command, "--k", 2, 10, "--output", tmp_path, code=0)
     assert "written to" in run.stderr and "purity" in run.stdout
     caplog.set_level("INFO")
     run_main(tmp_path, "pixels")

@@ -1,8 +1,8 @@
 """What lies around in the environment and in the process changes no training, and training leaves it as it was."""
 
 import os
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from advcl_hub.training.lock import FILE as LOCK
 from advcl_hub.training.lock import RunLock
 from advcl_hub.training.loop import open_accelerator
 from advcl_hub.training.stop import StopRequest
-from tests.support import ROOT
+from tests.support import warm
 from tests.support.small_encoders import SMALL_RESNET, export_encoder
 from train.checkpoint import load_checkpoint
 from train.pretrain import Trainer, pretrain
@@ -161,19 +161,17 @@ def test_an_evaluation_records_what_it_pins(encoder: Path, monkeypatch: pytest.M
 
 
 @pytest.fixture
-def other_process(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def other_process(tmp_path: Path) -> Iterator[warm.Warm]:
     """Another process that trains in tmp_path / "run", as far as the lock can tell."""
     code = (
         "import sys, time; from pathlib import Path; from advcl_hub.training.lock import RunLock; "
         "RunLock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(600)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8") as process:
-        try:
-            assert process.stdout and process.stdout.readline() == "locked\n"
-            yield process
-        finally:
-            process.kill()
+    with warm.start("-c", code, tmp_path / "run") as process:
+        while process.printed()[0] != "locked\n":
+            assert process.poll() is None, process.printed()
+            time.sleep(0.02)
+        yield process
 
 
 def test_a_folder_where_another_process_trains_is_refused_until_that_is_gone(
@@ -181,7 +179,7 @@ def test_a_folder_where_another_process_trains_is_refused_until_that_is_gone(
     usual: dict[str, Tensor],
     recipe: Callable[..., Recipe],
     tmp_path: Path,
-    other_process: subprocess.Popen[str],
+    other_process: warm.Warm,
 ) -> None:
     refused = f"^Another process trains in {tmp_path / 'run'}: wait for it, or choose another output"
     with pytest.raises(ValueError, match=refused):

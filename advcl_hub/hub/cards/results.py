@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from advcl_hub.files import replacing, without_local_paths
+from advcl_hub.files import parse_json, replacing, without_local_paths
 from advcl_hub.hub.cards.provenance import PROTOCOLS, ancestors
 from advcl_hub.hub.cards.seeds import compact_other_seed
 from advcl_hub.hub.export import CONFIG, PICTURE, WEIGHTS
@@ -29,7 +29,7 @@ def read_export(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: not a folder that advcl-hub exported.")
         try:
-            record = json.loads((folder / name).read_text(encoding="utf-8"))
+            record = parse_json((folder / name).read_text(encoding="utf-8"))
             typed = {key: record[key] for key in _TYPED if key in record}
             found.append(without_local_paths(record) | typed)
         except (ValueError, TypeError) as error:

@@ -26,7 +26,7 @@ from advcl_hub.hub.cards.results import read_export
 from advcl_hub.hub.cards.seeds import seeds_table
 from advcl_hub.hub.export import CARD, PICTURE
 from advcl_hub.hub.released import Release, load_releases
-from advcl_hub.records import RESULTS, counted, pixels
+from advcl_hub.records import RESULTS, counted, in_markdown, pixels
 from advcl_hub.records.tables import report
 
 # Of the safetensors file of the labels that the authors of AdvCL published for CIFAR-10.
@@ -66,11 +66,14 @@ def card(folder: str | Path, name: str | None = None, load: str | None = None) -
     results, config = read_export(folder)
     try:
         return _render(folder, results, config, name or folder.absolute().name, load or f"local-dir:{folder}")
-    except (KeyError, TypeError, AttributeError, IndexError) as error:  # of others' files
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # of others' files
         raise ValueError(f"{folder / RESULTS} cannot be made a card of ({error!r}): export or pull it again.") from error
 
 
 def _render(folder: Path, results: Mapping[str, Any], config: Mapping[str, Any], title: str, load: str) -> str:
+    data = metadata(title, results, config, results.get("evaluations", []), pretraining(results))
+    recipes = _recipes(pretraining(results))  # in a block of code, to be saved as they are
+    results, config = _escaped(results), _escaped(config)
     cfg, classes = config.get("pretrained_cfg", {}), tuple(config.get("label_names") or ())
     if not classes and config.get("num_classes"):
         classes = tuple(str(i) for i in range(config["num_classes"]))
@@ -103,14 +106,13 @@ def _render(folder: Path, results: Mapping[str, Any], config: Mapping[str, Any],
         "caption": _caption(results.get("picture_of")),
         "threat": _threat(evaluations, results, made),
         "training": _training(results, made),
-        "recipes": _recipes(made),
+        "recipes": recipes,
         "dtype": results.get("dtype") or "float32",
         "limits": _limits(results, made, evaluations),
         "files": results["sha256"],
         "licence": _line(results.get("licence") or "Not stated").rstrip(".") + ".",
         "citation": _ADVCL if is_advcl(results, made) else None,
     }
-    data = metadata(title, results, config, evaluations, made)
     text = ModelCard.from_template(data, template_str=_TEMPLATE.read_text(encoding="utf-8"), **fields).content
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
@@ -263,9 +265,18 @@ def _caption(model: str | None) -> str:
     return f"{shown} of {_line(model)}." if model else f"{shown}."
 
 
-def _line(text: str) -> str:
-    """What somebody typed, as one line of Markdown that is no heading, rule, table or HTML."""
-    return " ".join(str(text).split()).replace("<", "&lt;").replace("|", "/")
+def _line(text: object) -> str:
+    """What somebody typed, or a file has in its place, as one line; see `in_markdown`."""
+    return in_markdown(str(text))
+
+
+def _escaped(record: Any) -> Any:
+    """A record with every text in it, names included, as one line; see `in_markdown`."""
+    if isinstance(record, Mapping):
+        return {_escaped(key): _escaped(value) for key, value in record.items()}
+    if isinstance(record, list):
+        return [_escaped(value) for value in record]
+    return in_markdown(record) if isinstance(record, str) else record
 
 
 def _schedule(made: Mapping[str, Any]) -> str:

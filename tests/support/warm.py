@@ -1,0 +1,167 @@
+"""Commands in processes that start at once: forks of one process that has imported torch, timm and other libraries.
+
+Importing them takes five seconds of a core, and the tests start hundreds of processes. What starts here is a real process with
+its own arguments, environment, folder, output, signals, process group and exit status. It imports the project itself. A test
+of what is imported, or of an interpreter's own options, needs `subprocess`.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from tests.support import ROOT
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.support.warm_imports"])
+
+
+def start(*arguments: object, processes: int = 1, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> "Warm":
+    """Starts `python ARGUMENTS`, or `torchrun --nproc_per_node=PROCESSES ARGUMENTS`, in a process group of its own."""
+    environment = {"OMP_NUM_THREADS": "1", **(os.environ if env is None else env)}
+    return Warm([str(argument) for argument in arguments], processes, cwd, environment)
+
+
+def run(
+    *arguments: object, timeout: float = 300, code: int | None = None, **options: Any
+) -> "subprocess.CompletedProcess[str]":
+    """What `python ARGUMENTS` prints, and its exit status, which has to be `code` if that is given."""
+    with start(*arguments, **options) as process:
+        out, err = process.communicate(timeout)
+    done = subprocess.CompletedProcess(process.args, process.wait(), out, err)
+    assert code is None or done.returncode == code, f"{done.args} ended with {done.returncode}:\n{err[-4000:] or out[-4000:]}"
+    return done
+
+
+class Warm:
+    """A started command: what `subprocess.Popen` offers, as far as tests use it.
+
+    Args:
+        arguments: as Python gets them: `-m MODULE ...`, `-c CODE ...` or `FILE ...`.
+        processes: more than one are started as torchrun starts them.
+        cwd: folder in which it works.
+        environment: all of its environment variables.
+    """
+
+    def __init__(self, arguments: list[str], processes: int, cwd: Path, environment: Mapping[str, str]) -> None:
+        self.args = arguments
+        self._folder = tempfile.TemporaryDirectory(prefix="warm-")
+        self._files = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        for path in self._files:
+            path.touch()
+        given = (arguments, processes, str(cwd), dict(environment), [str(path) for path in self._files])
+        self._process = CONTEXT.Process(target=_main, args=given)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Its exit status, or None while it runs; a process that a signal has ended has minus the signal's number."""
+        return self._process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self._process.exitcode
+
+    def printed(self) -> tuple[str, str]:
+        """What it has written so far to its output and its error output."""
+        out, err = (path.read_text(encoding="utf-8", errors="replace") for path in self._files)
+        return out, err
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Waits for its end; returns what it has written to its output and its error output."""
+        self.wait(timeout)
+        return self.printed()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+        self.wait()
+
+
+def _main(arguments: list[str], processes: int, cwd: str, environment: dict[str, str], files: list[str]) -> None:
+    """What a new interpreter does after its imports."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream, path in enumerate(files, 1):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, stream)
+        os.close(file)
+    open_streams()
+    os.chdir(cwd)
+    enter(environment)
+    try:
+        if processes == 1:
+            interpret(arguments)
+        else:
+            _torchrun(arguments, processes)
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+
+
+def open_streams() -> None:
+    """Makes `sys.stdout` and `sys.stderr` write to what the descriptors 1 and 2 are now."""
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # open as long as the process
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
+
+
+def enter(environment: Mapping[str, str]) -> None:
+    """Takes an environment over; what reads its variables when it is imported is imported anew."""
+    os.environ.clear()
+    os.environ.update(environment)
+    time.tzset()
+    readers = ("huggingface_hub", "timm", "accelerate", "advcl_hub", "train", "model_cards")
+    for name in [name for name in sys.modules if name.partition(".")[0] in readers]:
+        del sys.modules[name]
+
+
+def interpret(arguments: list[str]) -> None:
+    """What `python ARGUMENTS` does."""
+    kind, *rest = arguments
+    sys.argv = rest if kind == "-m" else ["-c", *rest[1:]] if kind == "-c" else arguments
+    sys.path[:0] = [os.getcwd() if kind in ("-m", "-c") else str(Path(kind).parent), *_python_path()]
+    if kind == "-m":
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_path(kind, run_name="__main__")
+
+
+def _python_path() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+def _torchrun(arguments: list[str], processes: int) -> None:
+    """What `torchrun --standalone --nproc_per_node=PROCESSES ARGUMENTS` does, with forks in place of new interpreters."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=0, start_method="fork",
+        run_id="warm", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+    )  # fmt: skip
+    elastic_launch(config, interpret)(arguments)

@@ -1,0 +1,32 @@
+"""Which images are left for a run that goes on."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from advcl_hub.training.loop import Loop
+
+
+def rows(step: int, rank: int = 0, world: int = 1) -> list[int]:
+    """What a process takes from a step on: 3 epochs of 5 batches of 4 images, of 22 images."""
+    run: Any = SimpleNamespace(
+        batch_size=4, world=world, rank=rank, images=22, seed=1, epochs=3, steps_per_epoch=5, state=SimpleNamespace(step=step)
+    )
+    parts = []
+    for part in Loop.remaining_rows(run):
+        parts.append(part)
+        run.state.step = 5 * (run.state.step // 5 + 1)  # as the run counts on
+    return torch.cat(parts).tolist() if parts else []
+
+
+def test_a_run_goes_on_with_the_rest_of_its_epoch_and_all_later_ones() -> None:
+    whole = rows(0)
+    assert len(whole) == 60 and all(len(set(whole[epoch : epoch + 20])) == 20 for epoch in (0, 20, 40))
+    assert [rows(step) for step in range(16)] == [whole[4 * step :] for step in range(16)]
+
+
+def test_processes_share_every_batch() -> None:
+    whole, first, second = rows(7), rows(7, 0, 2), rows(7, 1, 2)
+    pairs = zip(first[::2], first[1::2], second[::2], second[1::2], strict=True)
+    assert [row for batch in pairs for row in batch] == whole
