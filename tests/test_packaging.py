@@ -29,7 +29,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
         ("torch", ["2.9.0", "2.11.0", "2.13.0+cpu", "2.14.1"], ["2.8.0"]),
         ("torchvision", ["0.24.0", "0.29.1"], ["0.23.0"]),
         ("timm", ["1.0.31"], ["1.0.30"]),
-        ("huggingface-hub", ["1.21.0", "1.33.0", "2.4.0"], ["1.20.1"]),
+        ("huggingface-hub", ["1.27.0", "1.33.0", "2.4.0"], ["1.26.1"]),
     ],
 )
 def test_dependency_ranges(name: str, accepted: list[str], refused: list[str]) -> None:

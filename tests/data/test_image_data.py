@@ -178,6 +178,7 @@ def test_batches_check_their_arguments_at_the_call() -> None:
             batches(data, 2, order=order)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_cuda(pets: Path, storage: str) -> None:
     data, order = load_data(f"folder:{pets}"), torch.randperm(8)

@@ -302,6 +302,7 @@ def test_compile_sees_one_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_makes_the_same_views_without_waiting() -> None:
     images = random_images()
