@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support import ROOT
 from tests.support.hub_server import Hub
 from tests.support.image_files import encode, pixels, write
@@ -18,6 +20,7 @@ def blocks(section: str) -> list[tuple[str, str]]:
     return re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_finetuning_on_own_images_and_sharing_what_came_out(tmp_path: Path) -> None:
     (shell, typed), (python, program), *_ = blocks("Finetune it")
     assert (shell, python) == ("sh", "python") and "pets" in typed and "pets" in program

@@ -71,6 +71,7 @@ def passed_tests(report: Path) -> dict[str, set[str]]:
     return dict(passed)
 
 
+@pytest.mark.slow
 def test_timm_suite_passes_on_our_models(tmp_path: Path) -> None:
     """Also on weights that lie on a Hub, of an architecture of ours and of one of timm's own."""
     suite = unpack_suite(tmp_path)

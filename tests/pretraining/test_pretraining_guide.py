@@ -18,6 +18,7 @@ from tests.support import ROOT, warm
 GUIDE = ROOT / "advcl_hub" / "pretraining" / "README.md"
 
 
+@pytest.mark.slow
 def test_the_programs_of_the_guide_run_and_the_export_opens_in_timm(tmp_path: Path) -> None:
     loop, *more = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     assert "range(2)" in loop and len(more) == 2

@@ -20,6 +20,7 @@ def demo(output: Path) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_demo_from_digits_to_a_robustness_table(tmp_path: Path) -> None:
     said = demo(tmp_path)
     look, training = said.split("== SimCLR: pretraining")

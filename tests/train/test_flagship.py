@@ -45,6 +45,7 @@ def models(output: Path) -> dict[str, Path]:
 # ------------------------------------------------------------------------------------------------------------ a rehearsal
 
 
+@pytest.mark.slow
 def test_a_rehearsal_does_every_stage_and_says_what_came_out(rehearsed: tuple[Path, str]) -> None:
     output, said = rehearsed
     plan = load_plan("resnet18_advcl", Inputs(), rehearse=True)
@@ -73,6 +74,7 @@ def test_a_rehearsal_does_every_stage_and_says_what_came_out(rehearsed: tuple[Pa
     )
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_small_and_whole(rehearsed: tuple[Path, str], tmp_path: Path) -> None:
     output, _ = rehearsed
     files = list((output / "kept").iterdir())
@@ -88,6 +90,7 @@ def test_what_is_kept_is_small_and_whole(rehearsed: tuple[Path, str], tmp_path: 
     assert wanted | {"logs/pretrain.log", "slf_figures/images.csv"} <= kept_files
 
 
+@pytest.mark.slow
 def test_the_same_call_repeats_nothing_and_fills_a_new_folder(rehearsed: tuple[Path, str], tmp_path: Path) -> None:
     output, _ = rehearsed
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file() and "kept" not in path.parts}
@@ -97,6 +100,7 @@ def test_the_same_call_repeats_nothing_and_fills_a_new_folder(rehearsed: tuple[P
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {path.name for path in (output / "kept").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_rehearsed_plan_is_released_by_name(rehearsed: tuple[Path, str], tmp_path: Path) -> None:
     """In a copy of the checkout; as weights that are too large for the package are."""
     checkout = copy_checkout(tmp_path / "checkout")
@@ -219,6 +223,7 @@ def test_without_time_nothing_is_begun(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- refused
 
 
+@pytest.mark.slow
 def test_two_plans_in_one_folder_are_refused(rehearsed: tuple[Path, str], tmp_path: Path) -> None:
     shutil.copy(rehearsed[0] / kept.PLAN, tmp_path)
     before = (tmp_path / kept.PLAN).read_bytes()
@@ -231,6 +236,7 @@ def test_two_plans_in_one_folder_are_refused(rehearsed: tuple[Path, str], tmp_pa
     assert "plan.name: 'resnet8_cifar.rehearsal' there, 'resnet8_cifar.tiny' now" in said
 
 
+@pytest.mark.slow
 def test_folders_that_would_lose_something_are_refused(rehearsed: tuple[Path, str], tmp_path: Path) -> None:
     """What an earlier run kept, when its output is lost; stages without their record; a keep folder among the runs."""
     plan = tiny_plan(tmp_path)

@@ -34,6 +34,7 @@ def chained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     return plan, folder / "runs", call(plan, "--output", folder / "runs")
 
 
+@pytest.mark.slow
 def test_each_stage_takes_what_the_stage_before_it_made(chained: tuple[Path, Path, str]) -> None:
     _, output, said = chained
     assert "Finished." in said and "| figures | done |" in said
@@ -49,6 +50,7 @@ def test_each_stage_takes_what_the_stage_before_it_made(chained: tuple[Path, Pat
     assert figures["encoder"]["provenance"]["sha256"] == encoder["sha256"]
 
 
+@pytest.mark.slow
 def test_lp_aff_that_is_too_slow_begins_anew_with_the_same_clusters_and_head(chained: tuple[Path, Path, str]) -> None:
     _, output, said = chained
     epochs = read(output / kept.PLAN)["stages"]["again"]["epochs"]
@@ -61,6 +63,7 @@ def test_lp_aff_that_is_too_slow_begins_anew_with_the_same_clusters_and_head(cha
     assert read_log(anew / "head")[: len(seen)] == seen and "| again | done | " in said
 
 
+@pytest.mark.slow
 def test_earlier_encoders_are_kept_as_far_as_they_fit(
     chained: tuple[Path, Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +86,7 @@ def test_earlier_encoders_are_kept_as_far_as_they_fit(
     assert (tmp_path / "kept" / kept.SUMMARY).read_text(encoding="utf-8").splitlines()[-1] == note
 
 
+@pytest.mark.slow
 def test_of_a_chain_the_last_encoder_and_its_classifier_are_released(
     chained: tuple[Path, Path, str], tmp_path: Path, client: Client
 ) -> None:

@@ -78,6 +78,7 @@ def test_timms_networks_that_are_not_safe_channels_last(name: str, safe: bool) -
         assert safe_channels_last(timm.create_model(name), torch.device("cpu")) is safe
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @needs_compiler
 def test_a_compiled_step_equals_the_usual_one() -> None:

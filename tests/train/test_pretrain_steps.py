@@ -236,6 +236,7 @@ def test_an_interruption_before_training_is_one_line(tmp_path: Path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compiled_run_trains_like_the_usual_one(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     losses = {}
