@@ -117,7 +117,8 @@ def listed(rank: int, world: int) -> list[list[tuple[str, int]]]:
 
 def communicated(rank: int, world: int, folder: str) -> dict[str, Any]:
     """The collective operations of the trainer's third step; before it DistributedDataParallel rebuilds its buckets."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    # accelerate asks for an address, although the group exists already.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     tiny = ["data.source=fake:80", "data.size=16", "batch_size=12", "epochs=1", "optimizer.warmup_epochs=0", "attack.steps=3"]
     more = ["pseudo_labels.ks=[3]", "judge.every=0", "model_kwargs.channels=[16,16,16]", f"pseudo_labels.cache={folder}/labels"]
     trainer = Trainer(load_recipe("digits_demo", [*tiny, *more, "speed.mixed_precision=no"]), Path(folder) / "run")
