@@ -23,6 +23,7 @@ help:  ## list the commands (this text)
 	@echo "  PIP_ARGS=...   options for pip, such as --extra-index-url with PyTorch's CPU builds"
 	@echo "  NEED_GB=number free disk space to insist on before installing (CPU builds need about 2)"
 	@echo "  PYTEST_ARGS=.. options for pytest, in place of the parallel run"
+	@echo "  MUTATE_ARGS=.. options for tests.mutate, such as --only WORD; VERSIONS_ARGS=.. for .ci/versions.py, such as --only NAME"
 
 demo: $(STAMP)  ## attack two released encoders, then pretrain, attack, compare and export two small ones: runs/demo
 	@echo "demo: python -m train.demo --output runs/demo"

@@ -1,4 +1,4 @@
-"""Runs the tests with the lowest and with the newest versions that pyproject.toml allows; `make versions` calls it.
+"""Runs the tests with the lowest and with the newest versions that pyproject.toml allows; `make test-versions` calls it.
 
 Each combination of versions and of a Python that is on this machine gets an environment of its own, `.versions/NAME`.
 The table at the end says what was seen to work. Options that are not listed here go to pytest.

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,27 +42,14 @@ def run(
     return done
 
 
-class Warm:
-    """A started command: what `subprocess.Popen` offers, as far as tests use it.
+class Started:
+    """A process that was started: what `subprocess.Popen` offers, as far as it is used here."""
 
-    Args:
-        arguments: as Python gets them: `-m MODULE ...`, `-c CODE ...` or `FILE ...`.
-        processes: more than one are started as torchrun starts them.
-        cwd: folder in which it works.
-        environment: all of its environment variables.
-    """
-
-    def __init__(self, arguments: list[str], processes: int, cwd: Path, environment: Mapping[str, str]) -> None:
-        self.args = arguments
-        self._folder = tempfile.TemporaryDirectory(prefix="warm-")
-        self._files = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
-        for path in self._files:
-            path.touch()
-        given = (arguments, processes, str(cwd), dict(environment), [str(path) for path in self._files])
-        self._process = CONTEXT.Process(target=_main, args=given)
-        self._process.start()
-        assert self._process.pid is not None
-        self.pid = self._process.pid
+    def __init__(self, arguments: list[str], process: BaseProcess) -> None:
+        self.args, self._process = arguments, process
+        process.start()
+        assert process.pid is not None
+        self.pid = process.pid
 
     def poll(self) -> int | None:
         """Its exit status, or None while it runs; a process that a signal has ended has minus the signal's number."""
@@ -77,6 +65,35 @@ class Warm:
             raise subprocess.TimeoutExpired(self.args, timeout or 0)
         return self._process.exitcode
 
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Warm(Started):
+    """A command that was started.
+
+    Args:
+        arguments: as Python gets them: `-m MODULE ...`, `-c CODE ...` or `FILE ...`.
+        processes: more than one are started as torchrun starts them.
+        cwd: folder in which it works.
+        environment: all of its environment variables.
+    """
+
+    def __init__(self, arguments: list[str], processes: int, cwd: Path, environment: Mapping[str, str]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="warm-")
+        self._files = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        for path in self._files:
+            path.touch()
+        given = (arguments, processes, str(cwd), dict(environment), [str(path) for path in self._files])
+        super().__init__(arguments, CONTEXT.Process(target=_main, args=given))
+
     def printed(self) -> tuple[str, str]:
         """What it has written so far to its output and its error output."""
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in self._files)
@@ -87,13 +104,6 @@ class Warm:
         self.wait(timeout)
         return self.printed()
 
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
     def __enter__(self) -> Self:
         return self
 
@@ -103,15 +113,20 @@ class Warm:
 
 
 def _main(arguments: list[str], processes: int, cwd: str, environment: dict[str, str], files: list[str]) -> None:
-    """What a new interpreter does after its imports."""
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream, path in enumerate(files, 1):
-        file = os.open(path, os.O_WRONLY | os.O_APPEND)
-        os.dup2(file, stream)
-        os.close(file)
-    open_streams()
     os.chdir(cwd)
+    become(arguments, environment, [os.open(path, os.O_WRONLY | os.O_APPEND) for path in files], processes)
+
+
+def become(arguments: list[str], environment: Mapping[str, str], outputs: Sequence[int], processes: int = 1) -> None:
+    """Does what a new interpreter does after its imports; its output and error output go to the descriptors `outputs`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream, file in enumerate(outputs, 1):
+        os.dup2(file, stream)
+    for file in set(outputs):
+        os.close(file)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # open as long as the process
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
     enter(environment)
     try:
         if processes == 1:
@@ -121,12 +136,6 @@ def _main(arguments: list[str], processes: int, cwd: str, environment: dict[str,
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
-
-
-def open_streams() -> None:
-    """Makes `sys.stdout` and `sys.stderr` write to what the descriptors 1 and 2 are now."""
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # open as long as the process
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
 
 
 def enter(environment: Mapping[str, str]) -> None:
