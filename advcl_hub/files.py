@@ -37,7 +37,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_DEPTH = 100  # of values within values: those that we write have some twenty
+def check_depth(value: Any, most: int) -> None:
+    """Raises ValueError where lists and dictionaries lie more than `most` deep in each other, or hold themselves."""
+    level = [value]
+    for _ in range(most):
+        groups = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = list({id(each): each for group in groups for each in group}.values())  # each once, however often it is named
+    if level:
+        raise ValueError("it is nested too deeply")
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -46,12 +53,7 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    level = [value]
-    for _ in range(_DEPTH):
-        groups = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
-        level = [each for group in groups for each in group]
-    if level:
-        raise ValueError("it is nested too deeply")
+    check_depth(value, 100)  # those that we write have some twenty
     return value
 
 

@@ -21,7 +21,8 @@ from advcl_hub.evaluation.protocol import Protocol
 from advcl_hub.finetuning.lp_aff import stage_values
 from advcl_hub.finetuning.presets import Settings, choose_settings, without_effect
 from advcl_hub.hub.released import check_name
-from train.recipe import Recipe, build, load_recipe, read_yaml, require
+from train.recipe import Recipe, build, load_recipe, require
+from train.yaml_files import read_yaml
 
 PLANS = Path(__file__).with_name("plans")
 # By what a stage runs, what the stage runs that it continues from. A benchmark may do without.

@@ -6,7 +6,6 @@ A recipe's keys are the fields of `Recipe` and of the groups in it; numbers may 
 import dataclasses
 import difflib
 import math
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,12 +14,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from advcl_hub.pretraining import METHODS, AdvCL, Attack, ViewConfig
 from advcl_hub.pretraining.pseudo_labels import PAPER_KS
+from train.yaml_files import parse_yaml, read_yaml
 
-_DEPTH = 50  # of settings within settings
 RECIPES = Path(__file__).with_name("recipes")
 
 
@@ -249,7 +246,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             target = target.setdefault(group, {})
             require(isinstance(target, dict), f"{key}: {group} is not a group of settings")
         try:
-            target[leaf] = _parse_yaml(text)
+            target[leaf] = parse_yaml(text)
         except ValueError as error:
             raise ValueError(f"{override!r} is not YAML: {' '.join(str(error).split())}") from None
     recipe = from_dict(values)
@@ -259,52 +256,6 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         f"optimizer: the rate rises from warmup_lr to lr, but {o.warmup_lr} is above {o.lr}: set warmup_lr lower (adamw: 1e-6)",
     )
     return recipe
-
-
-def read_yaml(name: str, folder: Path, what: str) -> dict[str, Any]:
-    """The values in a YAML file: one of a folder, by its name without ending, or the file at a path.
-
-    Raises:
-        FileNotFoundError: no such file; those of the folder are named.
-        ValueError: not YAML, or not keys with values.
-    """
-    known = sorted(p.stem for p in folder.glob("*.yaml"))
-    path = folder / f"{name}.yaml" if name in known else Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"No {what} {name!r}. Known: {', '.join(known)}; or give the path of a YAML file.")
-    try:
-        values = _parse_yaml(path.read_text(encoding="utf-8")) or {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    require(isinstance(values, dict), f"{path} must hold `key: value` lines")
-    return typing.cast(dict[str, Any], values)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which `1e-5` is a number, as in JSON and YAML 1.2: else `model_kwargs` would have it as text."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-
-
-def _parse_yaml(text: str) -> Any:
-    """What a YAML text holds; ValueError whatever is wrong with it."""
-    try:
-        value = yaml.load(text, _Loader)
-        _check_depth(value)
-        return value
-    # PyYAML's own errors do not cover values such as `0x_` and `!!bool maybe`.
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(str(error) if isinstance(error, yaml.YAMLError) else repr(error)) from None
-
-
-def _check_depth(value: Any) -> None:
-    """Raises ValueError for groups in groups in groups, and for those that hold themselves."""
-    level = [value]
-    for _ in range(_DEPTH):
-        groups = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
-        level = list({id(each): each for group in groups for each in group}.values())  # each once, however often it is named
-    require(not level, "it is nested too deeply")
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
@@ -40,6 +41,12 @@ def run(
     done = subprocess.CompletedProcess(process.args, process.wait(), out, err)
     assert code is None or done.returncode == code, f"{done.args} ended with {done.returncode}:\n{err[-4000:] or out[-4000:]}"
     return done
+
+
+def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Returns what a function returns in a process that has imported the libraries, but not advcl_hub."""
+    with ProcessPoolExecutor(1, CONTEXT) as pool:
+        return pool.submit(function, *args).result(timeout=120)
 
 
 class Started:
