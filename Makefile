@@ -30,7 +30,7 @@ demo: $(STAMP)  ## attack two released encoders, then pretrain, attack, compare 
 	@$(RUN) train.demo --output runs/demo
 
 # One thread a process: the tests run in several, which would fight for the cores.
-test: $(STAMP)  ## run the tests, but for the slow ones
+test: $(STAMP)  ## run the tests, except the slow ones
 	@echo "test: python -m pytest -m 'not slow' $(PYTEST_ARGS)"
 	@OMP_NUM_THREADS=1 $(RUN) pytest -m 'not slow' $(PYTEST_ARGS)
 
@@ -38,10 +38,10 @@ test-all: $(STAMP)  ## run all tests that this machine can run
 	@echo "test-all: python -m pytest $(PYTEST_ARGS)"
 	@OMP_NUM_THREADS=1 $(RUN) pytest $(PYTEST_ARGS)
 
-test-versions:  ## run the tests with the lowest and the newest versions that pyproject.toml allows: .versions
-	@$(PYTHON) .ci/versions.py $(VERSIONS_ARGS)
+test-versions: $(STAMP)  ## run the tests with the lowest and the newest versions that pyproject.toml allows: .versions
+	@$(VENV)/bin/python .ci/versions.py $(VERSIONS_ARGS)
 
-mutate: $(STAMP)  ## make faults in a copy of the project and see that tests notice each of them (15 minutes)
+mutate: $(STAMP)  ## make faults in a copy of the project and see that the tests notice each of them
 	@echo "mutate: python -m tests.mutate $(MUTATE_ARGS)"
 	@OMP_NUM_THREADS=1 $(RUN) tests.mutate $(MUTATE_ARGS)
 

@@ -151,11 +151,12 @@ def main() -> None:
                 outcomes.append(check(name, python, options, arguments.keep))
             else:
                 say(f"{name} is skipped: no Python {version} that can make environments is on the path or under pyenv")
+                outcomes.append(Outcome(name, "not found"))
     except KeyboardInterrupt:
         interrupted = True
         say("interrupted; the environment that was being tested is not in the table")
     print("\n" + table(outcomes))
-    sys.exit(interrupted or not outcomes or any(outcome.problem for outcome in outcomes))
+    sys.exit(interrupted or not any(outcome.counts for outcome in outcomes) or any(outcome.problem for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 
 from advcl_hub.data import decoding
 from advcl_hub.evaluation import autoattack
-from tests.support import ROOT
+from tests.support import ROOT, properties  # noqa: F401  # its profile counts for all property tests
 from tests.support.hub_client import TOKENS, Client, open_client
 from tests.support.hub_server import Hub
 from tests.support.image_files import write_pets

@@ -1,6 +1,8 @@
 """Faults that a careful engineer could make, each with the tests that have to notice it: the data of `tests.mutate`.
 
-A fault that survives needs a test. Where the code changes, its fault changes with it: `tests/test_mutations.py` says which.
+To add a fault, write `"What is wrong.": (old, new)` under its file in `FAULTS`, and name the tests of a new file in `TESTS`;
+then `make mutate MUTATE_ARGS='--only "What is wrong"'`. A fault that is not noticed needs a test. If you change a line that is
+the old text of a fault, `tests/test_mutations.py` fails and names the fault: adapt it.
 """
 
 from typing import NamedTuple
@@ -24,7 +26,7 @@ class Mutation(NamedTuple):
     tests: tuple[str, ...]
 
 
-# By file the tests, below tests/, that have to notice its faults; of a file that takes long, single ones (`FILE::TEST`).
+# These tests, below tests/, have to notice the faults of a file. Of test files that take long, single tests are named.
 TESTS = {
     "advcl_hub/attacks.py": "test_attacks.py test_attacks_losses.py",
     "advcl_hub/pretraining/advcl.py": "pretraining/test_advcl.py training/test_state.py::test_which_weights_are_exported",
@@ -91,7 +93,7 @@ TESTS = {
     "train/network.py": "train/test_recipe.py::test_the_published_learning_rate_step_by_step",
     "train/recipe.py": "train/test_recipe_types.py train/test_recipe_properties.py train/test_recipe.py::test_refusals",
 }
-# By file what is wrong: the old text, which occurs in it once, and the new.
+# For each file: what is wrong (a sentence that occurs once), a text that occurs once in the file, and what takes its place.
 FAULTS: dict[str, dict[str, tuple[str, str]]] = {
     "advcl_hub/attacks.py": {
         "A step goes down the loss.": (

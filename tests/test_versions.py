@@ -121,10 +121,11 @@ def test_one_failure_does_not_stop_the_other_environments(
     said = capsys.readouterr().out
     assert "lowest-3.11: pyproject.toml names no lowest version of torch" in said
     assert "newest-3.12 is skipped: no Python 3.12" in said and "newest-3.13: 1 test failed" in said
-    head, line, lowest, newest = said.strip().splitlines()[-4:]
+    head, line, lowest, missing, newest = said.strip().splitlines()[-5:]
     packages = "torch | torchvision | timm | huggingface-hub | accelerate | numpy"
     assert head == f"| environment | Python | {packages} | passed / failed / skipped | minutes |"
-    assert {text.count("|") for text in (head, line, lowest, newest)} == {11}
+    assert {text.count("|") for text in (head, line, lowest, missing, newest)} == {11}
+    assert missing == "| newest-3.12 | not found |  |  |  |  |  |  | no result | 0 |"
     assert lowest == "| lowest-3.11 | 3.11.99 |  |  |  |  |  |  | no result | 0 |"
     assert newest.startswith("| newest-3.13 | 3.11.99 | ") and newest.endswith(" | 2 / 1 / 1 | 0 |")
     assert sorted(path.name for path in (tmp_path / ".versions").iterdir()) == ["newest-3.13.xml"]

@@ -1,6 +1,7 @@
-"""One profile of hypothesis for all property tests, and what several of them draw from.
+"""One profile of hypothesis for all property tests, and what several of them draw from; tests/conftest.py loads it.
 
-HYPOTHESIS_PROFILE=search looks for new examples: at random, and many more of them.
+The examples are few and always the same, without a time limit. To search for new failures among many random ones:
+HYPOTHESIS_PROFILE=search make test PYTEST_ARGS=tests/test_files_properties.py
 """
 
 import os

@@ -1,8 +1,12 @@
-"""Commands in processes that start at once: forks of one process that has imported torch, timm and other libraries.
+"""Commands in processes that start at once: forks of one process that has imported torch and other libraries.
 
-Importing them takes five seconds of a core, and the tests start hundreds of processes. What starts here is a real process with
-its own arguments, environment, folder, output, signals, process group and exit status. It imports the project itself. A test
-of what is imported, or of an interpreter's own options, needs `subprocess`.
+    said = warm.run("-m", "advcl_hub.cli", "list", code=0).stdout
+    with warm.start("-m", "train.pretrain", "digits_demo") as process: ...
+
+Importing the libraries takes seconds of a core, and the tests start hundreds of processes. What starts here is a real process
+with its own arguments, environment, folder, output, signals, process group and exit status. It imports the project itself, and
+anew timm, huggingface_hub and accelerate, which read variables of the environment when they are imported. A test of what is
+imported, or of an interpreter's own options, needs `subprocess`.
 """
 
 import atexit
@@ -27,7 +31,10 @@ CONTEXT.set_forkserver_preload(["tests.support.warm_imports"])
 
 
 def start(*arguments: object, processes: int = 1, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> "Warm":
-    """Starts `python ARGUMENTS`, or `torchrun --nproc_per_node=PROCESSES ARGUMENTS`, in a process group of its own."""
+    """Starts `python ARGUMENTS`, or `torchrun --nproc_per_node=PROCESSES ARGUMENTS`, in a process group of its own.
+
+    `env` is the whole environment: write `os.environ | {...}` to add to it. `cwd` is the checkout unless told otherwise.
+    """
     environment = {"OMP_NUM_THREADS": "1", **(os.environ if env is None else env)}
     return Warm([str(argument) for argument in arguments], processes, cwd, environment)
 
@@ -35,7 +42,7 @@ def start(*arguments: object, processes: int = 1, cwd: Path = ROOT, env: Mapping
 def run(
     *arguments: object, timeout: float = 300, code: int | None = None, **options: Any
 ) -> "subprocess.CompletedProcess[str]":
-    """What `python ARGUMENTS` prints, and its exit status, which has to be `code` if that is given."""
+    """What `python ARGUMENTS` prints, and its exit status, which has to be `code` if that is given. Options: as `start`."""
     with start(*arguments, **options) as process:
         out, err = process.communicate(timeout)
     done = subprocess.CompletedProcess(process.args, process.wait(), out, err)
@@ -44,7 +51,11 @@ def run(
 
 
 def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Returns what a function returns in a process that has imported the libraries, but not advcl_hub."""
+    """Returns what a function returns in a process that has imported the libraries, but not advcl_hub.
+
+    The process imports the function's module: import advcl_hub inside the function. Environment variables that a test has set
+    do not reach it: use `run` for those.
+    """
     with ProcessPoolExecutor(1, CONTEXT) as pool:
         return pool.submit(function, *args).result(timeout=120)
 
