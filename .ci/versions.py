@@ -127,6 +127,8 @@ def check(name: str, python: Python, options: Sequence[str], keep: bool) -> Outc
             outcome.problem = f"{failed} {'test' if failed == 1 else 'tests'} failed"
     except SetupError as error:
         outcome.problem = str(error)
+    except (subprocess.CalledProcessError, ElementTree.ParseError) as error:
+        outcome.problem = f"{type(error).__name__}: {error}"
     except OSError as error:
         outcome.problem = f"{error.strerror or error}: {error.filename or folder}"
     finally:

@@ -38,7 +38,7 @@ def file_sha256(path: Path) -> str:
 
 
 def check_depth(value: Any, most: int) -> None:
-    """Raises ValueError where lists and dictionaries lie more than `most` deep in each other, or hold themselves."""
+    """Raises ValueError unless every value lies in fewer than `most` lists and dictionaries; those may hold themselves."""
     level = [value]
     for _ in range(most):
         groups = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]

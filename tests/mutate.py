@@ -69,7 +69,7 @@ def run_tests(root: Path, tests: Sequence[str], limit: float | None = None) -> R
             process.wait(limit)
         except subprocess.TimeoutExpired:
             failed = "timeout"
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that the tests have started
+            os.killpg(process.pid, signal.SIGKILL)  # those of tests.support.warm have groups of their own, and end later
             process.wait()
         output, errors = process.printed()
     library = output.partition("\n")[0]

@@ -252,7 +252,10 @@ FAULTS: dict[str, dict[str, tuple[str, str]]] = {
         "Images that one attack broke are attacked again.": (", strict=True) if survives]", ", strict=True)]"),
     },
     "advcl_hub/evaluation/journal.py": {
-        "A continued journal glues a line to the last one.": ("len(whole[0]) + len(whole[1]))", "len(whole[0]))"),
+        "A continued journal glues a line to the last one.": (
+            "self.file.truncate(whole)",
+            "self.file.truncate(max(whole - 1, 0))",
+        ),
         "A journal of another protocol is continued.": ('entry.get("header") != header:', '"header" not in entry:'),
     },
     "advcl_hub/evaluation/checks.py": {

@@ -228,8 +228,9 @@ def _columns(schema: Any, path: Path) -> tuple[str, str]:
     types = {field.name: field.type for field in schema}
     images = [n for n in ("img", "image") if n in types and _holds_bytes(types[n])]
     labels = [n for n in ("label", "fine_label") if n in types and pa.types.is_integer(types[n])]
-    if not images or not labels or len(types) < len(schema):
-        found = ", ".join(f"{name}: {kind}" for name, kind in types.items())
+    used = [*images[:1], *labels[:1]]
+    if not images or not labels or any(schema.names.count(name) > 1 for name in used):
+        found = ", ".join(f"{field.name}: {field.type}" for field in schema)
         raise ValueError(f"{path} has {found}; expected img or image: struct<bytes, path>, and label: int")
     return images[0], labels[0]
 
@@ -239,7 +240,8 @@ def _holds_bytes(kind: Any) -> bool:
     import pyarrow as pa
 
     place = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
-    return place >= 0 and (pa.types.is_binary(kind.field(place).type) or pa.types.is_large_binary(kind.field(place).type))
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return place >= 0 and any(test(kind.field(place).type) for test in tests)
 
 
 def _class_names(schema: Any, label: str, path: Path) -> tuple[str, ...]:

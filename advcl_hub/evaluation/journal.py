@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,11 +21,25 @@ def _is_result(entry: Mapping[str, Any]) -> bool:
     return isinstance(unit, str) and lists and isinstance(seconds, int | float)
 
 
+def _entries(content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each line with the place where it ends, up to the first one that a kill cut short or that is damaged."""
+    end = 0
+    for line in content.splitlines(keepends=True):
+        try:
+            entry = parse_json(line)
+        except ValueError:
+            return
+        if not isinstance(entry, dict) or ("unit" in entry and not _is_result(entry)):
+            return
+        end += len(line)
+        yield entry, end
+
+
 class Journal:
     """Results by unit of work (`STAGE/BATCH`), one JSON line each, written the moment they are known.
 
     Every process of a run appends to a file of its own and reads all of them, so that a run may go on with another number of
-    processes. A last line that a kill cut short is dropped.
+    processes. A last line that a kill cut short is dropped, and a damaged line with what follows it: that is measured again.
 
     Args:
         folder: where the files are; None keeps the results in memory only.
@@ -57,20 +71,19 @@ class Journal:
                 raise ValueError(
                     f"Another process is evaluating into {folder.parent}: wait for it, or choose another --output."
                 )
-            whole = path.read_bytes().rpartition(b"\n")
-            if whole[2]:  # a line that a kill cut short
-                self.file.truncate(len(whole[0]) + len(whole[1]))
-            if not whole[1]:
+            content = path.read_bytes()
+            whole = max((end for _, end in _entries(content) if content[:end].endswith(b"\n")), default=0)
+            if whole < len(content):
+                self.file.truncate(whole)
+            if not whole:
                 self._append({"header": header})
 
     def _read(self, path: Path, header: Mapping[str, Any]) -> None:
-        for number, line in enumerate(path.read_bytes().splitlines()):
-            try:
-                entry = parse_json(line)
-                if not isinstance(entry, dict) or ("unit" in entry and not _is_result(entry)):
-                    raise ValueError
-            except ValueError:
-                break  # cut short by a kill, or damaged: measured again
+        content = path.read_bytes()
+        entries = [entry for entry, _ in _entries(content)]
+        if not entries and b"\n" in content:
+            entries = [{}]  # its first line, which says of what it is, is damaged: refused
+        for number, entry in enumerate(entries):
             if number == 0 and entry.get("header") != header:
                 earlier = entry.get("header")
                 differing = [k for k in header if not isinstance(earlier, dict) or earlier.get(k) != header[k]]

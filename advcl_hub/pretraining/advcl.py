@@ -30,7 +30,7 @@ class AdvCLObjective(ContrastiveObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.pseudo_label_weight < float("inf"):
-            raise ValueError(f"pseudo_label_weight must not be negative, got {self.pseudo_label_weight}")
+            raise ValueError(f"pseudo_label_weight must not be negative or infinite, got {self.pseudo_label_weight}")
 
     @property
     def uses_labels(self) -> bool:  # type: ignore[override]

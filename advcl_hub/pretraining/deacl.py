@@ -32,7 +32,7 @@ class DeACLObjective(Objective):
 
     def __post_init__(self) -> None:
         if not 0 <= self.robust_weight < float("inf"):
-            raise ValueError(f"robust_weight must not be negative, got {self.robust_weight}")
+            raise ValueError(f"robust_weight must not be negative or infinite, got {self.robust_weight}")
 
 
 class DeACLLosses(NamedTuple):

@@ -39,7 +39,7 @@ class ProFeATObjective(Objective):
 
     def __post_init__(self) -> None:
         if not 0 <= self.robust_weight < float("inf"):
-            raise ValueError(f"robust_weight must not be negative, got {self.robust_weight}")
+            raise ValueError(f"robust_weight must not be negative or infinite, got {self.robust_weight}")
         if not 0 <= self.projector_weight <= 1:
             raise ValueError(f"projector_weight must be in [0, 1], got {self.projector_weight}")
 

@@ -37,7 +37,6 @@ from advcl_hub.training.progress import progress_bar
 
 PAPER_KS = (2, 10, 50, 100, 500)  # numbers of clusters in the paper (section 5)
 METHOD = "1"  # part of the cache key: raise it with every change that gives other labels for the same input
-_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)  # of labels
 NUM_STARTS = 3  # k-means++ starts; the one with the least inertia is kept
 NUM_VERIFIED = 512  # images compared with the digests on load: enough for shifts, cheap for lazy images
 
@@ -266,7 +265,8 @@ def _align(
     columns = []
     for k in ks:
         column = tensors[f"{split}_{k}"]
-        if column.ndim != 1 or column.dtype not in _INTEGERS or len(column) <= int(indices.max()):
+        fractions = column.is_floating_point() or column.is_complex() or column.dtype == torch.bool
+        if column.ndim != 1 or fractions or len(column) <= int(indices.max()):
             raise ValueError(
                 f"{split}_{k} holds {column.dtype} {tuple(column.shape)}, but {data.name} has an image at "
                 f"position {int(indices.max())} of its source: they are of other data or another split."

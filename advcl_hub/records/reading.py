@@ -5,14 +5,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from advcl_hub.errors import reason_of
+from advcl_hub.errors import reason_of, visible
 from advcl_hub.files import parse_json
 
 RESULTS = "results.json"  # of an evaluation, and of an exported folder
 FORMAT = 1  # of an evaluation's record
 ATTACK_NAMES = {"apgd-ce": "APGD-CE", "apgd-dlr": "APGD-DLR", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
 
-_MOST = 1e15  # of numbers in a record, either way: counts, seconds, distances
+_MOST = 2.0**64  # of numbers in a record, either way: counts, seconds, distances; seeds are the largest
 _FIGURE = {"value": float, "interval_95": (float, float)}
 # Of an evaluation's record what tables and cards read, with its types. `?` may be missing, `*` is every other key.
 _FORM = {
@@ -61,12 +61,14 @@ def load_record(path: str | Path) -> dict[str, Any]:
 
 
 def _check(value: Any, form: Any, place: str = "it") -> None:
-    """Raises ValueError or KeyError unless a value of a record is as a form like `_FORM` has it."""
+    """Raises ValueError unless a value of a record is as a form like `_FORM` has it."""
     if isinstance(form, dict) and isinstance(value, dict):
         for key, inner in form.items():
             optional, key = key.endswith("?"), key.rstrip("?")
             names = [name for name in value if name not in form] if key == "*" else [key] * (not optional or key in value)
             for name in names:
+                if name not in value:
+                    raise ValueError(f"{place} has no {name}")
                 _check(value[name], inner, f"{place}.{name}".removeprefix("it."))
     elif isinstance(form, list) and isinstance(value, list):
         for each in value:
@@ -88,7 +90,7 @@ def pixels(length: float, norm: str = "Linf") -> str:
 
 def one_line(text: str) -> str:
     """A text of others as one line without control characters."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    return visible(" ".join(text.split()))
 
 
 def in_markdown(text: str) -> str:

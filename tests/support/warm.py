@@ -28,6 +28,14 @@ from tests.support import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.support.warm_imports"])
+_started: list["Started"] = []
+
+
+@atexit.register
+def _kill_all() -> None:
+    """Ends what a failed test has left, before multiprocessing waits for it at the end of the interpreter."""
+    for process in _started:
+        process.kill()
 
 
 def start(*arguments: object, processes: int = 1, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> "Warm":
@@ -67,6 +75,7 @@ class Started:
         self.args, self._process = arguments, process
         process.start()
         assert process.pid is not None
+        _started.append(self)
         self.pid = process.pid
 
     def poll(self) -> int | None:
@@ -128,6 +137,7 @@ class Warm(Started):
     def __exit__(self, *error: object) -> None:
         self.kill()
         self.wait()
+        self._folder.cleanup()
 
 
 def _main(arguments: list[str], processes: int, cwd: str, environment: dict[str, str], files: list[str]) -> None:
