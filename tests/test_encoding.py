@@ -82,6 +82,7 @@ def test_the_search_finds_what_it_looks_for(silent: str, right: str) -> None:
     assert not list(texts_without_encoding(ast.parse(right)))
 
 
+@pytest.mark.slow
 def test_an_ascii_locale_changes_nothing(tmp_path: Path) -> None:
     names = ["école", "猫"]
     for split in ("train", "test"):

@@ -138,6 +138,7 @@ OF_EXTRAS = {"scikit-learn": "sklearn"} | {
 }
 
 
+@pytest.mark.slow
 def test_installed_without_extras_everything_works_or_names_its_extra(wheel: Path, tmp_path: Path) -> None:
     """The wheel without the checkout, and without the packages of the extras."""
     extras = {e: {Requirement(r).name for r in rs} for e, rs in PROJECT["optional-dependencies"].items() if e != "dev"}
@@ -256,6 +257,7 @@ def test_bootstrap_can_be_read_by_an_old_python() -> None:
     ast.parse((ROOT / ".ci/bootstrap.py").read_text(encoding="utf-8"), feature_version=(3, 6))
 
 
+@pytest.mark.slow
 def test_make_sets_up_once_and_again_when_the_dependencies_change(project: Path) -> None:
     left_by_a_killed_run = project / ".venv"
     left_by_a_killed_run.mkdir()
@@ -309,6 +311,7 @@ def test_bootstrap_leaves_a_folder_that_is_no_environment_alone(tmp_path: Path) 
     assert (tmp_path / "thesis.tex").read_text(encoding="utf-8") == "years of work"
 
 
+@pytest.mark.slow
 def test_bootstrap_without_network_takes_a_newer_python_and_leaves_only_a_log(tmp_path: Path) -> None:
     old = write_script(tmp_path / "bin" / "old", LIAR.format(python=sys.executable, lie=TOO_OLD))
     write_script(tmp_path / "bin" / "python3.12", LIAR.format(python=sys.executable, lie=""))
@@ -320,6 +323,7 @@ def test_bootstrap_without_network_takes_a_newer_python_and_leaves_only_a_log(tm
     assert sorted(os.listdir(tmp_path)) == ["bin", "venv-install.log"]
 
 
+@pytest.mark.slow
 def test_bootstrap_interrupted_while_pip_works_leaves_no_environment(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent_index:
         command = [sys.executable, ".ci/bootstrap.py", "--venv", str(tmp_path / "venv"), "--stamp", "unused"]

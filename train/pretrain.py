@@ -177,7 +177,6 @@ class Trainer(Loop):
             )
             if self.log:
                 self.log.write(self.state.step, epoch=epoch, probe_standard=result.standard, probe_robust=result.robust)
-            self.draw()
         self.accelerator.wait_for_everyone()
         self.meter.restart()
         return result
@@ -215,6 +214,7 @@ class Trainer(Loop):
     def finish(self) -> None:
         """The last judgement, then, by the main process, the export and its check."""
         result = self.judge() if self.recipe.judge.every else None
+        self.draw(now=True)
         if not self.main:
             return
         figures = {"linear_probe_held_out": vars(result)} if result else {}

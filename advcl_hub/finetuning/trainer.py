@@ -316,6 +316,7 @@ class Finetuner(Loop):
     def finish(self) -> None:
         """The last judgement, then, by the main process, the export and its check."""
         self.judge()
+        self.draw(now=True)
         if not self.main:
             return
         self.picture_batch()

@@ -26,6 +26,7 @@ from advcl_hub.training.stop import StopRequest
 
 _PATIENCE = timedelta(hours=12)  # one process clusters and probes while the others wait, beyond NCCL's ten minutes
 _AGREE_EVERY = 10  # steps between agreements of several GPUs on stopping and saving
+_DRAW_EVERY = 20  # times as long as drawing the curves takes
 
 
 class Progress(Protocol):
@@ -126,6 +127,7 @@ class Loop(ABC):
         self.meter = Meter(self.device, len(self.losses))
         self.log: RunLog | None = None
         self.bar = progress_bar(disable=True)
+        self.draw_from = time.monotonic() + _DRAW_EVERY  # as if it took a second
 
     @contextmanager
     def locked(self, output: Path, accelerator: Accelerator) -> Iterator[None]:
@@ -229,6 +231,7 @@ class Loop(ABC):
             if stopping or saving or self.judgement_due or self.state.step == self.total_steps:
                 self.save()
             if stopping:
+                self.draw(now=True)
                 break
             if self.judgement_due:
                 self.judge()
@@ -320,17 +323,20 @@ class Loop(ABC):
             )
 
     def save(self) -> None:
-        """Writes the checkpoint and the curves, after making sure that the losses so far are finite."""
+        """Writes the checkpoint, and from time to time the curves, after making sure that the losses so far are finite."""
         self.record()
         self.state.finished = self.state.step == self.total_steps
         if self.main:
             self.write_checkpoint()
-            if self.state.step:  # before, there is nothing to draw
-                self.draw()
+        self.draw()
         self.saved_at = time.monotonic()
         self.meter.restart()
 
-    def draw(self) -> None:
-        """Draws the curves, which training can do without."""
-        with comfort("Drawing curves.png", errors=Exception):
-            save_curves(self.output, self.panels)
+    def draw(self, now: bool = False) -> None:
+        """Draws the curves, which training can do without, in the main process: `now`, or if that takes little of the time."""
+        start = time.monotonic()
+        if self.main and (now or start > self.draw_from):
+            with comfort("Drawing curves.png", errors=Exception):
+                save_curves(self.output, self.panels)
+            end = time.monotonic()
+            self.draw_from = end + _DRAW_EVERY * (end - start)

@@ -104,6 +104,7 @@ def piped(command: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_left_is_no_error() -> None:
     command = f"{sys.executable} -m advcl_hub.cli list --json | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = piped(command)
@@ -150,6 +151,7 @@ def test_what_an_encoding_lacks_is_escaped(encoding: str, monkeypatch: pytest.Mo
     assert stream.buffer.getvalue() == b"\\u732b"  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_any_text_can_be_printed(cats: Path, tmp_path: Path) -> None:
     before = "import advcl_hub.cli, advcl_hub.evaluation; assert sys.stdout.errors != 'backslashreplace'; "  # a library call
     done = run(COMMAND.format(["info", str(cats / "model")]).replace("main()", before + "main()"), **ASCII)

@@ -58,6 +58,7 @@ def test_the_list_of_commands_has_whole_sentences() -> None:
     assert not [line for line in lines if line.endswith("...")]
 
 
+@pytest.mark.slow
 def test_starting_takes_no_longer_than_importing_timm() -> None:
     """Nothing is imported that timm does not import, but for click and ourselves."""
     code = "import sys; import {}; print(*{{name.partition('.')[0] for name in sys.modules}})"

@@ -62,7 +62,7 @@ def what_was_measured(folder: Path) -> tuple[str, dict[str, Any]]:
 def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process measures that nobody disturbs."""
     output = tmp_path_factory.mktemp("whole") / "evaluation"
-    finish(start("evaluate", model, *ATTACKED, "--output", output))
+    finish(start("evaluate", model, *ATTACKED, "--output", output, short=True))
     return output
 
 
@@ -106,7 +106,7 @@ def wait_for_units(folder: Path, count: int, process: warm.Warm) -> None:
 def test_after_kills_it_ends_as_if_nothing_had_happened(model: Path, uninterrupted: Path, tmp_path: Path) -> None:
     output = tmp_path / "evaluation"
     for units, processes in ((2, 1), (6, 2)):
-        process = start("evaluate", model, *ATTACKED, "--output", output, processes=processes)
+        process = start("evaluate", model, *ATTACKED, "--output", output, processes=processes, short=True)
         wait_for_units(output, units, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -115,13 +115,13 @@ def test_after_kills_it_ends_as_if_nothing_had_happened(model: Path, uninterrupt
         path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")  # cut short in the middle of a line
     refused = run("evaluate", model, *ATTACKED, "--seed", "1", "--output", output)
     assert refused.exit_code == 1 and "unfinished evaluation with another protocol" in refused.output
-    finish(start("evaluate", model, *ATTACKED, "--output", output))
+    finish(start("evaluate", model, *ATTACKED, "--output", output, short=True))
     assert what_was_measured(output) == what_was_measured(uninterrupted)
     assert not (output / "unfinished").exists()
 
 
 def test_ctrl_c_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
-    process = start("evaluate", model, *ATTACKED, "--output", tmp_path / "e")
+    process = start("evaluate", model, *ATTACKED, "--output", tmp_path / "e", short=True)
     wait_for_units(tmp_path / "e", 5, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -129,7 +129,7 @@ def test_ctrl_c_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_share_the_images_and_say_it_once(model: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    said = finish(start("evaluate", model, *ATTACKED, "--output", tmp_path / "e", processes=2))
+    said = finish(start("evaluate", model, *ATTACKED, "--output", tmp_path / "e", processes=2, short=True))
     assert said.count("PGD-20") == 2  # the header and the line below the table
     assert what_was_measured(tmp_path / "e") == what_was_measured(uninterrupted)
     assert json.loads((tmp_path / "e" / "results.json").read_text(encoding="utf-8"))["hardware"]["processes"] == 2

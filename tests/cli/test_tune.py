@@ -42,6 +42,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_folder(output / "classifier").state_dict()
 
 
+@pytest.mark.slow
 def test_killed_twice_it_ends_as_if_nothing_had_happened(resnet: Path, tmp_path: Path) -> None:
     arguments = (resnet, *QUICK, "--protocol", "aff", "--checkpoint-minutes", "0", "--ema-decay", "0.5", "--steps", "20")
     said = finish(start("finetune", *arguments, "--output", tmp_path / "whole"))

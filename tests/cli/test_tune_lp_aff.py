@@ -37,6 +37,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_folder(output / "export").state_dict()
 
 
+@pytest.mark.slow
 def test_killed_in_every_stage_it_ends_as_if_nothing_had_happened(resnet: Path, tmp_path: Path) -> None:
     arguments = (resnet, *QUICK, "--checkpoint-minutes", "0", "--ema-decay", "0.5", "--cpu")
     said = finish(start("lp-aff", *arguments, "--output", tmp_path / "whole"))

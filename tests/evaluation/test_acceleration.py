@@ -282,6 +282,7 @@ def trained() -> tuple[nn.Module, ImageData]:
 EPS = 0.03  # some images break, some survive
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_autoattack")
 def test_autoattack_ends_as_in_the_bare_package(trained: tuple[nn.Module, ImageData], caplog: pytest.LogCaptureFixture) -> None:
     model, data = trained

@@ -37,6 +37,7 @@ def assert_every_image_ends_alike(norm: Any, version: Any, steps: Callable[[Auto
     assert ours.autoattack == sum(survives) / 13
 
 
+@pytest.mark.slow
 def test_every_image_ends_as_in_the_bare_package() -> None:
     assert_every_image_ends_alike("Linf", "standard", lambda attack: attack)
 

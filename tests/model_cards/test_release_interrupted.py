@@ -67,7 +67,9 @@ def output_or_refusal(checkout: Path, cache: Path) -> torch.Tensor | None:
 @pytest.mark.parametrize(
     "what", ["other weights", "other weights in parts", "out of its folder", "into its folder", "to a head"]
 )
-@pytest.mark.parametrize("how", ["exit", "full", "kill -9"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("exit", marks=pytest.mark.slow), "full", pytest.param("kill -9", marks=pytest.mark.slow)]
+)
 def test_wherever_it_stops_nothing_is_lost_and_the_same_command_goes_on(
     what: str, how: str, small: Path, client: Client, tmp_path: Path, limit: Callable[[int], None]
 ) -> None:

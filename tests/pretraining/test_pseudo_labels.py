@@ -73,6 +73,7 @@ def test_held_out_images_get_the_nearest_centre(tmp_path: Path) -> None:
     assert held_out.labels[:, 0].tolist() == [of_class[int(c)] for c in test.labels]
 
 
+@pytest.mark.slow
 def test_labels_are_the_same_in_another_process_with_other_threads() -> None:
     program = """if True:
         import json, torch

@@ -4,10 +4,13 @@ from pathlib import Path
 
 from tests.support import warm
 
+_SHORT = "from tests.support.tiny_classifiers import shorten; from advcl_hub.cli import main; shorten(); main()"
 
-def start(command: str, *arguments: str | Path, processes: int = 1) -> warm.Warm:
-    """Starts `advcl-hub COMMAND ARGUMENTS` in a process group of its own."""
-    return warm.start("-m", "advcl_hub.cli", command, *arguments, processes=processes)
+
+def start(command: str, *arguments: str | Path, processes: int = 1, short: bool = False) -> warm.Warm:
+    """Starts `advcl-hub COMMAND ARGUMENTS` in a process group of its own; `short` takes few steps of AutoAttack."""
+    program = ("-c", _SHORT) if short else ("-m", "advcl_hub.cli")
+    return warm.start(*program, command, *arguments, processes=processes)
 
 
 def finish(process: warm.Warm) -> str:

@@ -121,6 +121,7 @@ def test_views_image_by_image_are_such_views() -> None:
     assert [row.items for row in section.rows] == [10, 10]
 
 
+@pytest.mark.slow
 def test_the_gradient_is_reduced_once_and_projections_are_gathered() -> None:
     section = processes.measure("resnet8_cifar", 4, [1, 2], 1, CPU, tell=lambda text: None)
     alone, two = section.rows

@@ -182,6 +182,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler", "process_group")
 def test_distributed_data_parallel_leaves_the_graphs_whole() -> None:
     """Buckets of one kilobyte: torch would cut at almost every parameter."""

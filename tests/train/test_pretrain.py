@@ -218,6 +218,7 @@ def write_images(folder: Path) -> None:
             write(folder / "train" / name / f"{number}.png", encode(pixels(16, 16)))
 
 
+@pytest.mark.slow
 def test_images_decoded_when_needed_train_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets too large for memory stream through worker processes: same order, same views, same end, also after a stop."""
     write_images(tmp_path / "images")
@@ -234,6 +235,7 @@ def test_images_decoded_when_needed_train_the_same_weights(tmp_path: Path, monke
     assert [k for k in one.tensors if not torch.equal(one.tensors[k], other.tensors[k])] == []
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_whole_group_stops_a_streaming_run_cleanly(tmp_path: Path) -> None:
     """Batch schedulers signal every process of a job, the workers that decode images too."""
     write_images(tmp_path / "images")
