@@ -3,10 +3,12 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from matplotlib.figure import Figure
 
 from advcl_hub.data import decoding
 from advcl_hub.evaluation import autoattack
@@ -81,6 +83,20 @@ def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "lazy":
         monkeypatch.setattr(decoding, "IN_MEMORY_BYTES", 0)
     return str(request.param)
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made and written, but not rendered, which takes longer than tiny runs train."""
+    savefig = Figure.savefig
+
+    def save(figure: Figure, *args: Any, **options: Any) -> None:
+        figure.set_layout_engine("none")
+        for axis in figure.axes:
+            axis.set_visible(False)
+        savefig(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save)
 
 
 @pytest.fixture

@@ -4,17 +4,29 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
+from timm.models import DefaultCfg
 from timm.models import _registry as timm_registry
 
 from advcl_hub.hub import registry
+
+
+def _copied(store: Any) -> Any:
+    """A copy as deep as what registering changes; a whole one takes half a second."""
+    if isinstance(store, DefaultCfg):
+        return replace(store, tags=store.tags.copy(), cfgs=dict(store.cfgs))
+    if isinstance(store, dict):
+        return {name: _copied(value) for name, value in store.items()}
+    return copy.copy(store)
 
 
 @contextmanager
 def kept_registry() -> Iterator[None]:
     """What is registered inside is gone afterwards: the next test must not find its names."""
     kept = {name: getattr(timm_registry, name) for name in vars(timm_registry) if name.startswith(("_model_", "_module_to"))}
-    saved = {name: copy.deepcopy(value) for name, value in kept.items() if name != "_model_entrypoints"}
+    saved = {name: _copied(value) for name, value in kept.items() if name != "_model_entrypoints"}
     entry_points, releases = dict(timm_registry._model_entrypoints), dict(registry._releases)
     tags = {architecture: dict(found) for architecture, found in registry._tags.items()}
     try:

@@ -4,9 +4,9 @@
     with warm.start("-m", "train.pretrain", "digits_demo") as process: ...
 
 Importing the libraries takes seconds of a core, and the tests start hundreds of processes. What starts here is a real process
-with its own arguments, environment, folder, output, signals, process group and exit status. It imports the project itself, and
-anew timm, huggingface_hub and accelerate, which read variables of the environment when they are imported. A test of what is
-imported, or of an interpreter's own options, needs `subprocess`.
+with its own arguments, environment, folder, output, signals, process group and exit status. It imports the project itself; in
+another environment also timm, huggingface_hub and accelerate, which read its variables when they are imported. A test of what
+is imported, or of an interpreter's own options, needs `subprocess`.
 """
 
 import atexit
@@ -29,6 +29,9 @@ from tests.support import ROOT
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.support.warm_imports"])
 _started: list["Started"] = []
+_PROJECT = ("advcl_hub", "train", "model_cards")
+_READERS = ("huggingface_hub", "timm", "accelerate")  # of environment variables, when they are imported
+_NOT_READ = {"OMP_NUM_THREADS", "PYTEST_CURRENT_TEST", "PYTEST_VERSION", "PYTEST_XDIST_TESTRUNUID", "PYTEST_XDIST_WORKER"}
 
 
 @atexit.register
@@ -167,12 +170,17 @@ def become(arguments: list[str], environment: Mapping[str, str], outputs: Sequen
 
 
 def enter(environment: Mapping[str, str]) -> None:
-    """Takes an environment over; what reads its variables when it is imported is imported anew."""
+    """Takes an environment over; what reads its variables when it is imported is imported anew, if it is another one."""
+    from tests.support import warm_imports  # the process that was forked has done so
+
+    before = warm_imports.ENVIRONMENT
+    changed = {name for name in before.keys() | environment.keys() if before.get(name) != environment.get(name)}
+    readers = _READERS if changed - _NOT_READ else ()
+    warm_imports.ENVIRONMENT = dict(environment)
     os.environ.clear()
     os.environ.update(environment)
     time.tzset()
-    readers = ("huggingface_hub", "timm", "accelerate", "advcl_hub", "train", "model_cards")
-    for name in [name for name in sys.modules if name.partition(".")[0] in readers]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in (*readers, *_PROJECT)]:
         del sys.modules[name]
 
 

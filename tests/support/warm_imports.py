@@ -1,7 +1,10 @@
 """The libraries that our commands import, imported once for the processes of tests.support.warm: not the project itself."""
 
+# ruff: noqa: E402  # what is imported reads the environment
+
 import os
 
+ENVIRONMENT = dict(os.environ)  # under which they were imported
 os.environ["OMP_NUM_THREADS"] = "1"  # a process with threads must not be forked
 
 import accelerate  # noqa: F401
