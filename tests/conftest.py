@@ -85,9 +85,9 @@ def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
-@pytest.fixture
-def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are made and written, but not rendered, which takes longer than tiny runs train."""
+@pytest.fixture(autouse=True, scope="module")
+def blank_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Figures are made and written, but not rendered, which takes longer than tiny runs train; see the mark `rendered`."""
     savefig = Figure.savefig
 
     def save(figure: Figure, *args: Any, **options: Any) -> None:
@@ -96,7 +96,10 @@ def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
             axis.set_visible(False)
         savefig(figure, *args, **options)
 
-    monkeypatch.setattr(Figure, "savefig", save)
+    with pytest.MonkeyPatch.context() as patched:
+        if request.node.get_closest_marker("rendered") is None:
+            patched.setattr(Figure, "savefig", save)
+        yield
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from torch import nn
 import advcl_hub
 from advcl_hub.modes import as_usual
 from advcl_hub.training.runlog import read_log
+from tests.support.slow import slow
 from tests.support.small_encoders import SMALL_RESNET, export_encoder
 
 
@@ -32,7 +33,7 @@ def test_a_callers_autocast_and_modes_are_off_and_come_back() -> None:
         assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize(("protocol", "lr"), [("slf", 0.5), ("sff", 0.1)])
+@pytest.mark.parametrize(("protocol", "lr"), [("slf", 0.5), slow("sff", 0.1)])
 def test_finetuning_in_bfloat16_learns_as_in_float32(protocol: str, lr: float, tmp_path: Path) -> None:
     """Once it computed with the weights of its first step to the end."""
     encoder = export_encoder(tmp_path / "encoder", **SMALL_RESNET)

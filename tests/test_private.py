@@ -197,6 +197,7 @@ def is_one_sentence(message: str) -> bool:
     return message.endswith(".") and ". " not in message and "\n" not in message
 
 
+@pytest.mark.slow
 def test_a_registry_that_has_moved_is_one_warning_for_a_user() -> None:
     code = f"""
 import timm, sys

@@ -137,6 +137,7 @@ def test_convert_a_published_checkpoint(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["label_names"] == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_push_info_pull_and_verify_on_a_hub(export: Path, hub: Hub, tmp_path: Path) -> None:
     """In processes of their own, as they are typed in a shell."""
     environment = hub.environment(tmp_path / "home", WRITER)

@@ -128,6 +128,7 @@ def test_ctrl_c_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
     assert process.returncode == 130 and "goes on from there with the same command" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_images_and_say_it_once(model: Path, uninterrupted: Path, tmp_path: Path) -> None:
     said = finish(start("evaluate", model, *ATTACKED, "--output", tmp_path / "e", processes=2, short=True))
     assert said.count("PGD-20") == 2  # the header and the line below the table
@@ -261,6 +262,7 @@ def test_report_refuses_what_is_no_evaluation(tmp_path: Path, content: str) -> N
     assert result.exit_code == 1 and "is not the result of an evaluation" in result.output
 
 
+@pytest.mark.slow
 def test_help_names_every_option_and_imports_no_more_than_it_needs() -> None:
     code = "import sys; from advcl_hub import cli; print(sorted({'matplotlib', 'pyautoattack'} & set(sys.modules)))"
     loaded = subprocess.run(

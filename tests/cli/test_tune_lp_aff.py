@@ -63,6 +63,7 @@ def test_killed_in_every_stage_it_ends_as_if_nothing_had_happened(resnet: Path, 
     assert [r["step"] for r in read_log(killed / "full")] == list(range(1, 11)), "nothing was logged twice"
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(vit: Path, tmp_path: Path) -> None:
     """The same clusters, augmentations and attacks, whoever computes them: this network has no batch statistics."""
     results = []
@@ -80,6 +81,7 @@ def test_two_processes_equal_one(vit: Path, tmp_path: Path) -> None:
     assert all(not torch.equal(results[0][key], before[key]) for key in ("pos_embed", "blocks.0.attn.qkv.weight"))
 
 
+@pytest.mark.slow
 def test_the_encoder_goes_through_the_other_commands(resnet: Path, tmp_path: Path) -> None:
     output, encoder = tmp_path / "pp", tmp_path / "pp" / "export"
     quick = ("--data", "fake:80", "--batch-size", "20", "--epochs", "1", "--cpu")

@@ -145,6 +145,7 @@ def test_inner_folders_that_timm_would_number_otherwise_are_told(tmp_path: Path,
         assert load_data(f"folder:{tmp_path / 'nested'}", "test").classes == ("animals", "plants")
 
 
+@pytest.mark.slow
 def test_a_kept_head_keeps_its_classes(tmp_path: Path) -> None:
     """Of two finetunings that keep a head without names, each takes the labels in the order that it was told."""
     names = ("1", "2", "10")

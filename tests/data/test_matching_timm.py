@@ -17,6 +17,7 @@ from advcl_hub.evaluation import Protocol, evaluate
 from advcl_hub.models.pixel_space import PixelSpace
 from advcl_hub.models.preprocessing import data_config
 from tests.support.odd_sets import SETS
+from tests.support.slow import slow
 
 # Among them every interpolation, crop mode and kind of size that timm has, and ten values of crop_pct and size.
 ARCHITECTURES = [
@@ -134,7 +135,7 @@ def test_a_model_sees_the_pixels_that_it_sees_in_timm(folders: Path, architectur
         assert difference < (1e-6 if data.fitted else ROUNDING), f"{name}: {difference * 255:.2f} levels"
 
 
-@pytest.mark.parametrize("architecture", NETWORKS)
+@pytest.mark.parametrize("architecture", [NETWORKS[0], *map(slow, NETWORKS[1:])])
 def test_accuracy_is_that_of_timm(folders: Path, architecture: str) -> None:
     """The logits of every image are timm's up to the rounding of pixels, so that only ties could change a prediction."""
     for name in SETS:

@@ -94,6 +94,7 @@ def test_parquet_errors(tmp_path: Path) -> None:
         load_data("cifar10", root=tmp_path)
 
 
+@pytest.mark.slow
 def test_real_cifar10(cifar10_folder: Path) -> None:
     test = load_data("cifar10", "test", root=cifar10_folder.parent)
     assert (test.name, test.shape, test.classes[3]) == ("parquet:cifar10", (3, 32, 32), "cat")

@@ -329,6 +329,7 @@ def test_a_graph_serves_any_number_of_survivors(trained: tuple[nn.Module, ImageD
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_without_a_compiler_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # what an earlier test compiled
     model = TinyNet()

@@ -19,6 +19,8 @@ from advcl_hub.evaluation import Evaluation, Protocol, evaluate
 from advcl_hub.records.tables import page
 from tests.support.tiny_classifiers import TinyNet, labelled_by
 
+pytestmark = pytest.mark.rendered
+
 
 class GreyNet(nn.Sequential):
     """One layer on (1, 8, 8)."""

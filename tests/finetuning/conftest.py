@@ -11,11 +11,6 @@ from advcl_hub.finetuning import Finetuned
 from tests.support.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder
 
 
-@pytest.fixture(autouse=True)
-def no_rendering(blank_pictures: None) -> None:
-    """For the whole room."""
-
-
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_encoder(tmp_path_factory.mktemp("encoders") / "resnet", **SMALL_RESNET)

@@ -14,6 +14,7 @@ from advcl_hub.data import ImageData
 from advcl_hub.finetuning import trainer
 from advcl_hub.hub.export import WEIGHTS, export_folder, verify_folder
 from advcl_hub.training import loop
+from tests.support.slow import slow
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -54,6 +55,8 @@ LINEAR = [
     "test_vit_relpos",
     "vit_tiny_patch16_dinov3_qkvb",
 ]
+# These take a part of a second each; the others are left to `make test-all`.
+QUICK = {name for name in LINEAR if name.startswith("test_")} | {"resnet8_cifar", "regnetx_002", "mobilenetv3_small_050"}
 # Their heads are convolutions, have norms in them, or are several: only full finetuning takes them.
 OTHER_HEADS = [
     "dla46x_c",
@@ -105,13 +108,16 @@ def check_round_trip(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "protocol"), [(name, ("slf", "sff")[i % 2]) for i, name in enumerate(LINEAR)])
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [(pytest.param if name in QUICK else slow)(name, ("slf", "sff")[i % 2]) for i, name in enumerate(LINEAR)],
+)
 def test_linear_heads(name: str, protocol: str, data: ImageData, tmp_path: Path, trained: list[nn.Module]) -> None:
     check_round_trip(name, protocol, data, tmp_path / "run", trained)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*OTHER_HEADS, *NORMED_HEADS])
+@pytest.mark.parametrize("name", [OTHER_HEADS[0], *map(slow, [*OTHER_HEADS[1:], *NORMED_HEADS])])
 def test_other_heads_are_refused_by_linear_finetuning_and_taken_by_full(
     name: str, data: ImageData, tmp_path: Path, trained: list[nn.Module]
 ) -> None:

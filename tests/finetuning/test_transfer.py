@@ -147,6 +147,7 @@ def test_weights_that_may_have_seen_the_held_out_images_are_told(grid: Any, tmp_
         advcl_hub.transfer({"tuned": classifier}, ["digits"], ["slf"], held_out=0.1, **options, **QUICK)
 
 
+@pytest.mark.slow
 def test_held_out_images_of_the_training_split_take_the_place_of_the_test_split(encoder: Path, tmp_path: Path) -> None:
     """They are those of pretraining with the same fraction, and nothing is trained on them; the report says what they are."""
     options: Any = {"output": tmp_path, "n": None, "evaluation": advcl_hub.Protocol(steps=1, check_images=0), **QUICK}

@@ -321,6 +321,7 @@ def test_what_is_not_taken_is_said_in_one_sentence(
     assert len(message.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     network, folder = solo_simclr(), tmp_path / "folder"
     file = lightning(tmp_path, network)

@@ -117,6 +117,7 @@ def test_what_timm_saves_of_a_registered_model_opens_again(vit: Path, tmp_path: 
     assert torch.equal(output(timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)), output(load_folder(vit)))
 
 
+@pytest.mark.slow
 def test_without_a_tag_an_architecture_of_ours_takes_the_first_classifier(encoder: Path, tmp_path: Path) -> None:
     first = next((name for name in advcl_hub.releases() if name.startswith("resnet20_cifar.")), None)
     assert first is None, "choose an architecture without released weights"

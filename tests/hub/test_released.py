@@ -78,6 +78,7 @@ def test_a_name_is_an_architecture_and_a_tag_and_nothing_else(encoder: Path, tmp
             advcl_hub.register(name, encoder)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_the_temporary_folder_goes_with_its_process_and_not_with_a_fork_of_it() -> None:
     program = """

@@ -25,15 +25,24 @@ def limit(client: Client) -> Iterator[Callable[[int], None]]:
     client(bytes_of_the_package, release.BUNDLED_BYTES)
 
 
-@pytest.fixture
-def small(checkout: Path, tmp_path: Path, client: Client) -> Path:
-    """A checkout with one release, in the package, which RobustBench knows, too."""
+@pytest.fixture(scope="module")
+def one_release(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `small`, and the encoder that it was made from."""
+    folder = tmp_path_factory.mktemp("release")
+    checkout = copy_checkout(folder / "checkout")
     shutil.rmtree(checkout / "advcl_hub/hub/weights")
     for card in (checkout / "model_cards").glob("*_cifar.*"):
         shutil.rmtree(card)
     (checkout / "advcl_hub/hub/released.json").write_text('{"organisation": "acme", "releases": {}}\n', encoding="utf-8")
-    folder = export_encoder(tmp_path / "encoder", "resnet20_cifar", **SMALL_RESNET)
-    (folder / PICTURE).write_bytes(b"a picture")
-    assert client(run, checkout, folder, NAME, "--robustbench", "advcl_test_linf") == ""
+    encoder = export_encoder(folder / "encoder", "resnet20_cifar", **SMALL_RESNET)
+    (encoder / PICTURE).write_bytes(b"a picture")
+    assert client(run, checkout, encoder, NAME, "--robustbench", "advcl_test_linf") == ""
     assert homes(checkout) == {"card": CARD, "package": PACKAGE}
-    return checkout
+    return folder
+
+
+@pytest.fixture
+def small(one_release: Path, tmp_path: Path) -> Path:
+    """A checkout with one release, in the package, which RobustBench knows, too."""
+    shutil.copytree(one_release, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "checkout"

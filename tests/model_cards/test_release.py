@@ -67,6 +67,7 @@ def hide_checkout(checkout: Path) -> None:
     releases.CHECKOUT = checkout / "nowhere"
 
 
+@pytest.mark.slow
 def test_large_weights_lie_in_the_checkout_until_they_are_pushed(checkout: Path, tmp_path: Path) -> None:
     """Of 1 MB, where the package takes less."""
     folder = export_encoder(tmp_path / "encoder", "resnet20_cifar")
@@ -103,6 +104,7 @@ def load_with_a_home_that_cannot_be_written(name: str) -> torch.Tensor:
         return load_by_name(name)
 
 
+@pytest.mark.slow
 def test_of_a_head_on_a_bundled_encoder_only_the_head_is_stored(checkout: Path, tmp_path: Path, client: Client) -> None:
     encoder = export_encoder(tmp_path / "encoder", "resnet20_cifar", **SMALL_RESNET)
     other = export_encoder(tmp_path / "other", "resnet20_cifar", seed=1, **SMALL_RESNET)

@@ -17,6 +17,7 @@ import torch
 from advcl_hub.files import is_draft, lock, replacing
 from tests.support.checkouts import NAME, files, loaded, run
 from tests.support.hub_client import Client
+from tests.support.slow import slow
 from tests.support.small_encoders import SMALL_RESNET, export_encoder, export_head
 
 
@@ -63,12 +64,14 @@ def output_or_refusal(checkout: Path, cache: Path) -> torch.Tensor | None:
         return None
 
 
+CHANGES = ("other weights", "other weights in parts", "out of its folder", "into its folder", "to a head")
+QUICK = (CHANGES[0], "full")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize(
-    "what", ["other weights", "other weights in parts", "out of its folder", "into its folder", "to a head"]
-)
-@pytest.mark.parametrize(
-    "how", [pytest.param("exit", marks=pytest.mark.slow), "full", pytest.param("kill -9", marks=pytest.mark.slow)]
+    ("what", "how"),
+    [QUICK, *(slow(what, how) for what in CHANGES for how in ("exit", "full", "kill -9") if (what, how) != QUICK)],
 )
 def test_wherever_it_stops_nothing_is_lost_and_the_same_command_goes_on(
     what: str, how: str, small: Path, client: Client, tmp_path: Path, limit: Callable[[int], None]

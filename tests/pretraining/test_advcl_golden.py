@@ -13,6 +13,7 @@ from advcl_hub.pretraining import AdvCL, Attack
 from advcl_hub.pretraining.losses import contrastive_loss
 from advcl_hub.pretraining.views import ViewConfig, Views, high_frequency
 from tests.support.golden import KS, load_golden, published_state, ramp
+from tests.support.slow import slow
 
 GOLDEN = load_golden()
 BRANCHES = {"normal": "clean", "pgd": "adv", "pgd_ce": "adv_ce"}
@@ -39,7 +40,7 @@ def load_published(model: AdvCL) -> None:
     model.load_state_dict({key: published[published_key(key)] for key in ours})
 
 
-@pytest.fixture(scope="module", params=["contiguous", "channels_last"])
+@pytest.fixture(scope="module", params=["contiguous", slow("channels_last")])
 def model(request: pytest.FixtureRequest) -> AdvCL:
     encoder = timm.create_model("resnet18_cifar", num_classes=0)
     memory_format = getattr(torch, f"{request.param}_format" if request.param == "contiguous" else request.param)

@@ -31,7 +31,10 @@ CONTEXT.set_forkserver_preload(["tests.support.warm_imports"])
 _started: list["Started"] = []
 _PROJECT = ("advcl_hub", "train", "model_cards")
 _READERS = ("huggingface_hub", "timm", "accelerate")  # of environment variables, when they are imported
-_NOT_READ = {"OMP_NUM_THREADS", "PYTEST_CURRENT_TEST", "PYTEST_VERSION", "PYTEST_XDIST_TESTRUNUID", "PYTEST_XDIST_WORKER"}
+_NOT_READ = {  # by those: what pytest and the imported libraries set
+    *("OMP_NUM_THREADS", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR"),
+    *("PYTEST_CURRENT_TEST", "PYTEST_VERSION", "PYTEST_XDIST_TESTRUNUID", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"),
+}
 
 
 @atexit.register

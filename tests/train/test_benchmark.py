@@ -99,6 +99,7 @@ def test_a_table_tells_rates_spread_and_ratio() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_step_is_counted_in_forwards() -> None:
     """50 forwards an image as published, 35 with the clean views once, 19 with a single attack step (one is a forward pass)."""
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
@@ -133,6 +134,7 @@ def test_the_gradient_is_reduced_once_and_projections_are_gathered() -> None:
     assert more["least to gather, MB"] == pytest.approx(4 * 4 * (3 * 128 + 6 * (128 + 4)) / 1e6)
 
 
+@pytest.mark.slow
 def test_evaluation_is_measured_beside_the_bare_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That every image ends alike is shown in tests/evaluation, where some survive."""
     build = pyautoattack.AutoAttack
@@ -146,6 +148,7 @@ def test_evaluation_is_measured_beside_the_bare_packages(tmp_path: Path, monkeyp
     assert all(row.items == 10 and row.timing.median > 0 for row in [*pgd.rows, *autoattack.rows])
 
 
+@pytest.mark.slow
 def test_the_command_leaves_tables_figures_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", "resnet8_cifar", "--batch-size", "4", "--rounds", "1", "--no-compile", "--largest", "512"]
     main([*arguments, "--only", "contrastive", "evaluation", "probe", "--output", str(tmp_path)])

@@ -6,6 +6,8 @@ import torch
 from advcl_hub.data import ImageData
 from train.cluster_report import cluster_stats, draw_report, format_stats, purity
 
+pytestmark = pytest.mark.rendered
+
 
 def test_purity_equals_a_slow_loop() -> None:
     generator = torch.Generator().manual_seed(0)

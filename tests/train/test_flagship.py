@@ -184,6 +184,7 @@ def test_killed_within_a_stage_it_goes_on(tmp_path: Path) -> None:
     assert (record["finished"], record["step"]) == (False, checkpoint.step)
 
 
+@pytest.mark.slow
 def test_a_failed_stage_leaves_the_others_and_what_is_done_stays_done(tmp_path: Path) -> None:
     plan, output = tiny_plan(tmp_path), tmp_path / "runs"
     measured(plan, output, 2)
@@ -202,6 +203,7 @@ def test_a_failed_stage_leaves_the_others_and_what_is_done_stays_done(tmp_path: 
     assert list(kept.unpack(output / "kept", tmp_path / "again")) == ["encoder", "slf", "aff"]
 
 
+@pytest.mark.slow
 def test_the_weights_of_pretraining_are_kept_until_they_are_exported(tmp_path: Path) -> None:
     plan, output = tiny_plan(tmp_path), tmp_path / "runs"
     measured(plan, output, 2)

@@ -187,6 +187,7 @@ def test_an_archive_cannot_reach_out_of_its_folder(encoder: Path, tmp_path: Path
     assert not (tmp_path / "deep" / "escaped").exists()
 
 
+@pytest.mark.slow
 def test_a_resnet18_with_two_heads_is_eight_files(tmp_path: Path, others: dict[str, Path]) -> None:
     """What the plan resnet18_advcl makes: in float16 22.3 MB for the encoder and for the finetuned classifier."""
     models = {}

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from advcl_hub.pretraining import Method
 from advcl_hub.pretraining.method import constant_parameters
 from advcl_hub.training.layout import safe_channels_last
+from tests.support.slow import slow
 from tests.support.small_encoders import export_teacher
 from tests.support.speed import channels_last, needs_compiler
 from train.network import build_encoder, build_network, build_optimizer, build_schedule, compile_encoder
@@ -114,6 +115,7 @@ class StridedGradients(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @needs_compiler
 def test_the_compiler_does_not_choose_channels_last_where_it_corrupts_memory() -> None:
@@ -157,8 +159,10 @@ def passes(network: Method, shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("model", "shape", "graphs"),
     [
-        ("resnet8_cifar model_kwargs={channels: [16, 16, 16]}", SHAPE, 18),
-        ("convnext_atto model_kwargs={depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}", (3, 32, 32), 6),  # no batch norm, no branch
+        slow("resnet8_cifar model_kwargs={channels: [16, 16, 16]}", SHAPE, 18),
+        slow(
+            "convnext_atto model_kwargs={depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}", (3, 32, 32), 6
+        ),  # no batch norm, no branch
         ("vit_tiny_patch16_224 model_kwargs={img_size: 16, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}", SHAPE, 6),
     ],
 )

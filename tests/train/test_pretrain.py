@@ -20,6 +20,7 @@ from advcl_hub.training.state import FILE, group
 from advcl_hub.training.stop import StopRequest
 from tests.support import warm
 from tests.support.image_files import encode, pixels, write
+from tests.support.slow import slow
 from train.checkpoint import load_checkpoint
 from train.pretrain import Trainer, main, pretrain
 from train.recipe import load_recipe
@@ -190,8 +191,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path:
     ("name", "kwargs"),
     [
         ("vit_tiny_patch16_224", "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}"),
-        ("convnext_atto", "{patch_size: 2, depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"),
-        (
+        slow("convnext_atto", "{patch_size: 2, depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"),
+        slow(
             "swin_tiny_patch4_window7_224",
             "{img_size: 32, patch_size: 2, window_size: 4, embed_dim: 12, depths: [2, 2], num_heads: [2, 2]}",
         ),

@@ -173,6 +173,7 @@ def test_the_probe_judges_the_exported_weights_on_held_out_images(
     assert all(torch.equal(v, last["state"][k]) for k, v in expected.items())
 
 
+@pytest.mark.slow
 def test_a_start_that_was_killed_leaves_no_trace(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     """The picture of the views runs the network; its passes must not move the statistics that are trained."""
     for name, starts in (("once", 1), ("twice", 2)):

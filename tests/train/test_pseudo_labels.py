@@ -15,6 +15,7 @@ def run_main(output: Path, encoder: str, *more: str) -> None:
     main(["--data", "digits", "--encoder", encoder, "--k", "2", "10", "--output", str(output), "--device", "cpu", *more])
 
 
+@pytest.mark.slow
 def test_command_on_digits_with_pixels(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

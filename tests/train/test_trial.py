@@ -41,6 +41,7 @@ def test_compiled_or_eager_is_chosen_by_the_epochs_that_fit(seconds: float, chos
     assert choose(ways, seconds, 95) == (chosen, epochs)
 
 
+@pytest.mark.slow
 def test_a_trial_measures_the_step_that_pretraining_takes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     arguments = [*TINY, f"pseudo_labels.cache={tmp_path / 'labels'}", "--fit", "60s", "--rounds", "2"]
     with caplog.at_level("INFO", logger="advcl"):
@@ -69,6 +70,7 @@ def test_operations_grow_with_the_batch_and_the_attack(tmp_path: Path) -> None:
     assert counts[8, 5] / counts[8, 1] == pytest.approx(35 / 19, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_costs_nothing_but_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

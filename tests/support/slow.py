@@ -1,0 +1,10 @@
+"""Cases of a test that only `make test-all` runs."""
+
+from typing import Any
+
+import pytest
+
+
+def slow(*values: Any) -> Any:
+    """A set of parameters, marked slow: `@pytest.mark.parametrize("name", ["a", slow("b")])`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
