@@ -94,7 +94,7 @@ def blank_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
         figure.set_layout_engine("none")
         for axis in figure.axes:
             axis.set_visible(False)
-        savefig(figure, *args, **options)
+        savefig(figure, *args, **options, pil_kwargs={"compress_level": 1})
 
     with pytest.MonkeyPatch.context() as patched:
         if request.node.get_closest_marker("rendered") is None:

@@ -144,6 +144,7 @@ sys.stdout.write(f"figures {Processes.current().count} {result.standard} {result
 """
 
 
+@pytest.mark.slow
 def test_a_script_under_torchrun_shares_the_images_too(model: Path, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     done = warm.run(tmp_path / "script.py", model, tmp_path / "e", processes=2, code=0)

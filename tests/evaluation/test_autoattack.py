@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from advcl_hub.data import ImageData
 from advcl_hub.evaluation import Evaluation, Protocol, autoattack, evaluate
+from tests.support.slow import slow
 from tests.support.tiny_classifiers import TinyNet, labelled_by, shortened
 
 # At these radii some images break under each attack and some survive all.
@@ -43,7 +44,7 @@ def test_every_image_ends_as_in_the_bare_package() -> None:
 
 
 @pytest.mark.usefixtures("short_autoattack")
-@pytest.mark.parametrize(("norm", "version"), [("L2", "standard"), ("Linf", "rand"), ("L2", "rand")])
+@pytest.mark.parametrize(("norm", "version"), [slow("L2", "standard"), ("Linf", "rand"), slow("L2", "rand")])
 def test_every_image_ends_as_in_the_bare_package_with_fewer_steps(norm: Any, version: Any) -> None:
     assert_every_image_ends_alike(norm, version, shortened)
 
@@ -120,7 +121,7 @@ SIZES = [(1, 1), (4, 4), (5, 5), (6, 1), (1, 6), (9, 9), (10, 10), (12, 12), (14
 SIZES += [(24, 24), (25, 3), (24, 32), (32, 24), (28, 28), (32, 32)]
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("norm", ["Linf", slow("L2")])
 def test_square_is_left_out_where_the_real_one_fails_and_only_there(norm: Any) -> None:
     def sure(images: Tensor) -> Tensor:
         return torch.eye(10)[:1] * 10 + images.mean((1, 2, 3))[:, None] * torch.linspace(0, 0.1, 10)

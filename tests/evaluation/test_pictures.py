@@ -17,6 +17,7 @@ from advcl_hub.data import ImageData
 from advcl_hub.data.corruptions import CORRUPTIONS, corrupt
 from advcl_hub.evaluation import Evaluation, Protocol, evaluate
 from advcl_hub.records.tables import page
+from tests.support.slow import slow
 from tests.support.tiny_classifiers import TinyNet, labelled_by
 
 pytestmark = pytest.mark.rendered
@@ -63,11 +64,11 @@ ATTACKED = ALWAYS | {"curves.png", "examples.png"}
 @pytest.mark.parametrize(
     ("classes", "channels", "settings", "files"),
     [
-        (2, 3, {}, ATTACKED),
-        (10, 3, {"norm": "L2", "eps": 0.1}, ATTACKED),
+        slow(2, 3, {}, ATTACKED),
+        slow(10, 3, {"norm": "L2", "eps": 0.1}, ATTACKED),
         (5, 1, {}, ATTACKED),
         (10, 3, {"steps": 0}, ALWAYS),
-        (10, 3, {"check_images": 0}, ATTACKED - {"curves.png"}),
+        slow(10, 3, {"check_images": 0}, ATTACKED - {"curves.png"}),
         (10, 3, {"corruptions": "generated", "steps": 0}, ALWAYS | {"corruptions.png"}),
     ],
     ids=["2 classes", "l2", "grey", "no attack", "no checks", "corruptions"],

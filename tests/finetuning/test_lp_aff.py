@@ -25,6 +25,7 @@ from advcl_hub.hub.export import export_folder, load_folder, verify_folder
 from advcl_hub.pretraining import make_pseudo_labels
 from advcl_hub.training.state import FILE
 from tests.support.image_files import encode, write
+from tests.support.slow import slow
 from tests.support.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -137,6 +138,7 @@ def test_the_labels_are_k_means_of_the_features(
         assert torch.equal(data.labels, expected) and data.classes == ("cluster 0", "cluster 1", "cluster 2", "cluster 3")
 
 
+@pytest.mark.slow
 def test_true_labels_change_nothing(run: Callable[..., Finetuned], digits: ImageData, tmp_path: Path) -> None:
     """Shuffled, unknown, or of fewer classes than there are clusters."""
     shuffled = digits.labels[torch.randperm(len(digits), generator=torch.Generator().manual_seed(1))]
@@ -173,6 +175,7 @@ def test_the_result_is_that_of_the_stages_by_hand(
     assert [key for key in exported if not torch.equal(exported[key], expected[key])] == []
 
 
+@pytest.mark.slow
 def test_another_encoder_can_be_clustered(run: Callable[..., Finetuned], resnet: Path, vit: Path, digits: ImageData) -> None:
     own, other = run("own"), run("other", clean=vit)
     labels = make_pseudo_labels(digits, f"local-dir:{vit}", (4,))
@@ -198,7 +201,7 @@ def test_stopped_anywhere_it_ends_with_the_same_encoder(run: Callable[..., Finet
         assert whole.record[key] == pieces.record[key]
 
 
-@pytest.mark.parametrize("lost", ["make_pseudo_labels", "labels written", "finetune", "_export"])
+@pytest.mark.parametrize("lost", ["make_pseudo_labels", slow("labels written"), slow("finetune"), slow("_export")])
 def test_killed_between_the_stages_it_goes_on(
     run: Callable[..., Finetuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
@@ -331,6 +334,7 @@ def test_overrides_without_effect_are_said_and_left_out(run: Callable[..., Finet
     assert len([w for w in warned if "Without effect" in str(w.message)]) == 1
 
 
+@pytest.mark.slow
 def test_the_encoder_is_one_like_any_other(run: Callable[..., Finetuned], digits: ImageData, tmp_path: Path) -> None:
     """timm opens it, finetuning and evaluations take it, its card says what it is. It started as a classifier."""
     model = load_folder(export_encoder(tmp_path / "start", num_classes=10, **SMALL_RESNET))
@@ -360,6 +364,7 @@ def test_the_encoder_is_one_like_any_other(run: Callable[..., Finetuned], digits
     assert "adversarial-robustness" in text.partition("# export")[0]
 
 
+@pytest.mark.slow
 def test_images_that_are_decoded_when_needed(
     run: Callable[..., Finetuned], tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,6 +382,7 @@ def test_images_that_are_decoded_when_needed(
     assert lazy.record["data"]["split"] == "train" and lazy.record["data"]["name"] == "folder:photos"
 
 
+@pytest.mark.slow
 def test_another_size_than_the_encoders_own(run: Callable[..., Finetuned]) -> None:
     done = run(data="digits", size=24, batch_size=300)
     assert done.record["images"]["shape"] == [3, 24, 24] and done.load().pretrained_cfg["input_size"] == (3, 24, 24)

@@ -151,10 +151,10 @@ def test_a_frozen_encoder_and_fixed_images_are_seen_once(
 @pytest.mark.parametrize(
     ("protocol", "options"),
     [
-        ("slf", {"augment": "none"}),
-        ("alf", {"ema_decay": 0.9}),
+        slow("slf", {"augment": "none"}),
+        slow("alf", {"ema_decay": 0.9}),
         ("aff", {"branches": ("clean", "adv"), "val_fraction": 0.25, "ema_decay": 0.5}),
-        ("sff", {"accumulate": 2, "keep_head": True}),
+        slow("sff", {"accumulate": 2, "keep_head": True}),
     ],
 )
 def test_stopped_anywhere_it_ends_with_the_same_weights(

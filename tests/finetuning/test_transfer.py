@@ -121,6 +121,7 @@ def test_a_grid_goes_on_where_it_stopped(encoder: Path, tmp_path: Path, monkeypa
     assert len(stamps) == 2 and all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
 
+@pytest.mark.slow
 def test_another_way_to_measure_costs_no_training_and_other_cells_stay_in_the_report(encoder: Path, tmp_path: Path) -> None:
     options: Any = {"output": tmp_path, "evaluation": advcl_hub.Protocol(steps=1, check_images=0), **QUICK}
     advcl_hub.transfer([encoder], ["fake:80"], ["slf"], n=20, **options)

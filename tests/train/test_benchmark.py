@@ -161,6 +161,7 @@ def test_the_command_leaves_tables_figures_and_a_picture(tmp_path: Path, capsys:
     assert Image.open(tmp_path / "benchmark.png").size[0] > 500
 
 
+@pytest.mark.slow
 def test_every_method_takes_a_step_and_folding_changes_only_its_time() -> None:
     """Unfolded attacks give the adversarial images of folded ones, to rounding."""
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)

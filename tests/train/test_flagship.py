@@ -154,6 +154,7 @@ def wait_until_free(output: Path) -> None:
     raise AssertionError("the lock stays")
 
 
+@pytest.mark.slow
 def test_killed_within_a_stage_it_goes_on(tmp_path: Path) -> None:
     plan, output = tiny_plan(tmp_path), tmp_path / "runs"
     measured(plan, output, 10**6)

@@ -113,6 +113,7 @@ def test_killed_anywhere_it_ends_with_the_same_weights(whole: Path, tmp_path: Pa
     assert steps == sorted(set(steps)), "records of the killed starts are dropped"
 
 
+@pytest.mark.slow
 def test_sigterm_and_time_budget_stop_cleanly_and_continue(whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = start(output, "checkpoint_minutes=60")

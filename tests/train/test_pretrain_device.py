@@ -13,6 +13,7 @@ from advcl_hub.pretraining import METHODS
 from advcl_hub.pretraining.losses import contrastive_loss
 from advcl_hub.training.ambient import undisturbed
 from advcl_hub.training.runlog import Meter
+from tests.support.slow import slow
 from tests.support.small_encoders import export_teacher
 from train.network import build_optimizer, build_schedule
 from train.pretrain import Trainer
@@ -56,7 +57,10 @@ def take_steps(trainer: Trainer, count: int = 2) -> None:
         trainer.train_step(torch.zeros(8, 3, 16, 16, dtype=torch.uint8, device=META), labels)
 
 
-@pytest.mark.parametrize(("method", "optimizer"), [*((name, "sgd") for name in METHODS), ("advcl", "adamw")])
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [("advcl", "sgd"), *(slow(name, "sgd") for name in METHODS if name != "advcl"), slow("advcl", "adamw")],
+)
 def test_a_step_asks_for_no_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, optimizer: str) -> None:
     """Views, attack, losses, backward, optimizer, averaged weights and the sums of the log."""
     settings = [f"method={method}", f"optimizer.name={optimizer}"]
