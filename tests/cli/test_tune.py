@@ -19,6 +19,7 @@ from advcl_hub.training.state import FILE
 from tests.support import warm
 from tests.support.commands import finish, start
 from tests.support.hub_server import serve_hub
+from tests.support.slow import slow
 from tests.support.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder
 
 QUICK = ("--data", "fake:80", "--batch-size", "16", "--steps", "1", "--epochs", "2", "--lr", "0.1")
@@ -71,11 +72,10 @@ def test_killed_twice_it_ends_as_if_nothing_had_happened(resnet: Path, tmp_path:
 @pytest.mark.parametrize(
     ("encoder", "options"),
     [
-        ("resnet", ("--protocol", "slf", "--augment", "none", "--val-fraction", "0.2")),
+        slow("resnet", ("--protocol", "slf", "--augment", "none", "--val-fraction", "0.2")),
         ("vit", ("--protocol", "aff", "--accumulate", "2", "--ema-decay", "0.5")),
     ],
 )
-@pytest.mark.slow
 def test_two_processes_equal_one(
     request: pytest.FixtureRequest, tmp_path: Path, encoder: str, options: tuple[str, ...]
 ) -> None:

@@ -17,7 +17,6 @@ from advcl_hub.pretraining.views import ViewConfig, Views
 from advcl_hub.training.runlog import read_log
 from tests.support import warm
 from tests.support.pool import run_ranks
-from tests.support.slow import slow
 from tests.support.small_encoders import export_teacher
 from train.checkpoint import load_checkpoint
 from train.collectives import Collectives
@@ -165,7 +164,8 @@ def test_collectives_are_counted_with_their_bytes(counted: list[dict[str, Any]])
         assert [size for name, size in step if name == "allreduce_"] == [4 * (3 * 2 + 2 + 2 + 2)]
 
 
-@pytest.mark.parametrize("method", ["advcl", slow("deacl")])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["advcl", "deacl"])
 def test_pretraining_in_two_processes(method: str, tmp_path: Path) -> None:
     """The trainer itself under torchrun: both ranks take part, one writes; stopped and continued it ends the same, also where
     running averages decide the attack, of which each rank has its own."""
