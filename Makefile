@@ -12,7 +12,7 @@ export PIP_ARGS
 RUN   := $(VENV)/bin/python -m
 STAMP := $(VENV)/.advcl-hub-installed
 
-.PHONY: help demo test test-all test-versions mutate check format clean
+.PHONY: help demo test test-all coverage test-versions mutate check format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands (this text)
@@ -37,6 +37,10 @@ test: $(STAMP)  ## run the tests, except the slow ones
 test-all: $(STAMP)  ## run all tests that this machine can run
 	@echo "test-all: python -m pytest $(PYTEST_ARGS)"
 	@OMP_NUM_THREADS=1 $(RUN) pytest $(PYTEST_ARGS)
+
+coverage: $(STAMP)  ## run all tests, and list the lines and branches of the library that none of them reaches
+	@echo "coverage: python -m pytest --cov $(PYTEST_ARGS)"
+	@OMP_NUM_THREADS=1 $(RUN) pytest --cov $(PYTEST_ARGS)
 
 test-versions: $(STAMP)  ## run the tests with the lowest and the newest versions that pyproject.toml allows: .versions
 	@$(VENV)/bin/python .ci/versions.py $(VERSIONS_ARGS)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from advcl_hub.files import comfort, replacing
-from advcl_hub.records import RESULTS, counted, load_record, pixels
+from advcl_hub.records import RESULTS, counted, in_markdown, load_record, pixels
 
 CELL = "cell.json"  # in a cell's folder: what it was asked for, and its last evaluation
 
@@ -96,11 +96,11 @@ def markdown(cells: Sequence[Cell]) -> str:
                 row += ["-", "-"] if cell is None else [_percent(cell.standard), _percent(cell.robust) + mark]
             if any(entry != "-" for entry in row[2:]):
                 rows.append(row)
-    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    lines = [f"| {' | '.join(map(in_markdown, row))} |" for row in (header, *rows)]
     lines.insert(1, "|---|---" + "|---:" * (len(header) - 2) + "|")
     notes = list(dict.fromkeys(_note(cell) for cell in cells))
     said = [f"(!) {c.encoder}, {c.training}, {c.data}: {warning}" for c in cells for warning in c.evaluated["warnings"]]
-    return "\n".join([*lines, "", "Accuracy in percent.", *(f"- {note}" for note in [*notes, *said])])
+    return "\n".join([*lines, "", "Accuracy in percent.", *(f"- {in_markdown(note)}" for note in [*notes, *said])])
 
 
 def _note(cell: Cell) -> str:

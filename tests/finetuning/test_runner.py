@@ -19,6 +19,7 @@ from advcl_hub.finetuning import trainer as module
 from advcl_hub.finetuning.encoder import open_encoder
 from advcl_hub.finetuning.features import extract_features
 from advcl_hub.hub.export import export_folder, load_folder, verify_folder
+from advcl_hub.training import loop
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
 from tests.support.slow import slow
@@ -239,11 +240,14 @@ def test_the_best_epoch_on_held_out_images_is_exported(
         standard, robust = scores if protocol == "slf" else reversed(scores)
         return Robustness(standard[len(states) - 1], robust[len(states) - 1], len(images), 0.1, 0.1, steps, 0)
 
+    drawn: list[float] = []
     monkeypatch.setattr(module, "robustness", robustness)
+    monkeypatch.setattr(loop, "save_curves", lambda folder, panels: drawn.append(read_log(folder)[-1]["val_standard"]))
     tuned = run(protocol, epochs=3, val_fraction=0.25)
     assert tuned.record["epoch"] == 2 and tuned.record["chosen"] == "the best epoch on held-out images"
     assert tuned.record["data"]["held_out"] == 20 and tuned.record["data"]["images"] == 60
     assert same(weights(tuned), states[1]) == states[1].keys() and same(states[1], states[2]) != states[1].keys()
+    assert drawn == [0.5 if protocol == "slf" else 0.3], "once, with the last judgement"
 
 
 def test_the_averaged_weights_are_exported(run: Callable[..., Finetuned]) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import advcl_hub
 from advcl_hub.cli import main
 from advcl_hub.data import load_data
 from advcl_hub.finetuning import transfer
+from advcl_hub.finetuning.grid import markdown
 from advcl_hub.training.state import FILE
 from tests.support.image_files import write_pets
 from tests.support.small_encoders import SMALL_RESNET, export_encoder
@@ -72,6 +74,14 @@ def test_the_table_has_a_row_an_encoder_and_protocol_and_two_columns_a_data_set(
     assert "SLF, 2 shots on digits: preset advcl, 1 epoch over 20 images, batch 8, lr 0.1" in text
     assert "class-balanced 20 of 359 test images; PGD-2, Linf 1/255, step 0.25/255; seeds 0 and 0." in text
     assert "(!) ours, SLF, 2 shots, fake:80: Not checked for false robustness (check_images=0)." in text
+
+
+def test_names_of_others_make_no_columns_headings_or_tags(grid: Any) -> None:
+    cell = replace(grid.cells[0], encoder="a | b\n# <i>", data="x | y")
+    assert cell.evaluated["warnings"]
+    header, rule, row, _, *notes = markdown([cell]).splitlines()
+    assert header.count("|") == rule.count("|") == row.count("|") == 5 and row.startswith("| a / b # &lt;i> | ")
+    assert all(not line or line.startswith(("- ", "Accuracy")) for line in notes)
 
 
 def test_the_csv_has_a_line_a_cell(grid: Any) -> None:

@@ -39,12 +39,16 @@ def _left_out(folder: str, names: list[str]) -> set[str]:
     return {"__pycache__"} | ({"weights"} if Path(folder) == ROOT / "model_cards" else set())
 
 
-def run(checkout: Path, *arguments: object) -> str:
-    """What the script says when it refuses; called in the client's process, on a copy."""
+def _work_in(checkout: Path) -> None:
     releases.BUNDLED = release.BUNDLED = checkout / "advcl_hub/hub/weights"
     releases.CHECKOUT = release.CHECKOUT = checkout / "model_cards/weights"
     release.RELEASED = checkout / "advcl_hub/hub/released.json"
     release.ROOT, release.CARDS, release.README = checkout, checkout / "model_cards", checkout / "README.md"
+
+
+def run(checkout: Path, *arguments: object) -> str:
+    """What the script says when it refuses; called in the client's process, on a copy."""
+    _work_in(checkout)
     sys.argv = ["release.py", *map(str, arguments)]
     try:
         release.main()
@@ -76,6 +80,7 @@ def bytes_of_the_package(limit: int) -> None:
 
 def loaded(checkout: Path, cache: Path) -> torch.Tensor:
     """What the release computes, from nothing but the checkout."""
+    _work_in(checkout)
     shutil.rmtree(cache, ignore_errors=True)
     found = next(found for found in releases.load_releases(release.RELEASED) if found.name == NAME)
     registry._register(replace(found, robustbench=None))  # whose name can be given once only

@@ -196,6 +196,7 @@ def test_a_stop_at_the_end_of_an_epoch_owes_its_probe(recipe: Callable[..., Reci
             return trainer.state.step == trainer.steps_per_epoch
 
     assert not trainer.run(AfterOneEpoch())
+    (tmp_path / "run" / "curves.png").unlink()
     again = Trainer(recipe(*settings), tmp_path / "run")
     assert again.run(StopRequest())
     probes = [r["epoch"] for r in read_log(tmp_path / "run") if "probe_robust" in r]

@@ -1,10 +1,13 @@
-"""Which images are left for a run that goes on."""
+"""Which images are left for a run that goes on, and when it draws its curves."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
+from advcl_hub.training import loop
 from advcl_hub.training.loop import Loop
 
 
@@ -30,3 +33,24 @@ def test_processes_share_every_batch() -> None:
     whole, first, second = rows(7), rows(7, 0, 2), rows(7, 1, 2)
     pairs = zip(first[::2], first[1::2], second[::2], second[1::2], strict=True)
     assert [row for batch in pairs for row in batch] == whole
+
+
+def test_drawing_takes_a_twentieth_of_the_time_and_is_not_put_off_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds, drawn = 0, []
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: seconds))
+
+    def save_curves(*arguments: Any) -> None:
+        nonlocal seconds
+        drawn.append(seconds)
+        seconds += 3
+
+    monkeypatch.setattr(loop, "save_curves", save_curves)
+    run: Any = SimpleNamespace(main=True, output=Path(), panels=(), draw_from=20)
+    while seconds < 200:
+        seconds += 1
+        Loop.draw(run)
+    assert drawn == [21, 85, 149]
+    Loop.draw(run, now=True)
+    run.main = False
+    Loop.draw(run, now=True)
+    assert drawn == [21, 85, 149, 200]
