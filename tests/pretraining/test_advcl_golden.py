@@ -41,12 +41,18 @@ def load_published(model: AdvCL) -> None:
 
 
 @pytest.fixture(scope="module", params=["contiguous", slow("channels_last")])
-def model(request: pytest.FixtureRequest) -> AdvCL:
+def built(request: pytest.FixtureRequest) -> AdvCL:
     encoder = timm.create_model("resnet18_cifar", num_classes=0)
     memory_format = getattr(torch, f"{request.param}_format" if request.param == "contiguous" else request.param)
     network = AdvCL(encoder, AdvCL.Objective(), Attack(), ViewConfig(), KS, memory_format)
-    load_published(network)
     return network.double().to(memory_format=memory_format)
+
+
+@pytest.fixture
+def model(built: AdvCL) -> AdvCL:
+    """As published, whatever the last test did to its statistics."""
+    load_published(built)
+    return built
 
 
 def smooth(name: str) -> Tensor:
