@@ -39,8 +39,11 @@ test-all: $(STAMP)  ## run all tests that this machine can run
 	@OMP_NUM_THREADS=1 $(RUN) pytest $(PYTEST_ARGS)
 
 coverage: $(STAMP)  ## run all tests, and list the lines and branches of the library that none of them reaches
-	@echo "coverage: python -m pytest --cov $(PYTEST_ARGS)"
-	@OMP_NUM_THREADS=1 $(RUN) pytest --cov $(PYTEST_ARGS)
+	@echo "coverage: python -m coverage run -m pytest $(PYTEST_ARGS)"
+	@$(RUN) coverage erase
+	@OMP_NUM_THREADS=1 $(RUN) coverage run -m pytest $(PYTEST_ARGS)
+	@$(RUN) coverage combine --quiet
+	@$(RUN) coverage report
 
 test-versions: $(STAMP)  ## run the tests with the lowest and the newest versions that pyproject.toml allows: .versions
 	@$(VENV)/bin/python .ci/versions.py $(VERSIONS_ARGS)
