@@ -57,23 +57,20 @@ def test_folder_errors(pets: Path) -> None:
 
 
 @pytest.fixture
-def ordinary_user() -> Iterator[None]:
-    """Permissions do not bind root."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    yield
-    os.seteuid(0)
+def unreadable(pets: Path) -> Iterator[Path]:
+    pets.chmod(0)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)  # permissions do not bind root
+    yield pets
+    if root:
+        os.seteuid(0)
+    pets.chmod(0o700)
 
 
-def test_unreadable_root(pets: Path, ordinary_user: None) -> None:
-    if os.geteuid() != 65534:
-        pets.chmod(0)
+def test_unreadable_root(unreadable: Path) -> None:
     with pytest.raises(PermissionError, match="cannot be read, check its permissions"):
-        load_data(f"folder:{pets}")
-    if os.geteuid() != 65534:
-        pets.chmod(0o700)
+        load_data(f"folder:{unreadable}")
 
 
 # ---- torchvision's sets --------------------------------------------------------------------------
