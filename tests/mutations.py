@@ -358,6 +358,7 @@ FAULTS: dict[str, dict[str, tuple[str, str]]] = {
             "shares[:, self.rank]",
         ),
         "All processes train on the same images.": ("* self.steps_per_epoch :, self.rank]", "* self.steps_per_epoch :, 0]"),
+        "Curves are drawn at every checkpoint.": ("+ _DRAW_EVERY * (end - start)", "+ 0 * (end - start)"),
     },
     "train/pretrain.py": {
         "The averaged weights of a pretraining lag a step behind.": (

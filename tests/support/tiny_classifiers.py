@@ -38,6 +38,7 @@ def labelled_by(model: nn.Module, n: int, wrong: int = 0, seed: int = 0, size: i
 def shortened(attack: Any) -> Any:
     """An `AutoAttack` of the package, with fewer steps."""
     attack.apgd.n_iter = attack.apgd_targeted.n_iter = attack.fab.n_iter = 20
+    attack.apgd.eot_iter = min(attack.apgd.eot_iter, 4)
     attack.square.n_queries = 200
     return attack
 
