@@ -103,6 +103,7 @@ def wait_for_units(folder: Path, count: int, process: warm.Warm) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_after_kills_it_ends_as_if_nothing_had_happened(model: Path, uninterrupted: Path, tmp_path: Path) -> None:
     output = tmp_path / "evaluation"
     for units, processes in ((2, 1), (6, 2)):

@@ -64,6 +64,7 @@ def check(done: Conversion, network: Published, branch: int = 0, size: int = 32)
 # ------------------------------------------------------------------------------------------------------ layouts
 
 
+@pytest.mark.slow
 def test_the_published_advcl_encoder(tmp_path: Path) -> None:
     """At its real size, with the numbers that the published implementation gave."""
     state = published_state({key: value.shape for key, value in advcl(widths=WIDE).state_dict().items()})

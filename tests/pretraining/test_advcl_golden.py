@@ -91,6 +91,7 @@ def test_features_of_each_branch(model: AdvCL, published: str) -> None:
         check(model.features(smooth("xo"), BRANCHES[published]), f"eval_feat_{published}", atol=1e-12)
 
 
+@pytest.mark.slow
 def test_training_step(model: AdvCL, monkeypatch: pytest.MonkeyPatch) -> None:
     """`AdvCL.losses`, which training calls, from the published noise: attack losses before each step, projections, adversarial
     views, losses, and the gradients of one whole step."""
