@@ -1,6 +1,7 @@
 """Data that cluster in one sensible way or have labels of their own, and a small pretrained timm model in a folder."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ SMALL_RESNET = {"channels": [16, 16, 16]}
 SMALL_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 
+@cache
+def _digits(size: int) -> Tensor:
+    return pixels(load_data("digits", "train", size=size).sample(100))
+
+
 def export_encoder(
     folder: Path,
     name: str = "resnet8_cifar",
@@ -56,11 +62,14 @@ def export_encoder(
     torch.manual_seed(seed)
     cfg = {"input_size": (3, size, size), "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0}
     model = timm.create_model(name, num_classes=num_classes, pretrained_cfg_overlay=cfg, **arguments)
-    images = load_data("digits", "train", size=size).sample(100).images
-    assert isinstance(images, Tensor)
-    with torch.no_grad():
-        for _ in range(30):  # batch norms learn statistics; without them the features would be of no size
-            model(images / 255)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    usual = [norm.momentum for norm in norms]
+    with torch.no_grad():  # batch norms learn statistics; without them the features would be of no size
+        for norm in norms:
+            norm.momentum = 1.0
+        model(_digits(size) / 255)
+        for norm, momentum in zip(norms, usual, strict=True):
+            norm.momentum = momentum
     kind = "classifier" if num_classes else "encoder"
     return export_folder(model.eval(), folder, results={"kind": kind}, model_args=arguments, projector=projector)
 
