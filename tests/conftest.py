@@ -18,7 +18,7 @@ from tests.support.hub_server import Hub
 from tests.support.image_files import write_pets
 from tests.support.kept_registry import kept_registry
 from tests.support.small_encoders import save_encoder
-from tests.support.tiny_classifiers import shortened
+from tests.support.tiny_classifiers import shorten
 
 # pytest-xdist runs several of these processes: with torch's default threads they would fight for the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -105,8 +105,8 @@ def blank_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def short_autoattack(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations run the attacks of AutoAttack with fewer steps."""
-    build = autoattack.build
-    monkeypatch.setattr(autoattack, "build", lambda measurement: shortened(build(measurement)))
+    monkeypatch.setattr(autoattack, "build", autoattack.build)  # put back afterwards
+    shorten()
 
 
 @pytest.fixture(scope="session")

@@ -127,7 +127,6 @@ class Loop(ABC):
         self.meter = Meter(self.device, len(self.losses))
         self.log: RunLog | None = None
         self.bar = progress_bar(disable=True)
-        self.draw_from = time.monotonic() + _DRAW_EVERY  # as if it took a second
 
     @contextmanager
     def locked(self, output: Path, accelerator: Accelerator) -> Iterator[None]:
@@ -259,6 +258,7 @@ class Loop(ABC):
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
             self.log = RunLog(self.output, self.state.step)
+        self.draw_from = time.monotonic() + _DRAW_EVERY  # as if it took a second
         self.bar = progress_bar(total=self.total_steps, initial=self.state.step, unit="step", disable=not self.main)
         if self.state.step == 0:
             self.save()

@@ -13,7 +13,6 @@ import advcl_hub
 from advcl_hub.data import ImageData
 from advcl_hub.finetuning import trainer
 from advcl_hub.hub.export import WEIGHTS, export_folder, verify_folder
-from advcl_hub.training import loop
 from tests.support.slow import slow
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -77,7 +76,7 @@ def data() -> ImageData:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The model that a run exports; nothing is drawn, which would take most of the time."""
+    """The model that a run exports."""
     models: list[nn.Module] = []
 
     def export(model: nn.Module, *arguments: Any, **options: Any) -> Path:
@@ -85,8 +84,6 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         return export_folder(model, *arguments, **options)
 
     monkeypatch.setattr(trainer, "export_folder", export)
-    monkeypatch.setattr("advcl_hub.training.pictures.save_views", lambda *arguments: None)
-    monkeypatch.setattr(loop, "save_curves", lambda *arguments: None)
     return models
 
 

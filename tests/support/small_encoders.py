@@ -62,14 +62,11 @@ def export_encoder(
     torch.manual_seed(seed)
     cfg = {"input_size": (3, size, size), "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0}
     model = timm.create_model(name, num_classes=num_classes, pretrained_cfg_overlay=cfg, **arguments)
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    usual = [norm.momentum for norm in norms]
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
     with torch.no_grad():  # batch norms learn statistics; without them the features would be of no size
-        for norm in norms:
-            norm.momentum = 1.0
         model(_digits(size) / 255)
-        for norm, momentum in zip(norms, usual, strict=True):
-            norm.momentum = momentum
     kind = "classifier" if num_classes else "encoder"
     return export_folder(model.eval(), folder, results={"kind": kind}, model_args=arguments, projector=projector)
 
