@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def other_registry() -> Iterator[None]:
     """Names that a module of tests registers are gone for the next, whichever shares its process."""
     with kept_registry():
         yield
+
+
+@pytest.fixture(autouse=True)
+def kept_trace() -> Iterator[None]:
+    """The bare AutoAttack switches tracing off, and so the rest of a run of coverage, or a debugger."""
+    trace = sys.gettrace()
+    yield
+    sys.settrace(trace)
 
 
 @pytest.fixture
