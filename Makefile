@@ -41,9 +41,8 @@ test-all: $(STAMP)  ## run all tests that this machine can run
 coverage: $(STAMP)  ## run all tests, and list the lines and branches of the library that none of them reaches
 	@echo "coverage: python -m coverage run -m pytest $(PYTEST_ARGS)"
 	@$(RUN) coverage erase
-	@OMP_NUM_THREADS=1 $(RUN) coverage run -m pytest $(PYTEST_ARGS)
-	@$(RUN) coverage combine --quiet
-	@$(RUN) coverage report
+	@OMP_NUM_THREADS=1 $(RUN) coverage run -m pytest $(PYTEST_ARGS); status=$$?; \
+	    $(RUN) coverage combine --quiet && $(RUN) coverage report && exit $$status
 
 test-versions: $(STAMP)  ## run the tests with the lowest and the newest versions that pyproject.toml allows: .versions
 	@$(VENV)/bin/python .ci/versions.py $(VERSIONS_ARGS)

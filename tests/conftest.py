@@ -41,7 +41,7 @@ def other_registry() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def kept_trace() -> Iterator[None]:
-    """The bare AutoAttack switches tracing off, and so the rest of a run of coverage, or a debugger."""
+    """Puts the trace function back: the bare AutoAttack removes it, and coverage or a debugger would see nothing afterwards."""
     trace = sys.gettrace()
     yield
     sys.settrace(trace)
@@ -49,7 +49,7 @@ def kept_trace() -> Iterator[None]:
 
 @pytest.fixture
 def fresh_accelerator() -> Iterator[None]:
-    """For modules where every test does so."""
+    """Resets accelerate's state after a test, for modules where once a module is not enough."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

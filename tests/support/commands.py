@@ -1,4 +1,7 @@
-"""Commands of `advcl-hub` in processes of their own, one or several as under torchrun."""
+"""Commands of `advcl-hub` in processes of their own, one or several as under torchrun: `warm.start` for short.
+
+said = finish(start("list"))
+"""
 
 from pathlib import Path
 
@@ -8,7 +11,7 @@ _SHORT = "from tests.support.tiny_classifiers import shorten; from advcl_hub.cli
 
 
 def start(command: str, *arguments: str | Path, processes: int = 1, short: bool = False) -> warm.Warm:
-    """Starts `advcl-hub COMMAND ARGUMENTS` in a process group of its own; `short` takes few steps of AutoAttack."""
+    """Starts `advcl-hub COMMAND ARGUMENTS` in a process group of its own; `short` as the fixture `short_autoattack`."""
     program = ("-c", _SHORT) if short else ("-m", "advcl_hub.cli")
     return warm.start(*program, command, *arguments, processes=processes)
 

@@ -5,8 +5,9 @@
 
 Importing the libraries takes seconds of a core, and the tests start hundreds of processes. What starts here is a real process
 with its own arguments, environment, folder, output, signals, process group and exit status. It imports the project itself; in
-another environment also timm, huggingface_hub and accelerate, which read its variables when they are imported. A test of what
-is imported, or of an interpreter's own options, needs `subprocess`.
+another environment also timm, huggingface_hub and accelerate, which read its variables when they are imported. Variables that a
+test sets reach it; what a test or a fixture patches does not. A test of what is imported, or of an interpreter's own options,
+needs `subprocess`.
 """
 
 import atexit
