@@ -94,21 +94,28 @@ def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
+_savefig = Figure.savefig
+
+
+def _save_blank(figure: Figure, *args: Any, **options: Any) -> None:
+    figure.set_layout_engine("none")
+    for axis in figure.axes:
+        axis.set_visible(False)
+    _savefig(figure, *args, **{"pil_kwargs": {"compress_level": 1}, **options})
+
+
 @pytest.fixture(autouse=True, scope="module")
-def blank_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Figures are made and written, but not rendered, which takes longer than tiny runs train; see the mark `rendered`."""
-    savefig = Figure.savefig
-
-    def save(figure: Figure, *args: Any, **options: Any) -> None:
-        figure.set_layout_engine("none")
-        for axis in figure.axes:
-            axis.set_visible(False)
-        savefig(figure, *args, **options, pil_kwargs={"compress_level": 1})
-
+def blank_pictures() -> Iterator[None]:
+    """Figures are made and written, but not rendered, which takes longer than tiny runs train; see `rendered`."""
     with pytest.MonkeyPatch.context() as patched:
-        if request.node.get_closest_marker("rendered") is None:
-            patched.setattr(Figure, "savefig", save)
+        patched.setattr(Figure, "savefig", _save_blank)
         yield
+
+
+@pytest.fixture
+def rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are rendered: for a test that looks at one, or needs the errors of drawing it."""
+    monkeypatch.setattr(Figure, "savefig", _savefig)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ class Transfer:
     output: Path
 
     def table(self) -> str:
-        """The results as a markdown table with what the figures mean."""
+        """The results as a markdown table with what the figures mean; a bar in a name is a slash, and `<` is `&lt;`."""
         return grid.markdown(self.cells)
 
 

@@ -211,6 +211,9 @@ class Loop(ABC):
         try:
             self.begin()
             self.train(stop)
+        except FloatingPointError:
+            self.draw(now=True)  # the curves that one wants to see
+            raise
         finally:
             self.bar.close()
             if self.log:
@@ -229,11 +232,12 @@ class Loop(ABC):
                 self.record()
             if stopping or saving or self.judgement_due or self.state.step == self.total_steps:
                 self.save()
+                if self.judgement_due and not stopping:
+                    self.judge()
+                if not self.state.finished:  # else `finish` draws
+                    self.draw(now=stopping)
             if stopping:
-                self.draw(now=True)
                 break
-            if self.judgement_due:
-                self.judge()
         if self.state.finished:
             self.bar.close()
             self.finish()
@@ -323,12 +327,11 @@ class Loop(ABC):
             )
 
     def save(self) -> None:
-        """Writes the checkpoint, and from time to time the curves, after making sure that the losses so far are finite."""
+        """Writes the checkpoint, after making sure that the losses so far are finite."""
         self.record()
         self.state.finished = self.state.step == self.total_steps
         if self.main:
             self.write_checkpoint()
-        self.draw()
         self.saved_at = time.monotonic()
         self.meter.restart()
 
@@ -340,3 +343,4 @@ class Loop(ABC):
                 save_curves(self.output, self.panels)
             end = time.monotonic()
             self.draw_from = end + _DRAW_EVERY * (end - start)
+            self.meter.restart()

@@ -20,7 +20,7 @@ from advcl_hub.records.tables import page
 from tests.support.slow import slow
 from tests.support.tiny_classifiers import TinyNet, labelled_by
 
-pytestmark = pytest.mark.rendered
+pytestmark = pytest.mark.usefixtures("rendered")
 
 
 class GreyNet(nn.Sequential):

@@ -1,6 +1,7 @@
 """Finetuning in this process: what each protocol trains, what it leaves, how it goes on."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,7 @@ def test_the_best_epoch_on_held_out_images_is_exported(
 
     drawn: list[float] = []
     monkeypatch.setattr(module, "robustness", robustness)
+    monkeypatch.setattr(loop, "_DRAW_EVERY", math.inf)
     monkeypatch.setattr(loop, "save_curves", lambda folder, panels: drawn.append(read_log(folder)[-1]["val_standard"]))
     tuned = run(protocol, epochs=3, val_fraction=0.25)
     assert tuned.record["epoch"] == 2 and tuned.record["chosen"] == "the best epoch on held-out images"

@@ -15,6 +15,7 @@ from advcl_hub.cli import main
 from advcl_hub.data import load_data
 from advcl_hub.finetuning import transfer
 from advcl_hub.finetuning.grid import markdown
+from advcl_hub.finetuning.grid import picture as draw
 from advcl_hub.training.state import FILE
 from tests.support.image_files import write_pets
 from tests.support.small_encoders import SMALL_RESNET, export_encoder
@@ -97,8 +98,9 @@ def test_the_csv_has_a_line_a_cell(grid: Any) -> None:
         )
 
 
-def test_the_picture_shows_every_data_set(grid: Any) -> None:
-    with Image.open(grid.output / "comparison.png") as picture:
+@pytest.mark.usefixtures("rendered")
+def test_the_picture_shows_every_data_set(grid: Any, tmp_path: Path) -> None:
+    with Image.open(draw(tmp_path / "comparison.png", grid.cells)) as picture:
         assert picture.width > 1.5 * picture.height and len(picture.convert("RGB").getcolors(10**6) or []) > 50
 
 

@@ -66,7 +66,7 @@ def rows(table: str, style: str) -> list[list[str]]:
     return cells
 
 
-pytestmark = pytest.mark.filterwarnings("error:A picture could not be drawn")
+pytestmark = [pytest.mark.filterwarnings("error:A picture could not be drawn"), pytest.mark.usefixtures("rendered")]
 styles = pytest.mark.parametrize("style", FORMATS)
 
 

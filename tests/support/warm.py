@@ -179,7 +179,8 @@ def enter(environment: Mapping[str, str]) -> None:
 
     before = warm_imports.ENVIRONMENT
     changed = {name for name in before.keys() | environment.keys() if before.get(name) != environment.get(name)}
-    readers = _READERS if changed - _NOT_READ else ()
+    registered = "advcl_hub" in sys.modules  # its names in timm, which an advcl_hub that is imported anew would meet
+    readers = _READERS if changed - _NOT_READ or registered else ()
     warm_imports.ENVIRONMENT = dict(environment)
     os.environ.clear()
     os.environ.update(environment)

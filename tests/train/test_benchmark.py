@@ -149,6 +149,7 @@ def test_evaluation_is_measured_beside_the_bare_packages(tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("rendered")
 def test_the_command_leaves_tables_figures_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", "resnet8_cifar", "--batch-size", "4", "--rounds", "1", "--no-compile", "--largest", "512"]
     main([*arguments, "--only", "contrastive", "evaluation", "probe", "--output", str(tmp_path)])

@@ -6,7 +6,7 @@ import torch
 from advcl_hub.data import ImageData
 from train.cluster_report import cluster_stats, draw_report, format_stats, purity
 
-pytestmark = pytest.mark.rendered
+pytestmark = pytest.mark.usefixtures("rendered")
 
 
 def test_purity_equals_a_slow_loop() -> None:

@@ -185,6 +185,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path:
     output = tmp_path / "run"
     said = refusal(output, "optimizer.lr=1e30", "optimizer.warmup_epochs=0", "checkpoint_minutes=60")
     assert "The loss is not finite at step" in said and str(output / FILE) in said
+    assert (output / "curves.png").is_file()
     assert all(v.isfinite().all() for v in load_checkpoint(output).tensors.values())
 
 

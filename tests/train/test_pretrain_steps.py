@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from advcl_hub.evaluation import Robustness
+from advcl_hub.training import loop
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
 from advcl_hub.training.stop import StopRequest
@@ -186,9 +188,34 @@ def test_a_start_that_was_killed_leaves_no_trace(recipe: Callable[..., Recipe], 
     assert [k for k in whole if not (torch.equal(whole[k], one[k]) and torch.equal(whole[k], other[k]))] == []
 
 
-def test_a_stop_at_the_end_of_an_epoch_owes_its_probe(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    settings = ("judge.every=1", "judge.steps=1", "judge.train_images=40", "judge.val_images=10")
-    trainer = Trainer(recipe(*settings), tmp_path / "run")
+def probes(folder: Path) -> list[float]:
+    return [record["epoch"] for record in read_log(folder) if "probe_robust" in record]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
+    """The epochs of the probes that each drawing of the curves shows."""
+    found: list[list[float]] = []
+    monkeypatch.setattr(loop, "save_curves", lambda folder, panels: found.append(probes(folder)))
+    return found
+
+
+JUDGED = ("judge.every=1", "judge.steps=1", "judge.train_images=40", "judge.val_images=10")
+
+
+def test_curves_that_are_due_show_the_probe_of_the_epoch(
+    recipe: Callable[..., Recipe], tmp_path: Path, drawn: list[list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_DRAW_EVERY", 0)
+    assert Trainer(recipe(*JUDGED, "checkpoint_minutes=60"), tmp_path / "run").run(StopRequest())
+    assert drawn == [[1], [1, 2]]
+
+
+def test_a_stop_at_the_end_of_an_epoch_owes_its_probe(
+    recipe: Callable[..., Recipe], tmp_path: Path, drawn: list[list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_DRAW_EVERY", math.inf)
+    trainer = Trainer(recipe(*JUDGED), tmp_path / "run")
 
     class AfterOneEpoch(StopRequest):
         @property
@@ -196,11 +223,10 @@ def test_a_stop_at_the_end_of_an_epoch_owes_its_probe(recipe: Callable[..., Reci
             return trainer.state.step == trainer.steps_per_epoch
 
     assert not trainer.run(AfterOneEpoch())
-    (tmp_path / "run" / "curves.png").unlink()
-    again = Trainer(recipe(*settings), tmp_path / "run")
+    again = Trainer(recipe(*JUDGED), tmp_path / "run")
     assert again.run(StopRequest())
-    probes = [r["epoch"] for r in read_log(tmp_path / "run") if "probe_robust" in r]
-    assert probes == [1, 2]
+    assert probes(tmp_path / "run") == [1, 2]
+    assert drawn == [[], [1, 2]], "at the stop and at the end"
 
 
 def test_weights_that_are_not_finite_are_not_saved(recipe: Callable[..., Recipe], tmp_path: Path) -> None:

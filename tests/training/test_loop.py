@@ -45,7 +45,7 @@ def test_drawing_takes_a_twentieth_of_the_time_and_is_not_put_off_at_the_end(mon
         seconds += 3
 
     monkeypatch.setattr(loop, "save_curves", save_curves)
-    run: Any = SimpleNamespace(main=True, output=Path(), panels=(), draw_from=20)
+    run: Any = SimpleNamespace(main=True, output=Path(), panels=(), draw_from=20, meter=SimpleNamespace(restart=int))
     while seconds < 200:
         seconds += 1
         Loop.draw(run)

@@ -15,7 +15,7 @@ from advcl_hub.training.runlog import LOG, Meter, RunLog, read_log, save_curves
 from advcl_hub.training.stop import duration
 from train.pretrain import panels
 
-pytestmark = pytest.mark.rendered
+pytestmark = pytest.mark.usefixtures("rendered")
 
 PANELS = panels(("total", "contrastive", "pseudo_label"))
 
