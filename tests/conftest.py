@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from matplotlib.figure import Figure
 
-from advcl_hub.data import decoding
+from advcl_hub.data import decoding, image_data
 from advcl_hub.evaluation import autoattack
 from tests.support import ROOT, properties  # noqa: F401  # its profile counts for all property tests
 from tests.support.hub_client import TOKENS, Client, open_client
@@ -36,6 +37,25 @@ def other_accelerator() -> None:
 def other_registry() -> Iterator[None]:
     """Names that a module of tests registers are gone for the next, whichever shares its process."""
     with kept_registry():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def digits_are_resized_once() -> Iterator[None]:
+    """Many tests read scikit-learn's digits, and to resize them takes longer than to train on some of them."""
+    read, kept = decoding.read_images, {}
+
+    def read_images(items: Any, names: Any, channels: int, fit: Any) -> Any:
+        if not (isinstance(items[0], np.ndarray) and items[0].shape == (8, 8) and isinstance(fit, decoding.Square)):
+            return read(items, names, channels, fit)
+        key = (np.stack(items).tobytes(), channels, fit)
+        if key not in kept:
+            kept[key] = read(items, names, channels, fit)
+        images, failures = kept[key]
+        return images.clone(), dict(failures)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(image_data, "read_images", read_images)
         yield
 
 

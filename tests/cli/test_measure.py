@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from advcl_hub.models import resnet_cifar  # noqa: F401
 from advcl_hub.training.processes import ALONE
 from tests.support import ROOT, warm
 from tests.support.commands import finish, start
+from tests.support.held import HELD
 from tests.support.hub_client import nobody, open_client
 from tests.support.hub_server import serve_hub
 from train.probe import linear_probe
@@ -96,19 +96,13 @@ def test_asked_again_it_answers_from_the_folder_and_overwrites_nothing(model: Pa
     assert what_was_measured(uninterrupted) == before
 
 
-def wait_for_units(folder: Path, count: int, process: warm.Warm) -> None:
-    deadline = time.monotonic() + 120
-    while sum(path.read_text(encoding="utf-8").count('"unit"') for path in folder.glob("unfinished/*.jsonl")) < count:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 def test_after_kills_it_ends_as_if_nothing_had_happened(model: Path, uninterrupted: Path, tmp_path: Path) -> None:
     output = tmp_path / "evaluation"
     for units, processes in ((2, 1), (6, 2)):
-        process = start("evaluate", model, *ATTACKED, "--output", output, processes=processes, short=True)
-        wait_for_units(output, units, process)
+        held = f"after_units({units})"
+        process = start("evaluate", model, *ATTACKED, "--output", output, processes=processes, held=held, short=True)
+        process.wait_for(HELD)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         assert not (output / "results.json").exists()
@@ -122,8 +116,8 @@ def test_after_kills_it_ends_as_if_nothing_had_happened(model: Path, uninterrupt
 
 
 def test_ctrl_c_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
-    process = start("evaluate", model, *ATTACKED, "--output", tmp_path / "e", short=True)
-    wait_for_units(tmp_path / "e", 5, process)
+    process = start("evaluate", model, *ATTACKED, "--output", tmp_path / "e", held="after_units(5)", short=True)
+    process.wait_for(HELD)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "goes on from there with the same command" in err and "Traceback" not in err

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
 from tests.support import warm
 from tests.support.commands import finish, start
+from tests.support.held import HELD
 from tests.support.hub_server import serve_hub
 from tests.support.slow import slow
 from tests.support.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder
@@ -51,12 +51,8 @@ def test_killed_twice_it_ends_as_if_nothing_had_happened(resnet: Path, tmp_path:
     assert f"advcl-hub evaluate {tmp_path / 'whole' / 'classifier'} --data fake:80" in said
     killed = tmp_path / "killed"
     for step, how in ((2, signal.SIGKILL), (5, signal.SIGINT)):
-        process = start("finetune", *arguments, "--output", killed)
-        for _ in range(3000):
-            if any(r["step"] >= step for r in read_log(killed)):
-                break
-            assert process.poll() is None, process.communicate()[1][-3000:]
-            time.sleep(0.02)
+        process = start("finetune", *arguments, "--output", killed, held=f"at_step({step})")
+        process.wait_for(HELD)
         process.send_signal(how)
         out, _ = process.communicate(timeout=60)
         assert (killed / FILE).is_file() and not (killed / "classifier").exists()

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from advcl_hub.hub.export import load_folder
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
 from tests.support.commands import finish, start
+from tests.support.held import HELD
 from tests.support.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder
 
 QUICK = ("--data", "fake:80", "--batch-size", "16", "--steps", "20", "--epochs", "2", "--head-epochs", "4", "--clusters", "4")
@@ -44,14 +44,9 @@ def test_killed_in_every_stage_it_ends_as_if_nothing_had_happened(resnet: Path, 
     assert f'timm.create_model("local-dir:{tmp_path / "whole" / "export"}", pretrained=True)' in said
     assert f"advcl-hub finetune {tmp_path / 'whole' / 'export'} --data fake:80 --protocol slf" in said
     killed = tmp_path / "killed"
-    for stage, how in (("head", signal.SIGKILL), ("full", signal.SIGKILL), ("full", signal.SIGINT)):
-        process = start("lp-aff", *arguments, "--output", killed)
-        done = len(read_log(killed / stage))
-        for _ in range(3000):
-            if len(read_log(killed / stage)) > done:
-                break
-            assert process.poll() is None, process.communicate()[1][-3000:]
-            time.sleep(0.01)
+    for stage, step, how in (("head", 3, signal.SIGKILL), ("full", 1, signal.SIGKILL), ("full", 5, signal.SIGINT)):
+        process = start("lp-aff", *arguments, "--output", killed, held=f"at_step({step}, '{stage}')")
+        process.wait_for(HELD)
         process.send_signal(how)
         out, _ = process.communicate(timeout=60)
         assert not (killed / "export").exists()

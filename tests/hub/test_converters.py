@@ -142,6 +142,7 @@ def test_acl_after_finetuning(tmp_path: Path, make: Any) -> None:
     check(encoder, network, 1)
 
 
+@pytest.mark.slow
 def test_acl_for_stl10_has_the_stem_of_timms_own_resnet(tmp_path: Path) -> None:
     network = acl(widths=WIDE, large_stem=True)
     done = convert(save(tmp_path, network.state_dict()), tmp_path / "folder")

@@ -6,14 +6,16 @@ said = finish(start("list"))
 from pathlib import Path
 
 from tests.support import warm
+from tests.support.held import program
 
-_SHORT = "from tests.support.tiny_classifiers import shorten; from advcl_hub.cli import main; shorten(); main()"
 
+def start(command: str, *arguments: str | Path, processes: int = 1, held: str = "", short: bool = False) -> warm.Warm:
+    """Starts `advcl-hub COMMAND ARGUMENTS` in a process group of its own.
 
-def start(command: str, *arguments: str | Path, processes: int = 1, short: bool = False) -> warm.Warm:
-    """Starts `advcl-hub COMMAND ARGUMENTS` in a process group of its own; `short` as the fixture `short_autoattack`."""
-    program = ("-c", _SHORT) if short else ("-m", "advcl_hub.cli")
-    return warm.start(*program, command, *arguments, processes=processes)
+    `held` says where it waits, as `"at_step(4)"`: see tests.support.held. `short` is for it what the fixture
+    `short_autoattack` is for a test.
+    """
+    return warm.start(*program("advcl_hub.cli", held, short), command, *arguments, processes=processes)
 
 
 def finish(process: warm.Warm) -> str:

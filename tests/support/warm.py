@@ -133,6 +133,13 @@ class Warm(Started):
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in self._files)
         return out, err
 
+    def wait_for(self, text: str, timeout: float = 120) -> None:
+        """Waits until it has written `text`."""
+        end = time.monotonic() + timeout
+        while not any(text in printed for printed in self.printed()):
+            assert self.poll() is None and time.monotonic() < end, self.printed()
+            time.sleep(0.02)
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Waits for its end; returns what it has written to its output and its error output."""
         self.wait(timeout)

@@ -340,7 +340,7 @@ def test_networks_that_cannot_be_built(overrides: list[str], message: str) -> No
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("method", ["deacl", "pseudo_label_at"])
+@pytest.mark.parametrize("method", ["pseudo_label_at", slow("deacl")])
 def test_networks_beside_the_encoder_compile_as_one_graph_and_follow_its_weights(method: str, tmp_path: Path) -> None:
     """Two steps with a change of weights between them: whatever a graph holds of the first would show in the second."""
     start = open_start(recipe(f"start_from={export_teacher(tmp_path / 'teacher')}"))

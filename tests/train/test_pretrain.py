@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from advcl_hub.training.seeds import mix
 from advcl_hub.training.state import FILE, group
 from advcl_hub.training.stop import StopRequest
 from tests.support import warm
+from tests.support.held import HELD, program
 from tests.support.image_files import encode, pixels, write
 from tests.support.slow import slow
 from train.checkpoint import load_checkpoint
@@ -36,8 +36,11 @@ def command(output: Path, *arguments: str) -> list[str]:
     return ["-m", "train.pretrain", "digits_demo", *settings, "--output", str(output)]
 
 
-def start(output: Path, *arguments: str) -> warm.Warm:
-    return warm.start(*command(output, *arguments))
+def start(output: Path, *arguments: str, held: str) -> warm.Warm:
+    """Starts the command and waits until it waits: see tests.support.held."""
+    process = warm.start(*program("train.pretrain", held), *command(output, *arguments)[2:])
+    process.wait_for(HELD)
+    return process
 
 
 def run(output: Path, *arguments: str, code: int = 0) -> str:
@@ -50,16 +53,6 @@ def refusal(output: Path, *arguments: str) -> str:
     with pytest.raises(SystemExit) as ended:
         main(["digits_demo", *TINY, *arguments, "--output", str(output), f"pseudo_labels.cache={output.parent / 'labels'}"])
     return str(ended.value)
-
-
-def wait_for_step(output: Path, step: int, process: warm.Warm) -> None:
-    """Until the log (written just before each checkpoint) has come so far; for step 0, until the first checkpoint stands."""
-    for _ in range(2000):
-        if any(r["step"] >= step for r in read_log(output)) or (step == 0 and (output / FILE).is_file()):
-            return
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        time.sleep(0.03)
-    raise AssertionError(f"step {step} was never reached")
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +95,10 @@ def test_the_export_is_the_averaged_adversarial_branch(whole: Path) -> None:
 def test_killed_anywhere_it_ends_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     for step in (0, 4, 11):
-        process = start(output)
-        wait_for_step(output, step, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert step <= load_checkpoint(output).step + 1 < 18
+        process = start(output, held=f"at_step({step})")
+        process.kill()
+        process.wait()
+        assert load_checkpoint(output).step == step
     run(output)
     assert_same_weights(whole, output)
     steps = [r["step"] for r in read_log(output)]
@@ -116,14 +108,13 @@ def test_killed_anywhere_it_ends_with_the_same_weights(whole: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_sigterm_and_time_budget_stop_cleanly_and_continue(whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    process = start(output, "checkpoint_minutes=60")
-    wait_for_step(output, 3, process)
+    process = start(output, "checkpoint_minutes=60", held="at_step(3)")
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "python -m train.pretrain digits_demo" in out and str(output) in out
     stopped = load_checkpoint(output).step
-    assert 3 <= stopped < 18
+    assert stopped == 4
     assert "To continue" in run(output, "--time-budget", "0s")
     assert load_checkpoint(output).step == stopped + 1
     run(output)
@@ -242,15 +233,15 @@ def test_images_decoded_when_needed_train_the_same_weights(tmp_path: Path, monke
 def test_sigterm_to_the_whole_group_stops_a_streaming_run_cleanly(tmp_path: Path) -> None:
     """Batch schedulers signal every process of a job, the workers that decode images too."""
     write_images(tmp_path / "images")
-    program = "from advcl_hub.data import decoding; decoding.IN_MEMORY_BYTES = 0; from train.pretrain import main; main()"
+    code = "from advcl_hub.data import decoding; decoding.IN_MEMORY_BYTES = 0; " + program("train.pretrain", "at_step(3)")[1]
     settings = [*TINY, f"data.source=folder:{tmp_path / 'images'}", "batch_size=8", "epochs=500", "data.workers=2"]
     settings += ["checkpoint_minutes=60", f"pseudo_labels.cache={tmp_path}"]
-    process = warm.start("-c", program, "digits_demo", *settings, "--output", tmp_path / "run")
-    wait_for_step(tmp_path / "run", 3, process)
+    process = warm.start("-c", code, "digits_demo", *settings, "--output", tmp_path / "run")
+    process.wait_for(HELD)
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err[-3000:]
-    assert load_checkpoint(tmp_path / "run").step >= 3
+    assert load_checkpoint(tmp_path / "run").step == 4
 
 
 def test_seeds_of_steps_and_ranks_differ() -> None:

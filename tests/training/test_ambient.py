@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -168,9 +167,7 @@ def other_process(tmp_path: Path) -> Iterator[warm.Warm]:
         "RunLock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(600)"
     )
     with warm.start("-c", code, tmp_path / "run") as process:
-        while process.printed()[0] != "locked\n":
-            assert process.poll() is None, process.printed()
-            time.sleep(0.02)
+        process.wait_for("locked\n")
         yield process
 
 

@@ -1,0 +1,66 @@
+"""Commands that wait at one place until a test kills or stops them: at the same step on every machine, however busy it is.
+
+    with start("finetune", *arguments, held="at_step(4)") as process:
+        process.wait_for(HELD)
+        process.send_signal(signal.SIGTERM)
+
+The functions are called in the process of the command: see `program`.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from advcl_hub.evaluation.journal import Journal
+from advcl_hub.training.loop import Loop
+from advcl_hub.training.stop import StopRequest
+
+HELD = "Held by tests.support.held.\n"
+"""What the process prints to its error output when it begins to wait."""
+
+
+def program(module: str, held: str = "", short: bool = False) -> tuple[str, str]:
+    """`python -m MODULE` as arguments of Python, with a call of a function below, and with AutoAttack in few steps."""
+    first = f"from tests.support import held; held.{held}; " if held else ""
+    first += "from tests.support.tiny_classifiers import shorten; shorten(); " if short else ""
+    return ("-c", f"{first}from {module} import main; main()") if first else ("-m", module)
+
+
+def at_step(step: int, folder: str = "") -> None:
+    """A training (in a folder of that name, if one is given) waits after so many steps until a stop is requested.
+
+    It then takes one more step, as after any such request.
+    """
+    train = Loop.train
+
+    def held(loop: Loop, stop: StopRequest) -> None:
+        remaining = loop.remaining_batches
+
+        def batches() -> Iterator[Any]:
+            for batch in remaining():
+                if loop.state.step == step and folder in ("", loop.output.name):
+                    sys.stderr.write(HELD)
+                    while not stop.requested:
+                        time.sleep(0.01)
+                yield batch
+
+        vars(loop)["remaining_batches"] = batches
+        train(loop, stop)
+
+    setattr(Loop, "train", held)  # noqa: B010  # mypy refuses to assign to a method
+
+
+def after_units(count: int) -> None:
+    """An evaluation waits when it has measured so many batches, counting those of earlier starts and of other processes."""
+    write = Journal.write
+
+    def held(journal: Journal, *result: Any) -> None:
+        write(journal, *result)
+        assert journal.folder is not None
+        if sum(path.read_text(encoding="utf-8").count('"unit"') for path in journal.folder.glob("*.jsonl")) >= count:
+            sys.stderr.write(HELD)
+            signal.pause()
+
+    setattr(Journal, "write", held)  # noqa: B010
