@@ -300,6 +300,7 @@ def test_autoattack_ends_as_in_the_bare_package(trained: tuple[nn.Module, ImageD
     assert 0 < sum(ours.images["autoattack"]) < sum(ours.images["standard"])
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_it_leaves_the_same_survivors(trained: tuple[nn.Module, ImageData]) -> None:
     model, data = trained

@@ -14,12 +14,12 @@ from torch import nn
 import advcl_hub  # noqa: F401
 from advcl_hub.hub.export import export_folder
 from tests.models.test_models import randomise
-from tests.support.slow import slow
 
 NARROW = (8, 16, 24, 32)
 
 
-@pytest.mark.parametrize("name", ["resnet18_cifar", slow("resnet50_cifar")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18_cifar", "resnet50_cifar"])
 def test_stem_padding_gives_the_networks_of_solo_learn(name: str) -> None:
     """torchvision's ResNet with the stem that solo-learn puts into it; by default the padding stays 1."""
     theirs = getattr(torchvision.models, name.removesuffix("_cifar"))(num_classes=10)

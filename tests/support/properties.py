@@ -1,4 +1,4 @@
-"""One profile of hypothesis for all property tests, and what several of them draw from; tests/conftest.py loads it.
+"""One profile of hypothesis for all property tests, and what several of them draw from; tests/support/fixtures.py loads it.
 
 The examples are few and always the same, without a time limit. To search for new failures among many random ones:
 HYPOTHESIS_PROFILE=search make test PYTEST_ARGS=tests/test_files_properties.py

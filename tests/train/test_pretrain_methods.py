@@ -22,7 +22,6 @@ from advcl_hub.training.runlog import read_log
 from advcl_hub.training.stop import StopRequest
 from tests.support.pool import run_ranks
 from tests.support.reference_steps import named
-from tests.support.slow import slow
 from tests.support.small_encoders import SMALL_VIT, export_teacher
 from tests.support.warm import CONTEXT
 from train.checkpoint import load_checkpoint
@@ -62,7 +61,8 @@ def killed(method: str, teacher: Path, folder: Path) -> None:
     trainer.run(StopRequest())
 
 
-@pytest.mark.parametrize("method", ["advcl", *(slow(method) for method in METHODS if method != "advcl")])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_ends_with_the_same_weights(method: str, teacher: Path, tmp_path: Path) -> None:
     """And its export is a timm model with the weights of the branch that is finetuned."""
     whole = Trainer(recipe(method, teacher, tmp_path), tmp_path / "whole")
