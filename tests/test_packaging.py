@@ -341,7 +341,7 @@ def test_bootstrap_interrupted_while_pip_works_leaves_no_environment(tmp_path: P
             silent_index.settimeout(60)
             silent_index.accept()  # pip has asked, and will wait for the answer
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=200)
     assert process.returncode == 1
     assert errors.splitlines() == ["setup: interrupted; nothing is left behind, try again when you like"]
     assert not (tmp_path / "venv").exists()

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from advcl_hub.data import ImageData, batches
-from advcl_hub.files import replacing
+from advcl_hub.training.pictures import save_figure
 
 
 def purity(labels: Tensor, classes: Tensor) -> float:
@@ -91,7 +91,7 @@ def draw_report(labels: Tensor, ks: Sequence[int], data: ImageData, path: str | 
         path: the PNG file.
         encoder: what the clusters are of, for the title.
     """
-    figure = Figure(figsize=(16, 9), layout="constrained", dpi=110)
+    figure = Figure(figsize=(16, 9), layout="constrained")
     figure.suptitle(f"{data.name}, {len(data):,} images: clusters of {encoder}", fontsize=15)
     panels = figure.subplot_mosaic([["agreement", "images"], ["sizes", "images"]], width_ratios=(1, 1.7))
     stats = cluster_stats(labels, ks, data.labels)
@@ -99,8 +99,7 @@ def draw_report(labels: Tensor, ks: Sequence[int], data: ImageData, path: str | 
     _draw_sizes(panels["sizes"], stats)
     column = min(range(len(ks)), key=lambda j: abs(ks[j] - 10))
     _draw_images(panels["images"], labels[:, column].cpu(), ks[column], data)
-    with replacing(Path(path)) as draft:
-        figure.savefig(draft)
+    save_figure(figure, Path(path))
 
 
 def _draw_agreement(axes: Axes, stats: Sequence[ClusterStats]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor
 
 from advcl_hub.files import replacing
@@ -39,8 +40,10 @@ def save_views(path: Path, rows: Mapping[str, Tensor], columns: int = 10) -> Pat
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes a PNG whole or not at all."""
+    """Writes a PNG whole or not at all. A `$` in its text is a dollar sign, as in names of others, and begins no formula."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     with replacing(path) as draft, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # letters that the font lacks are drawn as boxes
         figure.savefig(draft, dpi=110)

@@ -120,6 +120,8 @@ def save_curves(folder: Path, panels: Sequence[Panel]) -> Path:
     """
     from matplotlib.figure import Figure  # without pyplot, which chooses a backend for the whole process
 
+    from advcl_hub.training.pictures import save_figure
+
     records = read_log(folder)
     figure = Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)
@@ -136,7 +138,4 @@ def save_curves(folder: Path, panels: Sequence[Panel]) -> Path:
             axis.legend()
         if panel.percent:
             axis.set_ylim(0, 100)
-    path = folder / "curves.png"
-    with replacing(path) as draft:
-        figure.savefig(draft, dpi=110)
-    return path
+    return save_figure(figure, folder / "curves.png")

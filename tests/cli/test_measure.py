@@ -119,7 +119,7 @@ def test_ctrl_c_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
     process = start("evaluate", model, *ATTACKED, "--output", tmp_path / "e", held="after_units(5)", short=True)
     process.wait_for(HELD)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 130 and "goes on from there with the same command" in err and "Traceback" not in err
 
 

@@ -54,7 +54,7 @@ def test_killed_twice_it_ends_as_if_nothing_had_happened(resnet: Path, tmp_path:
         process = start("finetune", *arguments, "--output", killed, held=f"at_step({step})")
         process.wait_for(HELD)
         process.send_signal(how)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=200)
         assert (killed / FILE).is_file() and not (killed / "classifier").exists()
         assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 0)
         assert how == signal.SIGKILL or "Stopped with a checkpoint" in out

@@ -48,7 +48,7 @@ def test_killed_in_every_stage_it_ends_as_if_nothing_had_happened(resnet: Path, 
         process = start("lp-aff", *arguments, "--output", killed, held=f"at_step({step}, '{stage}')")
         process.wait_for(HELD)
         process.send_signal(how)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=200)
         assert not (killed / "export").exists()
         assert how == signal.SIGKILL or (process.returncode == 0 and f"Stopped with a checkpoint in {killed}" in out)
         assert how == signal.SIGKILL or (killed / stage / FILE).is_file()

@@ -129,3 +129,11 @@ def test_where_everything_is_wrong_there_are_no_examples(tmp_path: Path) -> None
     model = TinyNet()
     measured(tmp_path, model, labelled_by(model, 10, wrong=10))
     assert {path.name for path in tmp_path.iterdir()} == ATTACKED - {"examples.png"}
+
+
+def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path) -> None:
+    model = TinyNet()
+    data = replace(labelled_by(model, 30), name="$\\frac$", classes=tuple(f"${i}_{{$" for i in range(10)))
+    measured(tmp_path, model, data)
+    for name in ("per_class.png", "curves.png", "examples.png"):
+        assert_drawn(tmp_path / name)

@@ -57,7 +57,7 @@ class Client:
 
     def __call__(self, function: Callable[..., Any], *args: Any, token: str | None = WRITER, **options: Any) -> Any:
         environment = {"HF_TOKEN": token} if token else {}
-        return self.pool.submit(_call, environment, function, args, options).result(timeout=120)
+        return self.pool.submit(_call, environment, function, args, options).result(timeout=200)
 
 
 @contextmanager

@@ -125,7 +125,7 @@ class Xet:
                 if found == sha256:
                     path = self.folder / sha256
                     command = [sys.executable, "-c", self.FETCH, self.address, hash, str(size), str(path)]
-                    subprocess.run(command, env=os.environ | {"HF_HOME": str(self.folder)}, check=True, timeout=60)
+                    subprocess.run(command, env=os.environ | {"HF_HOME": str(self.folder)}, check=True, timeout=200)
                     self.hashes[sha256] = hash
                     return path.read_bytes()
                 at = end

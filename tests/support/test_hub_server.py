@@ -122,7 +122,7 @@ def test_xet(tmp_path: Path) -> None:
         hub.create("acme/m", private=True)
         command, environment = [sys.executable, "-c", program], hub.environment(tmp_path, "hf_alice")
         done = subprocess.run(
-            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, encoding="utf-8"
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200, encoding="utf-8"
         )
         assert done.returncode == 0, done.stderr
         assert hub.files("acme/m")["model.safetensors"] == Path(done.stdout.strip()).read_bytes() == WEIGHTS

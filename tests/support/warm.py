@@ -133,7 +133,7 @@ class Warm(Started):
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in self._files)
         return out, err
 
-    def wait_for(self, text: str, timeout: float = 120) -> None:
+    def wait_for(self, text: str, timeout: float = 200) -> None:
         """Waits until it has written `text`."""
         end = time.monotonic() + timeout
         while not any(text in printed for printed in self.printed()):

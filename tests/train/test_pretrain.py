@@ -110,7 +110,7 @@ def test_sigterm_and_time_budget_stop_cleanly_and_continue(whole: Path, tmp_path
     output = tmp_path / "run"
     process = start(output, "checkpoint_minutes=60", held="at_step(3)")
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=200)
     assert process.returncode == 0
     assert "python -m train.pretrain digits_demo" in out and str(output) in out
     stopped = load_checkpoint(output).step
@@ -239,7 +239,7 @@ def test_sigterm_to_the_whole_group_stops_a_streaming_run_cleanly(tmp_path: Path
     process = warm.start("-c", code, "digits_demo", *settings, "--output", tmp_path / "run")
     process.wait_for(HELD)
     os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err[-3000:]
     assert load_checkpoint(tmp_path / "run").step == 4
 
