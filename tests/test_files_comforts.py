@@ -27,13 +27,7 @@ from advcl_hub.training.stop import StopRequest
 from tests.support import warm
 from tests.support.small_encoders import SMALL_RESNET, export_encoder, save_encoder
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator", "fresh_warnings")
 CONFIG = advcl_hub.Protocol(steps=1, check_images=0)
-
-
-@pytest.fixture
-def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_warned", set())
 
 
 @pytest.fixture(scope="module")

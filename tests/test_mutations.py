@@ -19,7 +19,7 @@ def test_a_fault_has_its_place_and_its_tests(mutation: Mutation) -> None:
     assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(text))
     for test in mutation.tests:
         file, _, name = test.partition("::")
-        assert re.search(rf"^def {name or 'test_'}", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+        assert re.search(rf"^def {name + '[(]' if name else 'test_'}", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def test_faults_have_sentences_of_their_own() -> None:

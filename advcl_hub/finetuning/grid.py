@@ -84,7 +84,8 @@ def markdown(cells: Sequence[Cell]) -> str:
         return "Nothing is finished yet."
     data = list(dict.fromkeys(cell.data for cell in cells))
     found = {(cell.encoder, cell.training, cell.data): cell for cell in cells}
-    attack = f"PGD-{cells[0].evaluated['protocol']['steps']}"
+    steps = {cell.evaluated["protocol"]["steps"] for cell in cells}
+    attack = f"PGD-{steps.pop()}" if len(steps) == 1 else "PGD"  # the notes say which
     header = ["encoder", "finetuning", *(f"{name} {column}" for name in data for column in ("SA", attack))]
     rows = []
     for training in dict.fromkeys(cell.training for cell in cells):
@@ -117,9 +118,14 @@ def _note(cell: Cell) -> str:
     return (
         f"{cell.training} on {trained['name']}: preset {cell.tuned['preset']}, {counted(s['epochs'], 'epoch')} over "
         f"{trained['images']:,} images, {rate}, augmentation {s['augment']}, {s['precision']}{attack}; {cell.tuned['chosen']}. "
-        f"Tested on {tested['selection']} {tested['images']:,} of {tested['of']:,} {tests}; PGD-{p['steps']}, {p['norm']} "
-        f"{pixels(p['eps'], p['norm'])}, step {pixels(p['step_size'], p['norm'])}; seeds {s['seed']} and {p['seed']}."
+        f"Tested on {tested['selection']} {tested['images']:,} of {tested['of']:,} {tests}; {_attack(cell)}, "
+        f"step {pixels(p['step_size'], p['norm'])}; seeds {s['seed']} and {p['seed']}."
     )
+
+
+def _attack(cell: Cell) -> str:
+    p = cell.evaluated["protocol"]
+    return f"PGD-{p['steps']}, {p['norm']} {pixels(p['eps'], p['norm'])}"
 
 
 def _line(cell: Cell) -> dict[str, Any]:
@@ -181,9 +187,9 @@ def picture(path: Path, cells: Sequence[Cell]) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylabel("accuracy (%)")
     handles = [Patch(color=colour) for colour in colours]
-    p = cells[0].evaluated["protocol"]
+    attacks = dict.fromkeys(_attack(cell) for cell in cells)
     figure.legend(handles, encoders, loc="outside upper center", ncols=len(encoders), frameon=False)
-    figure.supxlabel(f"light: clean; dark: PGD-{p['steps']}, {p['norm']} {pixels(p['eps'], p['norm'])}", fontsize=9)
+    figure.supxlabel(f"light: clean; dark: {' or '.join(attacks)}", fontsize=9)
     return save_figure(figure, path)
 
 

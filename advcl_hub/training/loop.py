@@ -99,6 +99,8 @@ class Loop(ABC):
 
     state: Progress
     optimizer: torch.optim.Optimizer
+    saved_at = 0.0  # on the clock of time.monotonic()
+    draw_from = 0.0  # and not before, unless the run stops
     parts = 1  # of a process's batch, each with a pass of its own
     lock: RunLock | None = None  # of the main process
 

@@ -40,11 +40,19 @@ def save_views(path: Path, rows: Mapping[str, Tensor], columns: int = 10) -> Pat
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes a PNG whole or not at all. A `$` in its text is a dollar sign, as in names of others, and begins no formula."""
+    """Writes a PNG whole or not at all.
+
+    A `$` in its text is a dollar sign, as in names of others, and begins no formula. So a logarithmic axis needs a formatter
+    that writes none, as `axis.set_major_formatter("{x:g}")`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)
+    _without_formulas(figure)
     with replacing(path) as draft, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # letters that the font lacks are drawn as boxes
         figure.savefig(draft, dpi=110)
     return path
+
+
+def _without_formulas(figure: Figure) -> None:
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)

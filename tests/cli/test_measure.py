@@ -13,9 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from click.testing import CliRunner, Result
 
-from advcl_hub.cli import main
 from advcl_hub.data import load_data
 from advcl_hub.evaluation import Protocol, evaluate
 from advcl_hub.evaluation.journal import Journal
@@ -23,7 +21,7 @@ from advcl_hub.hub.export import export_folder
 from advcl_hub.models import resnet_cifar  # noqa: F401
 from advcl_hub.training.processes import ALONE
 from tests.support import ROOT, warm
-from tests.support.commands import finish, start
+from tests.support.commands import invoke, run, start
 from tests.support.held import HELD
 from tests.support.hub_client import nobody, open_client
 from tests.support.hub_server import serve_hub
@@ -46,10 +44,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_folder(probe, folder, results=provenance, model_args={"channels": [4, 4, 8]}, label_names=data.classes)
 
 
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
 def what_was_measured(folder: Path) -> tuple[str, dict[str, Any]]:
     """images.csv and results.json without what differs from run to run."""
     record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -62,7 +56,7 @@ def what_was_measured(folder: Path) -> tuple[str, dict[str, Any]]:
 def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process measures that nobody disturbs."""
     output = tmp_path_factory.mktemp("whole") / "evaluation"
-    finish(start("evaluate", model, *ATTACKED, "--output", output, short=True))
+    run("evaluate", model, *ATTACKED, "--output", output, short=True)
     return output
 
 
@@ -83,15 +77,15 @@ def test_the_folder_and_the_table(model: Path, uninterrupted: Path) -> None:
     assert record["model"]["file_sha256"] == record["model"]["provenance"]["sha256"]["model.safetensors"]
     assert record["protocol"]["eps"] == 1 / 255 and record["protocol"]["step_size"] == 1 / 255 / 4
     assert "--autoattack standard" in record["command"] and record["versions"]["torch"] == torch.__version__
-    table = run("report", uninterrupted).output
+    table = invoke("report", uninterrupted).output
     assert "SA" in table and "PGD-20" in table and "Square" in table and "eps 1/255 in pixels of [0, 1]" in table
 
 
 def test_asked_again_it_answers_from_the_folder_and_overwrites_nothing(model: Path, uninterrupted: Path) -> None:
     before = what_was_measured(uninterrupted)
-    again = run("evaluate", model, *ATTACKED, "--output", uninterrupted)
+    again = invoke("evaluate", model, *ATTACKED, "--output", uninterrupted)
     assert again.exit_code == 0 and "holds this evaluation already" in again.output and "Square" in again.output
-    other = run("evaluate", model, *ATTACKED, "--seed", "1", "--output", uninterrupted)
+    other = invoke("evaluate", model, *ATTACKED, "--seed", "1", "--output", uninterrupted)
     assert other.exit_code == 1 and "holds an evaluation with another protocol" in other.output
     assert what_was_measured(uninterrupted) == before
 
@@ -101,31 +95,30 @@ def test_after_kills_it_ends_as_if_nothing_had_happened(model: Path, uninterrupt
     output = tmp_path / "evaluation"
     for units, processes in ((2, 1), (6, 2)):
         held = f"after_units({units})"
-        process = start("evaluate", model, *ATTACKED, "--output", output, processes=processes, held=held, short=True)
-        process.wait_for(HELD)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        with start("evaluate", model, *ATTACKED, "--output", output, processes=processes, held=held, short=True) as process:
+            process.wait_for(HELD)
+            os.killpg(process.pid, signal.SIGKILL)
         assert not (output / "results.json").exists()
     for path in output.glob("unfinished/*.jsonl"):
         path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")  # cut short in the middle of a line
-    refused = run("evaluate", model, *ATTACKED, "--seed", "1", "--output", output)
+    refused = invoke("evaluate", model, *ATTACKED, "--seed", "1", "--output", output)
     assert refused.exit_code == 1 and "unfinished evaluation with another protocol" in refused.output
-    finish(start("evaluate", model, *ATTACKED, "--output", output, short=True))
+    run("evaluate", model, *ATTACKED, "--output", output, short=True)
     assert what_was_measured(output) == what_was_measured(uninterrupted)
     assert not (output / "unfinished").exists()
 
 
 def test_ctrl_c_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
-    process = start("evaluate", model, *ATTACKED, "--output", tmp_path / "e", held="after_units(5)", short=True)
-    process.wait_for(HELD)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=200)
+    with start("evaluate", model, *ATTACKED, "--output", tmp_path / "e", held="after_units(5)", short=True) as process:
+        process.wait_for(HELD)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
     assert process.returncode == 130 and "goes on from there with the same command" in err and "Traceback" not in err
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_images_and_say_it_once(model: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    said = finish(start("evaluate", model, *ATTACKED, "--output", tmp_path / "e", processes=2, short=True))
+    said = run("evaluate", model, *ATTACKED, "--output", tmp_path / "e", processes=2, short=True)
     assert said.count("PGD-20") == 2  # the header and the line below the table
     assert what_was_measured(tmp_path / "e") == what_was_measured(uninterrupted)
     assert json.loads((tmp_path / "e" / "results.json").read_text(encoding="utf-8"))["hardware"]["processes"] == 2
@@ -157,12 +150,12 @@ def test_two_runs_into_one_folder_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_report_puts_several_side_by_side(model: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    run("evaluate", model, *DATA, "--steps", "2", "--n", "20", "--check-images", "0", "--output", tmp_path / "b")
-    text = run("report", uninterrupted, tmp_path / "b").output
+    invoke("evaluate", model, *DATA, "--steps", "2", "--n", "20", "--check-images", "0", "--output", tmp_path / "b")
+    text = invoke("report", uninterrupted, tmp_path / "b").output
     assert "[1]" in text and "[2]" in text and "WARNING" in text and "class-balanced 20 test images of 60" in text
-    latex = run("report", uninterrupted, tmp_path / "b" / "results.json", "--format", "latex").output
+    latex = invoke("report", uninterrupted, tmp_path / "b" / "results.json", "--format", "latex").output
     assert latex.count(r" \\") == 3 and r"\bottomrule" in latex
-    assert len(json.loads(run("report", uninterrupted, "--json").output)) == 1
+    assert len(json.loads(invoke("report", uninterrupted, "--json").output)) == 1
 
 
 def damaged(model: Path, tmp_path: Path) -> Path:
@@ -222,7 +215,7 @@ def test_bad_input_is_one_clear_line_before_work_starts(
     monkeypatch.chdir(tmp_path)
     made = make(model, tmp_path) if make else ""
     before = set(tmp_path.iterdir())
-    result = run("evaluate", *(a.format(tmp=tmp_path, made=made, model=model) for a in arguments))
+    result = invoke("evaluate", *(a.format(tmp=tmp_path, made=made, model=model) for a in arguments))
     assert message in result.output and "Traceback" not in result.output, result.output
     assert result.exit_code in (1, 2) and set(tmp_path.iterdir()) == before
 
@@ -235,12 +228,12 @@ def test_a_model_of_the_hub_brings_its_provenance(model: Path, tmp_path: Path) -
         warm.run("-m", "advcl_hub.cli", "evaluate", *arguments, env=environment, code=0)
     record = json.loads((tmp_path / "e" / "results.json").read_text(encoding="utf-8"))
     assert record["model"]["provenance"]["provenance"]["pseudo_labels"] == {"encoder": "some_encoder"}
-    local = run("evaluate", model, *DATA, "--steps", "0", "--json", "--output", tmp_path / "f")
+    local = invoke("evaluate", model, *DATA, "--steps", "0", "--json", "--output", tmp_path / "f")
     assert json.loads(local.output)["accuracy"] == record["accuracy"]
 
 
 def typed(*arguments: str) -> tuple[int, str]:
-    result = run(*arguments)
+    result = invoke(*arguments)
     return result.exit_code, result.output
 
 
@@ -252,9 +245,9 @@ def test_no_network_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"kind": "encoder"}', "[]"])
 def test_report_refuses_what_is_no_evaluation(tmp_path: Path, content: str) -> None:
-    assert "has no results.json" in run("report", tmp_path).output
+    assert "has no results.json" in invoke("report", tmp_path).output
     (tmp_path / "results.json").write_text(content, encoding="utf-8")
-    result = run("report", tmp_path)
+    result = invoke("report", tmp_path)
     assert result.exit_code == 1 and "is not the result of an evaluation" in result.output
 
 
@@ -266,5 +259,5 @@ def test_help_names_every_option_and_imports_no_more_than_it_needs() -> None:
     ).stdout
     assert loaded.strip() == "[]"
     for command in ("evaluate", "report"):
-        assert run(command, "--help").exit_code == 0
-    assert "--autoattack [standard|rand]" in run("evaluate", "--help").output
+        assert invoke(command, "--help").exit_code == 0
+    assert "--autoattack [standard|rand]" in invoke("evaluate", "--help").output

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
-from advcl_hub.cli import main
 from advcl_hub.finetuning.presets import table
 from advcl_hub.hub.export import load_folder
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
 from tests.support import warm
-from tests.support.commands import finish, start
+from tests.support.commands import invoke, run, start
 from tests.support.held import HELD
 from tests.support.hub_server import serve_hub
 from tests.support.slow import slow
@@ -35,10 +33,6 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_encoder(tmp_path_factory.mktemp("encoders") / "vit", "vit_tiny_patch16_224", **SMALL_VIT)
 
 
-def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
 def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_folder(output / "classifier").state_dict()
 
@@ -46,20 +40,21 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_killed_twice_it_ends_as_if_nothing_had_happened(resnet: Path, tmp_path: Path) -> None:
     arguments = (resnet, *QUICK, "--protocol", "aff", "--checkpoint-minutes", "0", "--ema-decay", "0.5", "--steps", "20")
-    said = finish(start("finetune", *arguments, "--output", tmp_path / "whole"))
+    said = run("finetune", *arguments, "--output", tmp_path / "whole")
     assert f'timm.create_model("local-dir:{tmp_path / "whole" / "classifier"}", pretrained=True)' in said
     assert f"advcl-hub evaluate {tmp_path / 'whole' / 'classifier'} --data fake:80" in said
     killed = tmp_path / "killed"
     for step, how in ((2, signal.SIGKILL), (5, signal.SIGINT)):
-        process = start("finetune", *arguments, "--output", killed, held=f"at_step({step})")
-        process.wait_for(HELD)
-        process.send_signal(how)
-        out, _ = process.communicate(timeout=200)
+        with start("finetune", *arguments, "--output", killed, held=f"at_step({step})") as process:
+            process.wait_for(HELD)
+            process.send_signal(how)
+            out, _ = process.communicate()
         assert (killed / FILE).is_file() and not (killed / "classifier").exists()
         assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 0)
         assert how == signal.SIGKILL or "Stopped with a checkpoint" in out
-    process = start("finetune", *arguments, "--checkpoint-minutes", "5", "--output", killed)  # how it is watched may change
-    assert "Note:" not in process.communicate(timeout=200)[1] and process.returncode == 0
+    often = ("--checkpoint-minutes", "5")  # how it is watched may change
+    with start("finetune", *arguments, *often, "--output", killed) as process:
+        assert "Note:" not in process.communicate()[1] and process.returncode == 0
     a, b = weights(tmp_path / "whole"), weights(killed)
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
     assert [r["step"] for r in read_log(killed)] == list(range(1, 11)), "nothing was logged twice"
@@ -79,7 +74,7 @@ def test_two_processes_equal_one(
     arguments = (request.getfixturevalue(encoder), *QUICK, *options)
     results = []
     for count in (1, 2):
-        said = finish(start("finetune", *arguments, "--output", tmp_path / str(count), processes=count))
+        said = run("finetune", *arguments, "--output", tmp_path / str(count), processes=count)
         assert said.count("Use it:") == 1, "one process speaks"
         results.append(weights(tmp_path / str(count)))
     record = json.loads((tmp_path / "2" / "classifier" / "results.json").read_text(encoding="utf-8"))

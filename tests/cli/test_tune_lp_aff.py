@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
-from advcl_hub.cli import main
 from advcl_hub.hub.export import load_folder
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
-from tests.support.commands import finish, start
+from tests.support.commands import invoke, run, start
 from tests.support.held import HELD
 from tests.support.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder
 
@@ -29,10 +27,6 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_encoder(tmp_path_factory.mktemp("encoders") / "vit", "vit_tiny_patch16_224", **SMALL_VIT)
 
 
-def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
 def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_folder(output / "export").state_dict()
 
@@ -40,19 +34,19 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_killed_in_every_stage_it_ends_as_if_nothing_had_happened(resnet: Path, tmp_path: Path) -> None:
     arguments = (resnet, *QUICK, "--checkpoint-minutes", "0", "--ema-decay", "0.5", "--cpu")
-    said = finish(start("lp-aff", *arguments, "--output", tmp_path / "whole"))
+    said = run("lp-aff", *arguments, "--output", tmp_path / "whole")
     assert f'timm.create_model("local-dir:{tmp_path / "whole" / "export"}", pretrained=True)' in said
     assert f"advcl-hub finetune {tmp_path / 'whole' / 'export'} --data fake:80 --protocol slf" in said
     killed = tmp_path / "killed"
     for stage, step, how in (("head", 3, signal.SIGKILL), ("full", 1, signal.SIGKILL), ("full", 5, signal.SIGINT)):
-        process = start("lp-aff", *arguments, "--output", killed, held=f"at_step({step}, '{stage}')")
-        process.wait_for(HELD)
-        process.send_signal(how)
-        out, _ = process.communicate(timeout=200)
+        with start("lp-aff", *arguments, "--output", killed, held=f"at_step({step}, '{stage}')") as process:
+            process.wait_for(HELD)
+            process.send_signal(how)
+            out, _ = process.communicate()
         assert not (killed / "export").exists()
         assert how == signal.SIGKILL or (process.returncode == 0 and f"Stopped with a checkpoint in {killed}" in out)
         assert how == signal.SIGKILL or (killed / stage / FILE).is_file()
-    finish(start("lp-aff", *arguments, "--output", killed))
+    run("lp-aff", *arguments, "--output", killed)
     a, b = weights(tmp_path / "whole"), weights(killed)
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
     assert [r["step"] for r in read_log(killed / "full")] == list(range(1, 11)), "nothing was logged twice"
@@ -64,7 +58,7 @@ def test_two_processes_equal_one(vit: Path, tmp_path: Path) -> None:
     results = []
     for count in (1, 2):
         options = (*QUICK, "--steps", "2", "--lr", "0.01", "--cpu", "--output", tmp_path / str(count))
-        said = finish(start("lp-aff", vit, *options, processes=count))
+        said = run("lp-aff", vit, *options, processes=count)
         assert said.count("Use it:") == 1, "one process speaks"
         results.append(weights(tmp_path / str(count)))
     records = [json.loads((tmp_path / str(n) / "export" / "results.json").read_text(encoding="utf-8")) for n in (1, 2)]

@@ -28,7 +28,6 @@ from tests.support.image_files import encode, write
 from tests.support.slow import slow
 from tests.support.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 MODULE = sys.modules["advcl_hub.finetuning.lp_aff"]  # the function of that name hides it
 QUICK: dict[str, Any] = {"epochs": 1, "head_epochs": 1, "batch_size": 25, "steps": 1, "clusters": 4, "cpu": True}
 

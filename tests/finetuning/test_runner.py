@@ -27,8 +27,6 @@ from tests.support.slow import slow
 from tests.support.small_encoders import SMALL_RESNET, export_encoder, relabelled
 from tests.support.speed import channels_last
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
 
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -12,8 +12,6 @@ from advcl_hub.data import ImageData, load_data
 from advcl_hub.finetuning import Finetuned
 from tests.support.small_encoders import SMALL_VIT, export_encoder, relabelled
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
 
 def grey(data: ImageData) -> ImageData:
     assert isinstance(data.images, Tensor)

@@ -15,8 +15,6 @@ from advcl_hub.finetuning import trainer
 from advcl_hub.hub.export import WEIGHTS, export_folder, verify_folder
 from tests.support.slow import slow
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
 # One small architecture of a family, with a linear head.
 LINEAR = [
     "coat_lite_tiny",

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from tests.support.small_encoders import SMALL_RESNET, export_encoder
 from train.inputs import load_training_data
 from train.recipe import from_dict
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 8, "steps": 1, "eps": 1 / 255, "lr": 0.1, "cpu": True}
 MODULE = sys.modules["advcl_hub.finetuning.transfer"]  # the function of that name hides it
 
@@ -83,6 +83,13 @@ def test_names_of_others_make_no_columns_headings_or_tags(grid: Any) -> None:
     header, rule, row, _, *notes = markdown([cell]).splitlines()
     assert header.count("|") == rule.count("|") == row.count("|") == 5 and row.startswith("| a / b # &lt;i> | ")
     assert all(not line or line.startswith(("- ", "Accuracy")) for line in notes)
+
+
+def test_figures_of_several_attacks_have_none_in_their_heading(grid: Any) -> None:
+    stronger = deepcopy(grid.cells[0].evaluated)
+    stronger["protocol"]["steps"] = 50
+    text = markdown([replace(grid.cells[0], evaluated=stronger), *grid.cells[1:]])
+    assert "| fake:80 PGD |" in text and "PGD-50, Linf 1/255, step" in text and "PGD-2, Linf 1/255, step" in text
 
 
 def test_the_csv_has_a_line_a_cell(grid: Any) -> None:

@@ -18,7 +18,7 @@ from advcl_hub.hub.converters.layouts import outline
 from advcl_hub.hub.export import load_folder, verify_folder
 from advcl_hub.hub.projector import load_projector
 from advcl_hub.models.pixel_space import PixelSpace
-from tests.support.commands import finish, start
+from tests.support.commands import invoke, run
 from tests.support.published_networks import (
     DEACL,
     KUANGLIU,
@@ -326,10 +326,9 @@ def test_the_command(tmp_path: Path) -> None:
     network, folder = solo_simclr(), tmp_path / "folder"
     file = lightning(tmp_path, network)
     arguments = (file, folder, "--mean", "0", "--std", "1", "--keep-projector")
-    printed = finish(start("convert", *arguments))
+    printed = run("convert", *arguments)
     assert "last.ckpt, entry state_dict/backbone: layout solo" in printed
     assert "note: The stem pads images by 2 pixels" in printed
     assert torch.equal(load_projector(folder)[2].bias, network.projector[2].bias)
-    process = start("convert", *arguments, "--keep-head")
-    assert "keep one head, linear or projection" in process.communicate(timeout=200)[1]
-    assert process.returncode == 1
+    refused = invoke("convert", *arguments, "--keep-head")
+    assert "keep one head, linear or projection" in refused.output and refused.exit_code == 1

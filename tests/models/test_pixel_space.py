@@ -159,7 +159,7 @@ def test_traced_models_have_forgotten_their_cfg(model: nn.Module, data: ImageDat
             evaluate(copy, data, QUICK, progress=False)
 
 
-def test_accelerates_mixed_precision_is_told(model: nn.Module, data: ImageData, fresh_accelerator: None) -> None:
+def test_accelerates_mixed_precision_is_told(model: nn.Module, data: ImageData) -> None:
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     with pytest.warns(UserWarning, match="accelerate has made this TinyNet compute in mixed precision"):
         evaluate(prepared, data, QUICK, progress=False)

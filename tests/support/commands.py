@@ -1,10 +1,10 @@
-"""Commands of `advcl-hub` in processes of their own, one or several as under torchrun: `warm.start` for short.
-
-said = finish(start("list"))
-"""
+"""Commands of `advcl-hub`: `run("list")` in a process of its own, one or several as under torchrun, or `invoke("list")`."""
 
 from pathlib import Path
 
+from click.testing import CliRunner, Result
+
+from advcl_hub.cli import main
 from tests.support import warm
 from tests.support.held import program
 
@@ -18,8 +18,11 @@ def start(command: str, *arguments: str | Path, processes: int = 1, held: str = 
     return warm.start(*program("advcl_hub.cli", held, short), command, *arguments, processes=processes)
 
 
-def finish(process: warm.Warm) -> str:
-    """Waits for a process that has to succeed, and returns what it printed."""
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err[-3000:]
-    return out
+def run(command: str, *arguments: str | Path, processes: int = 1, short: bool = False) -> str:
+    """What `advcl-hub COMMAND ARGUMENTS` prints; it has to succeed."""
+    return warm.run(*program("advcl_hub.cli", short=short), command, *arguments, processes=processes, code=0).stdout
+
+
+def invoke(*arguments: str | Path) -> Result:
+    """What `advcl-hub ARGUMENTS` does in this process, which takes no time to start."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])

@@ -12,9 +12,11 @@ import torch
 from accelerate.state import AcceleratorState
 from matplotlib.figure import Figure
 
+from advcl_hub import files
 from advcl_hub.data import decoding, image_data
 from advcl_hub.evaluation import autoattack
-from tests.support import ROOT, properties  # noqa: F401  # its profile counts for all property tests
+from advcl_hub.training import pictures
+from tests.support import ROOT, image_files, properties  # noqa: F401  # its profile counts for all property tests
 from tests.support.hub_client import TOKENS, Client, open_client
 from tests.support.hub_server import Hub
 from tests.support.image_files import write_pets
@@ -22,15 +24,25 @@ from tests.support.kept_registry import kept_registry
 from tests.support.small_encoders import save_encoder
 from tests.support.tiny_classifiers import shorten
 
-# pytest-xdist runs several of these processes: with torch's default threads they would fight for the cores.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+
+def start_anew() -> None:
+    """What random numbers come, what accelerate is set to and what was warned of: as in a new process, after any other test."""
+    torch.manual_seed(0)
+    image_files.RANDOM.seed(0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    files._warned.clear()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def other_accelerator() -> None:
-    """accelerate keeps its state for the whole process; every module of tests starts as a process does."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+def new_module() -> None:
+    """For the fixtures of a module of tests."""
+    start_anew()
+
+
+@pytest.fixture(autouse=True)
+def new_test() -> None:
+    """For each test."""
+    start_anew()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,13 +77,6 @@ def kept_trace() -> Iterator[None]:
     trace = sys.gettrace()
     yield
     sys.settrace(trace)
-
-
-@pytest.fixture
-def fresh_accelerator() -> Iterator[None]:
-    """Resets accelerate's state after a test, for modules where once a module is not enough."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +119,7 @@ def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
-_savefig, _findobj = Figure.savefig, Figure.findobj
+_savefig, _without_formulas = Figure.savefig, pictures._without_formulas
 
 
 def _save_blank(figure: Figure, *args: Any, **options: Any) -> None:
@@ -129,7 +134,7 @@ def blank_pictures() -> Iterator[None]:
     """Figures are made and written, but not rendered, which takes longer than tiny runs train; see `rendered`."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Figure, "savefig", _save_blank)
-        patched.setattr(Figure, "findobj", lambda figure, match=None, include_self=True: [])  # it makes all ticks
+        patched.setattr(pictures, "_without_formulas", lambda figure: None)  # which makes all ticks
         yield
 
 
@@ -137,7 +142,7 @@ def blank_pictures() -> Iterator[None]:
 def rendered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are rendered: for a test that looks at one, or needs the errors of drawing it."""
     monkeypatch.setattr(Figure, "savefig", _savefig)
-    monkeypatch.setattr(Figure, "findobj", _findobj)
+    monkeypatch.setattr(pictures, "_without_formulas", _without_formulas)
 
 
 @pytest.fixture

@@ -14,7 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.support import warm
+from tests.support.held import program
 from train import flagship, processes
+
+HELD_AT = "TESTS_HELD_AT"
+"""The variable that says where the stage of pretraining waits: see tests.support.held."""
 
 
 class Popen(warm.Started):
@@ -34,6 +38,9 @@ def _stage(arguments: list[str], environment: Mapping[str, str], output: int) ->
     """Does in a fork what `python ARGUMENTS` does."""
     atexit._clear()  # what train.flagship has registered
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    module, held = arguments[1], environment.get(HELD_AT, "")
+    if module == "train.pretrain" and held:
+        arguments[:2] = program(module, held)
     warm.become(arguments, environment, (output, output))
 
 

@@ -4,7 +4,7 @@
         process.wait_for(HELD)
         process.send_signal(signal.SIGTERM)
 
-The functions are called in the process of the command: see `program`.
+The functions are called in the process of the command (see `program`), which imports the project anew, and so they do.
 """
 
 import signal
@@ -12,10 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from typing import Any
-
-from advcl_hub.evaluation.journal import Journal
-from advcl_hub.training.loop import Loop
-from advcl_hub.training.stop import StopRequest
 
 HELD = "Held by tests.support.held.\n"
 """What the process prints to its error output when it begins to wait."""
@@ -33,9 +29,11 @@ def at_step(step: int, folder: str = "") -> None:
 
     It then takes one more step, as after any such request.
     """
+    from advcl_hub.training.loop import Loop
+
     train = Loop.train
 
-    def held(loop: Loop, stop: StopRequest) -> None:
+    def held(loop: Loop, stop: Any) -> None:
         remaining = loop.remaining_batches
 
         def batches() -> Iterator[Any]:
@@ -54,6 +52,8 @@ def at_step(step: int, folder: str = "") -> None:
 
 def after_units(count: int) -> None:
     """An evaluation waits when it has measured so many batches, counting those of earlier starts and of other processes."""
+    from advcl_hub.evaluation.journal import Journal
+
     write = Journal.write
 
     def held(journal: Journal, *result: Any) -> None:

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from tests.support import warm  # noqa: F401  # the processes are forks of its server
+from tests.support import warm  # and the processes are forks of its server
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
@@ -20,8 +21,7 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]
 
 
 def _main(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    assert dist.get_world_size() == world
+    place = {"init_method": f"file://{folder}/store", "rank": rank, "world_size": world}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=warm.PATIENCE), **place)
     torch.save(function(rank, world, *args), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Cases of a test that only `make test-all` runs."""
+"""Cases of a test that `make test` leaves out."""
 
 from typing import Any
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import _http
 from safetensors.numpy import save
 
+from tests.support.hub_client import hurry
 from tests.support.hub_server import Fault, Hub, flipped
 
 CARD = b"---\nlicense: apache-2.0\nlibrary_name: timm\ntags: [robust]\n---\n# A model\n"
@@ -21,7 +24,8 @@ WEIGHTS = save({"weight": np.arange(3000, dtype=np.float32)})
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's, before it tries again
+    monkeypatch.setattr(_http, "time", time)  # put back afterwards
+    hurry()
     with Hub({"hf_alice": ("alice", ["acme"]), "hf_bob": ("bob",), "hf_read": ("alice", ["acme"], "read")}).serve() as hub:
         yield hub
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tests.support import ROOT, warm
+from tests.support.forked import HELD_AT
 from train import flagship
 from train.plan import Inputs, load_plan
 from train.plan_folder import Record
@@ -79,9 +80,10 @@ def refusal(*arguments: object) -> str:
     return str(refused.value)
 
 
-def start(*arguments: object) -> warm.Warm:
-    """Starts `python -m train.flagship ARGUMENTS`."""
-    return warm.start(ROOT / "tests" / "support" / "forked.py", *arguments, env=os.environ | {"PYTHONPATH": str(ROOT)})
+def start(*arguments: object, held: str = "") -> warm.Warm:
+    """Starts `python -m train.flagship ARGUMENTS`; `held` says where its pretraining waits: see tests.support.held."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), HELD_AT: held}
+    return warm.start(ROOT / "tests" / "support" / "forked.py", *arguments, env=environment)
 
 
 def call(*arguments: object, code: int = 0) -> str:

@@ -6,11 +6,12 @@
 Importing the libraries takes seconds of a core, and the tests start hundreds of processes. What starts here is a real process
 with its own arguments, environment, folder, output, signals, process group and exit status. It imports the project itself; in
 another environment also timm, huggingface_hub and accelerate, which read its variables when they are imported. Variables that a
-test sets reach it; what a test or a fixture patches does not. A test of what is imported, or of an interpreter's own options,
-needs `subprocess`.
+test sets reach it, but for those that torch and other libraries read when they are imported; what a test or a fixture patches
+does not. A test of what is imported, or of an interpreter's own options, needs `subprocess`.
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -20,12 +21,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
 
 from tests.support import ROOT
+
+PATIENCE = 300.0
+"""Seconds after which a test gives up a process that does not end; a machine that is slow and busy needs far less."""
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.support.warm_imports"])
@@ -41,8 +45,8 @@ _NOT_READ = {  # by those: what pytest and the imported libraries set
 @atexit.register
 def _kill_all() -> None:
     """Ends what a failed test has left, before multiprocessing waits for it at the end of the interpreter."""
-    for process in _started:
-        process.kill()
+    for process in list(_started):
+        process.end()
 
 
 def start(*arguments: object, processes: int = 1, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> "Warm":
@@ -50,12 +54,11 @@ def start(*arguments: object, processes: int = 1, cwd: Path = ROOT, env: Mapping
 
     `env` is the whole environment: write `os.environ | {...}` to add to it. `cwd` is the checkout unless told otherwise.
     """
-    environment = {"OMP_NUM_THREADS": "1", **(os.environ if env is None else env)}
-    return Warm([str(argument) for argument in arguments], processes, cwd, environment)
+    return Warm([str(argument) for argument in arguments], processes, cwd, os.environ if env is None else env)
 
 
 def run(
-    *arguments: object, timeout: float = 300, code: int | None = None, **options: Any
+    *arguments: object, timeout: float = PATIENCE, code: int | None = None, **options: Any
 ) -> "subprocess.CompletedProcess[str]":
     """What `python ARGUMENTS` prints, and its exit status, which has to be `code` if that is given. Options: as `start`."""
     with start(*arguments, **options) as process:
@@ -72,7 +75,17 @@ def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
     do not reach it: use `run` for those.
     """
     with ProcessPoolExecutor(1, CONTEXT) as pool:
-        return pool.submit(function, *args).result(timeout=120)
+        return result(pool.submit(function, *args))
+
+
+def result(future: "Future[Any]") -> Any:
+    """What a process of a pool returns; if it never does, it is killed, or the pool would wait for it."""
+    try:
+        return future.result(PATIENCE)
+    except TimeoutError:
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
 
 
 class Started:
@@ -93,11 +106,21 @@ class Started:
     def returncode(self) -> int | None:
         return self.poll()
 
-    def wait(self, timeout: float | None = None) -> int:
+    def wait(self, timeout: float | None = PATIENCE) -> int:
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0)
         return self._process.exitcode
+
+    def end(self) -> None:
+        """Kills it and what it has started in its process group, if that is its own, and forgets it."""
+        self.kill()
+        with contextlib.suppress(ProcessLookupError):
+            if self.pid != os.getpgrp():
+                os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+        if self in _started:
+            _started.remove(self)
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -133,14 +156,14 @@ class Warm(Started):
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in self._files)
         return out, err
 
-    def wait_for(self, text: str, timeout: float = 200) -> None:
+    def wait_for(self, text: str) -> None:
         """Waits until it has written `text`."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + PATIENCE
         while not any(text in printed for printed in self.printed()):
             assert self.poll() is None and time.monotonic() < end, self.printed()
             time.sleep(0.02)
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+    def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
         """Waits for its end; returns what it has written to its output and its error output."""
         self.wait(timeout)
         return self.printed()
@@ -149,8 +172,7 @@ class Warm(Started):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.kill()
-        self.wait()
+        self.end()
         self._folder.cleanup()
 
 

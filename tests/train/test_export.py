@@ -1,12 +1,11 @@
 """python -m train.export: which weights of a run go where, and what it says."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from advcl_hub.hub.export import WEIGHTS, load_folder
@@ -20,7 +19,7 @@ from train.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with averaged weights, stopped after its first step."""
     folder = tmp_path_factory.mktemp("export") / "run"
     settings = ["data.source=fake:120", "objective.pseudo_label_weight=0", "judge.every=0", "speed.mixed_precision=no"]
@@ -28,8 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     trainer.begin()
     trainer.train_step(*next(trainer.remaining_batches()))
     trainer.save()
-    yield folder
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
 
 
 @pytest.fixture

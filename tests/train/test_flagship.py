@@ -15,10 +15,10 @@ from advcl_hub.hub.export import WEIGHTS
 from advcl_hub.hub.parts import LIMIT
 from advcl_hub.records import RESULTS
 from advcl_hub.training.runlog import read_log
-from advcl_hub.training.state import FILE
 from advcl_hub.training.stop import StopRequest
 from tests.support import ROOT, warm
 from tests.support.checkouts import copy_checkout
+from tests.support.held import HELD
 from tests.support.tiny_plans import call, measured, refusal, start, tiny_plan
 from train import flagship, kept
 from train.checkpoint import load_checkpoint
@@ -135,15 +135,6 @@ def test_a_rehearsed_plan_is_released_by_name(rehearsed: tuple[Path, str], tmp_p
 # ------------------------------------------------------------------------------------------------- kills, budgets, failures
 
 
-def wait_for(condition: Any, process: warm.Warm) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    raise AssertionError("it never came")
-
-
 def wait_until_free(output: Path) -> None:
     """Until the system has ended what was killed."""
     for _ in range(600):
@@ -158,26 +149,23 @@ def wait_until_free(output: Path) -> None:
 def test_killed_within_a_stage_it_goes_on(tmp_path: Path) -> None:
     plan, output = tiny_plan(tmp_path), tmp_path / "runs"
     measured(plan, output, 10**6)
-    process = start(plan, "--output", output)
-    wait_for(lambda: (output / "pretrain" / FILE).is_file() and load_checkpoint(output / "pretrain").step > 0, process)
-    process.kill()  # it alone: what it started works on
-    assert "A process is at work in" in refusal(plan, "--output", output)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    with start(plan, "--output", output, held="at_step(3)") as process:
+        process.wait_for(HELD)
+        process.kill()  # it alone: what it started works on
+        assert "A process is at work in" in refusal(plan, "--output", output)
     wait_until_free(output)
     (output / "benchmark" / "trial.json").write_text(
         (output / "benchmark" / "trial.json").read_text(encoding="utf-8").replace("1000000", "2"), encoding="utf-8"
     )
 
-    steps = load_checkpoint(output / "pretrain").step
-    process = start(plan, "--output", output)
-    wait_for(lambda: load_checkpoint(output / "pretrain").step > steps, process)
-    os.killpg(process.pid, signal.SIGTERM)  # as batch systems do: to the command and to what it started
-    said = "".join(process.communicate())
+    with start(plan, "--output", output, held="at_step(5)") as process:
+        process.wait_for(HELD)
+        os.killpg(process.pid, signal.SIGTERM)  # as batch systems do: to the command and to what it started
+        said = "".join(process.communicate())
     assert process.returncode == 0 and "| pretrain | stopped |" in said and "Next: pretrain. The same command goes on:" in said
     assert "== benchmark" not in said and "1,000,000 epochs, eager" in said and "| encoder | waits for pretrain |" in said
     checkpoint = load_checkpoint(output / "pretrain")
-    assert checkpoint.recipe.epochs == 10**6 and checkpoint.step > steps
+    assert checkpoint.recipe.epochs == 10**6 and checkpoint.step == 6
     log = [entry["step"] for entry in read_log(output / "pretrain")]
     assert log == sorted(set(log)) and log[0] == 1
     so_far = kept.unpack(output / "kept", tmp_path / "back")["pretrain"]
@@ -226,9 +214,9 @@ def test_without_time_nothing_is_begun(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- refused
 
 
-@pytest.mark.slow
-def test_two_plans_in_one_folder_are_refused(rehearsed: tuple[Path, str], tmp_path: Path) -> None:
-    shutil.copy(rehearsed[0] / kept.PLAN, tmp_path)
+def test_two_plans_in_one_folder_are_refused(tmp_path: Path) -> None:
+    record = Record(load_plan("resnet18_advcl", Inputs(), rehearse=True), True)
+    flagship.Flagship(record, Inputs(), tmp_path, tmp_path / "kept").lock.close()
     before = (tmp_path / kept.PLAN).read_bytes()
     said = refusal("resnet18_advcl", "--labels", tmp_path / kept.PLAN, "--output", tmp_path)
     assert said == f"error: {tmp_path} holds a rehearsal: choose another --output."

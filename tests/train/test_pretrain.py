@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,11 +38,12 @@ def command(output: Path, *arguments: str) -> list[str]:
     return ["-m", "train.pretrain", "digits_demo", *settings, "--output", str(output)]
 
 
-def start(output: Path, *arguments: str, held: str) -> warm.Warm:
-    """Starts the command and waits until it waits: see tests.support.held."""
-    process = warm.start(*program("train.pretrain", held), *command(output, *arguments)[2:])
-    process.wait_for(HELD)
-    return process
+@contextmanager
+def held(step: int, output: Path, *arguments: str) -> Iterator[warm.Warm]:
+    """The command, while it waits after a step."""
+    with warm.start(*program("train.pretrain", f"at_step({step})"), *command(output, *arguments)[2:]) as process:
+        process.wait_for(HELD)
+        yield process
 
 
 def run(output: Path, *arguments: str, code: int = 0) -> str:
@@ -95,9 +98,8 @@ def test_the_export_is_the_averaged_adversarial_branch(whole: Path) -> None:
 def test_killed_anywhere_it_ends_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     for step in (0, 4, 11):
-        process = start(output, held=f"at_step({step})")
-        process.kill()
-        process.wait()
+        with held(step, output) as process:
+            process.kill()
         assert load_checkpoint(output).step == step
     run(output)
     assert_same_weights(whole, output)
@@ -108,9 +110,9 @@ def test_killed_anywhere_it_ends_with_the_same_weights(whole: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_sigterm_and_time_budget_stop_cleanly_and_continue(whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    process = start(output, "checkpoint_minutes=60", held="at_step(3)")
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=200)
+    with held(3, output, "checkpoint_minutes=60") as process:
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate()
     assert process.returncode == 0
     assert "python -m train.pretrain digits_demo" in out and str(output) in out
     stopped = load_checkpoint(output).step
@@ -236,10 +238,10 @@ def test_sigterm_to_the_whole_group_stops_a_streaming_run_cleanly(tmp_path: Path
     code = "from advcl_hub.data import decoding; decoding.IN_MEMORY_BYTES = 0; " + program("train.pretrain", "at_step(3)")[1]
     settings = [*TINY, f"data.source=folder:{tmp_path / 'images'}", "batch_size=8", "epochs=500", "data.workers=2"]
     settings += ["checkpoint_minutes=60", f"pseudo_labels.cache={tmp_path}"]
-    process = warm.start("-c", code, "digits_demo", *settings, "--output", tmp_path / "run")
-    process.wait_for(HELD)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=200)
+    with warm.start("-c", code, "digits_demo", *settings, "--output", tmp_path / "run") as process:
+        process.wait_for(HELD)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, err = process.communicate()
     assert process.returncode == 0, err[-3000:]
     assert load_checkpoint(tmp_path / "run").step == 4
 

@@ -19,7 +19,6 @@ from train.network import build_optimizer, build_schedule
 from train.pretrain import Trainer
 from train.recipe import load_recipe
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 META = torch.device("meta")
 CONTRASTED = {  # by method: the views that meet in a loss, in each of its evaluations in a step: two attack steps, and the last
     "advcl": 3 * [4],

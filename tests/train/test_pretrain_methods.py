@@ -1,8 +1,6 @@
 """The trainer with each method: killed and continued, in two processes, and how often the encoder sees an image."""
 
 import contextlib
-import os
-import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -20,10 +18,11 @@ from advcl_hub.hub.export import verify_folder
 from advcl_hub.pretraining import METHODS, Method, create_method
 from advcl_hub.training.runlog import read_log
 from advcl_hub.training.stop import StopRequest
+from tests.support import warm
+from tests.support.held import HELD, program
 from tests.support.pool import run_ranks
 from tests.support.reference_steps import named
 from tests.support.small_encoders import SMALL_VIT, export_teacher
-from tests.support.warm import CONTEXT
 from train.checkpoint import load_checkpoint
 from train.pretrain import Trainer
 from train.recipe import Recipe, load_recipe
@@ -40,25 +39,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_teacher(tmp_path_factory.mktemp("teacher") / "export")
 
 
+def settings(method: str, teacher: Path, folder: Path) -> list[str]:
+    start = [f"start_from={teacher}"] if METHODS[method].Objective.needs_start else []
+    return [*TINY, f"method={method}", f"pseudo_labels.cache={folder / 'labels'}", *start]
+
+
 def recipe(method: str, teacher: Path, folder: Path, *more: str) -> Recipe:
-    settings = [*TINY, f"method={method}", f"pseudo_labels.cache={folder / 'labels'}", *more]
-    if METHODS[method].Objective.needs_start:
-        settings.append(f"start_from={teacher}")
-    return load_recipe("digits_demo", settings)
-
-
-def killed(method: str, teacher: Path, folder: Path) -> None:
-    """Trains until a checkpoint of the third step stands, and is killed in the fourth."""
-    trainer = Trainer(recipe(method, teacher, folder), folder / "run")
-    step = trainer.train_step
-
-    def train_step(*batch: Any) -> None:
-        step(*batch)
-        if trainer.state.step == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    vars(trainer)["train_step"] = train_step
-    trainer.run(StopRequest())
+    return load_recipe("digits_demo", [*settings(method, teacher, folder), *more])
 
 
 @pytest.mark.slow
@@ -67,10 +54,11 @@ def test_a_killed_run_ends_with_the_same_weights(method: str, teacher: Path, tmp
     """And its export is a timm model with the weights of the branch that is finetuned."""
     whole = Trainer(recipe(method, teacher, tmp_path), tmp_path / "whole")
     assert whole.run(StopRequest())
-    process = CONTEXT.Process(target=killed, args=(method, teacher, tmp_path))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL and load_checkpoint(tmp_path / "run").step == 3
+    command = ("digits_demo", *settings(method, teacher, tmp_path), "--output", tmp_path / "run")
+    with warm.start(*program("train.pretrain", "at_step(3)"), *command) as process:
+        process.wait_for(HELD)
+        process.kill()
+    assert load_checkpoint(tmp_path / "run").step == 3
     assert Trainer(recipe(method, teacher, tmp_path), tmp_path / "run").run(StopRequest())
     ours, expected = (load_checkpoint(tmp_path / name) for name in ("run", "whole"))
     assert ours.step == expected.step == 6 and ours.tensors.keys() == expected.tensors.keys()

@@ -22,7 +22,6 @@ from train.checkpoint import load_checkpoint
 from train.pretrain import Trainer, main, pretrain
 from train.recipe import Recipe, load_recipe
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 TINY = [
     *("data.source=fake:120", "data.size=16", "batch_size=16", "epochs=2", "optimizer.warmup_epochs=1", "attack.steps=1"),
     *("pseudo_labels.ks=[3,5]", "judge.every=0", "model_kwargs.channels=[16,16,16]", "speed.mixed_precision=no"),

@@ -13,7 +13,6 @@ from train.pretrain import Trainer
 from train.recipe import load_recipe
 from train.trial import COMPILED, EAGER, Way, choose
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 TINY = [
     *("digits_demo", "data.source=fake:40", "data.size=16", "data.val_fraction=0", "batch_size=8", "judge.every=0"),
     *("model_kwargs.channels=[16,16,16]", "pseudo_labels.ks=[2]", "attack.steps=1"),

@@ -23,7 +23,6 @@ from train.checkpoint import load_checkpoint
 from train.pretrain import Trainer, pretrain
 from train.recipe import Recipe, load_recipe
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 # Each would change the result, or stop the work, if accelerate saw it.
 PINNED = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
@@ -235,7 +234,6 @@ def test_a_file_system_whose_files_have_no_numbers_does_without_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("advcl_hub.training.lock._is_at", lambda *_: False)
-    monkeypatch.setattr("advcl_hub.files._warned", set())
     with pytest.warns(UserWarning, match="cannot be locked: do not start the same work twice"):
         RunLock(tmp_path / "run").release()
 

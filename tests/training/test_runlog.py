@@ -1,6 +1,5 @@
 """What a run leaves to read: log, meter, curves, progress lines; and the words for a time budget."""
 
-import argparse
 import io
 import json
 from pathlib import Path
@@ -12,7 +11,6 @@ from PIL import Image
 
 from advcl_hub.training.progress import progress_bar
 from advcl_hub.training.runlog import LOG, Meter, RunLog, read_log, save_curves
-from advcl_hub.training.stop import duration
 from train.pretrain import panels
 
 pytestmark = pytest.mark.usefixtures("rendered")
@@ -74,14 +72,3 @@ def test_progress_in_a_log_file_is_lines(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "\r" not in text and "\n\n" not in text
     lines = text.splitlines()
     assert lines[0].startswith("work:  25%") and lines[-1].startswith("work: 100%") and "4/4" in lines[-1]
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("9m", 540), ("1.5h", 5400)])
-def test_durations(text: str, seconds: float) -> None:
-    assert duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "9", "9x", "m"])
-def test_no_durations(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="90s, 9m or 2h"):
-        duration(text)

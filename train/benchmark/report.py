@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from advcl_hub.files import replacing
 from advcl_hub.records import counted
+from advcl_hub.training.pictures import save_figure
 from train.benchmark.timing import Timing
 
 
@@ -81,15 +80,13 @@ def save(folder: Path, sections: list[Section], facts: dict[str, Any]) -> None:
     record = {"kind": "benchmark", **facts, "sections": [asdict(section) for section in sections]}
     with replacing(folder / "results.json") as draft:
         draft.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    with replacing(folder / "benchmark.png") as draft:
-        _draw(draft, sections, facts)
+    _draw(folder / "benchmark.png", sections, facts)
 
 
 def _draw(path: Path, sections: list[Section], facts: dict[str, Any]) -> None:
     heights = [1.1 + 0.42 * len(section.rows) for section in sections]
-    figure, panels = plt.subplots(
-        len(sections), 1, figsize=(9, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(sections), 1, height_ratios=heights, squeeze=False)
     for section, axes in zip(sections, panels[:, 0], strict=True):
         rates = all(row.items for row in section.rows)
         names = [row.name for row in section.rows]
@@ -105,12 +102,13 @@ def _draw(path: Path, sections: list[Section], facts: dict[str, Any]) -> None:
         medians = [row.timing.median for row in section.rows]
         if max(medians) > 100 * min(medians):
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{section.title}, {section.unit + '/s' if rates else 'seconds'}", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     threads = counted(facts["hardware"]["threads"], "thread")
     figure.suptitle(f"{facts['hardware']['name']}, {threads}, torch {facts['versions']['torch']}")
-    figure.savefig(path, format="png", dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _line(cells: list[str]) -> str:
