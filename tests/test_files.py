@@ -1,9 +1,12 @@
 """Files that appear complete or not at all, and records without local paths."""
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 
+from advcl_hub import files
 from advcl_hub.files import check_writable, replacing, without_local_paths
 
 
@@ -71,3 +74,14 @@ def test_a_folder_is_tried_without_a_trace(tmp_path: Path) -> None:
 def test_of_absolute_paths_the_last_part_stays(text: str, published: str) -> None:
     record = {"a": [text, 1, None], text: {"c": text}}
     assert without_local_paths(record) == {"a": [published, 1, None], published: {"c": published}}
+
+
+def test_where_files_have_no_locks_everybody_has_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has no fcntl."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # importing it fails
+    spec = importlib.util.spec_from_file_location("without_fcntl", files.__file__)
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(without := importlib.util.module_from_spec(spec))
+    with (tmp_path / "a").open("w", encoding="utf-8") as first, (tmp_path / "a").open("w", encoding="utf-8") as second:
+        assert without.lock(first) and without.lock(second)
+        assert files.lock(first) and not files.lock(second)

@@ -1,8 +1,10 @@
 """What cannot be opened is refused in one sentence that names the file and the reason, whoever found out."""
 
+import errno
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,27 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import advcl_hub
+from advcl_hub import opening
 from advcl_hub.errors import reason_of
+from advcl_hub.files import file_sha256
+from advcl_hub.hub import released
 from advcl_hub.hub.converters import convert
 from advcl_hub.hub.export import CONFIG, GOLDEN, WEIGHTS, export_again, load_folder, verify_folder
 from advcl_hub.hub.parts import join, split
-from advcl_hub.opening import load_model
+from advcl_hub.opening import load_model, weights_sha256
+from advcl_hub.private import RegistryEntry
 from advcl_hub.records import RESULTS
+from tests.support.kept_registry import kept_registry
 from tests.support.small_encoders import export_encoder, save_encoder
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 12345\n"
+
+
+@pytest.fixture(autouse=True)
+def clean_registry() -> Iterator[None]:
+    """What a test registers is gone afterwards."""
+    with kept_registry():
+        yield
 
 
 @pytest.fixture
@@ -143,3 +157,84 @@ def test_a_damaged_file_of_an_address_is_named(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ValueError, match=r"is damaged .* delete it, and it is fetched again") as caught:
         load_model(name)
     assert str(path) in str(caught.value)
+
+
+def test_the_folder_of_a_run_leads_to_its_model(export: Path, tmp_path: Path) -> None:
+    for inner in ("classifier", "export"):
+        run = tmp_path / f"run of a {inner}"
+        shutil.copytree(export, run / inner)
+        with pytest.raises(FileNotFoundError) as caught:
+            load_model(run)
+        assert str(caught.value) == f"{run} is the folder of a run, whose model is {run / inner}."
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_weights_whose_record_cannot_be_read_open_if_they_are_checked(
+    export: Path, monkeypatch: pytest.MonkeyPatch, here: bool
+) -> None:
+    """Of weights on the Hub; on this machine a missing file is an error."""
+    release = advcl_hub.register("resnet8_cifar.mine", export)
+    (export / RESULTS).unlink()
+    if here:
+        with pytest.raises(FileNotFoundError, match=f"^{export} has no {RESULTS}: register the weights again"):
+            load_model(release.name)
+        return
+    monkeypatch.setattr(opening, "find_release", lambda name: replace(release, folder=None, hub_id="acme/m"))
+    monkeypatch.setattr(released, "fetch", lambda *_, **__: (_ for _ in ()).throw(OSError("no way to the Hub.")))
+    told = r"^The weights of resnet8_cifar\.mine are checked, but their provenance is missing: no way to the Hub\.$"
+    with pytest.warns(UserWarning, match=told):
+        loaded = load_model(release.name)
+    assert loaded.provenance is None and loaded.file_sha256 == file_sha256(export / WEIGHTS)
+
+
+def add_to_timm(tag: str, **where: str) -> str:
+    """A name of weights in timm that is none of ours."""
+    cfg = timm.models.PretrainedCfg(architecture="resnet20_cifar", tag=tag, num_classes=10, input_size=(3, 32, 32), **where)
+    RegistryEntry("resnet20_cifar").add_tag(tag, cfg)
+    return f"resnet20_cifar.{tag}"
+
+
+@pytest.mark.parametrize("kind", ["file", "url", "url without digits"])
+def test_weights_of_timms_own_that_are_not_on_the_hub_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model = timm.create_model("resnet20_cifar")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(model.state_dict(), folder / "net.pth")
+    digits = f"-{file_sha256(folder / 'net.pth')[:8]}" if kind == "url" else ""
+    path = (folder / "net.pth").rename(folder / f"net{digits}.pth")  # of an address: what was downloaded before
+    where = {"file": str(path)} if kind == "file" else {"url": f"http://127.0.0.1:9/{path.name}"}
+    loaded = load_model(add_to_timm("plain", **where))
+    assert loaded.name == loaded.source == "resnet20_cifar.plain" and loaded.provenance is None
+    assert weights_sha256(loaded.model) == weights_sha256(model) and not loaded.model.training
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (RuntimeError("no weights there"), ValueError, "NAME cannot be opened: no weights there"),
+        (OSError(errno.EIO, "Input/output error"), OSError, "NAME cannot be fetched from the Hub: Input/output error."),
+        (ImportError("a broken installation"), ImportError, "a broken installation"),
+    ],
+)
+def test_where_there_is_no_file_to_check_timm_says_why(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], told: str
+) -> None:
+    asked = []
+
+    def fetch(repository: str, file: str, **options: Any) -> None:
+        asked.append((repository, file, options["revision"]))
+        raise FileNotFoundError
+
+    def create_model(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(opening, "fetch", fetch)
+    monkeypatch.setattr(timm, "create_model", create_model)
+    name = add_to_timm("hub", hf_hub_id="acme/net@v1", hf_hub_filename="net.bin")
+    with pytest.raises(kind) as caught:
+        load_model(name)
+    assert str(caught.value) == told.replace("NAME", name)
+    assert asked == [("acme/net", "net.safetensors", "v1"), ("acme/net", "net.bin", "v1")]

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import advcl_hub
 from tests.support import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -42,6 +44,23 @@ def test_installed_packages_are_in_the_declared_ranges() -> None:
     declared = PROJECT["dependencies"] + extras
     versions = {r: importlib.metadata.version(r.name) for r in map(Requirement, declared)}
     assert not {str(r): v for r, v in versions.items() if not r.specifier.contains(v, prereleases=True)}
+
+
+def test_a_checkout_that_was_never_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    spec = importlib.util.spec_from_file_location("never_installed", advcl_hub.__file__)
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    assert module.__version__ == "0+unknown" != advcl_hub.__version__
+
+
+def test_completion_offers_what_is_imported_at_its_first_use() -> None:
+    offered = dir(advcl_hub)
+    assert {"Protocol", "convert", "evaluate", "finetune", "lp_aff", "pull", "push", "transfer", "verify"} < set(offered)
+    assert {"__version__", "releases"} < set(offered) and all(hasattr(advcl_hub, name) for name in offered)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import functools
 import json
 import re
 import subprocess
@@ -73,6 +74,21 @@ def test_timm_knows_what_we_write_to_its_registry(part: str, known: dict[str, An
 
 def test_an_architecture_has_weights_once_it_is_marked(known: dict[str, Any]) -> None:
     assert known["marked"] and not known["bare"]
+
+
+def test_what_has_the_name_of_an_architecture_and_is_none_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package that an architecture's module is in may mean something else by that name."""
+    import advcl_hub.models
+    from advcl_hub.private import RegistryEntry
+    from tests.support.kept_registry import kept_registry
+
+    module, mine = sys.modules["advcl_hub.models.resnet_cifar"], object()
+    monkeypatch.setattr(advcl_hub.models, "resnet20_cifar", mine)
+    with kept_registry():
+        entry, function = RegistryEntry("resnet20_cifar"), functools.partial(timm.model_entrypoint("resnet20_cifar"))
+        entry.replace_entrypoint(function)
+        assert timm.model_entrypoint("resnet20_cifar") is function
+        assert vars(module)["resnet20_cifar"] is function and vars(advcl_hub.models)["resnet20_cifar"] is mine
 
 
 def test_timm_saves_the_arguments_that_we_set(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from advcl_hub.cli import main
-from advcl_hub.cli.common import TRACEBACK, any_text, script, user_errors
+from advcl_hub.cli.common import TRACEBACK, any_text, one_sentence, script, user_errors
 from advcl_hub.hub.export import export_folder
 from tests.support import ROOT
 
@@ -119,6 +120,41 @@ def test_a_reader_that_has_left_is_no_error() -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
 
+def ended_by_a_broken_pipe() -> Any:
+    """The exit code of a command, or what it says."""
+    with pytest.raises(SystemExit) as caught, one_sentence(SystemExit):
+        raise BrokenPipeError(32, "Broken pipe")
+    return caught.value.code
+
+
+@pytest.mark.parametrize("left", ["", "left in the buffer"])
+def test_what_a_reader_that_has_left_did_not_take_is_thrown_away(left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        stream.write(left)
+        assert ended_by_a_broken_pipe() == 1
+        print("what comes after", flush=True)
+
+
+def closed() -> io.TextIOWrapper:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stdout", [io.StringIO(), closed()], ids=["no file", "closed"])
+def test_a_broken_pipe_is_told_where_stdout_is_none(stdout: io.TextIOBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert ended_by_a_broken_pipe() == "[Errno 32] Broken pipe"
+
+
+def test_a_broken_pipe_is_told_where_pipes_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(select, "poll")  # as on Windows
+    assert ended_by_a_broken_pipe() == "[Errno 32] Broken pipe"
+
+
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 COMMAND = "import sys; sys.argv = ['advcl-hub', *{!r}]; from advcl_hub.cli import main; main()"
 
@@ -149,6 +185,13 @@ def test_what_an_encoding_lacks_is_escaped(encoding: str, monkeypatch: pytest.Mo
     stream.write("猫")
     stream.flush()
     assert stream.buffer.getvalue() == b"\\u732b"  # type: ignore[attr-defined]
+
+
+def test_a_stream_without_an_encoding_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", stream := io.StringIO())
+    any_text()
+    print("猫")
+    assert stream.getvalue() == "猫\n"
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from advcl_hub import releases
 from advcl_hub.cli import main
 from advcl_hub.hub.export import WEIGHTS, load_folder, verify_folder
+from advcl_hub.hub.push_pull import Push
 from advcl_hub.records import RESULTS
 from tests.support import warm
 from tests.support.hub_client import TOKENS, WRITER
@@ -80,6 +81,12 @@ def test_list_for_people_and_for_programs() -> None:
     assert "No released weights have 'nothing'" in refused("list", "nothing")
 
 
+def test_without_released_weights_the_list_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("advcl_hub.cli.hub.releases", dict)
+    assert run("list").output == "There are no released weights.\n" and run("list", "--json").output == "{}\n"
+    assert refused("list", "nothing") == "No released weights have 'nothing' in their name; there are none."
+
+
 def test_completion_offers_the_names() -> None:
     names = list(releases())
     words = {"COMP_WORDS": "advcl-hub info resnet10", "COMP_CWORD": "2", "_ADVCL_HUB_COMPLETE": "bash_complete"}
@@ -135,6 +142,26 @@ def test_convert_a_published_checkpoint(tmp_path: Path) -> None:
     made = run("convert", tmp_path / "ckpt.pth", tmp_path / "out", "--mean", "0", "--std", "1", "--label-names", "a,b,c")
     assert made.exit_code == 0 and "layout kuangliu" in made.output and "Use it:" in made.output, made.output
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["label_names"] == ["a", "b", "c"]
+
+
+def test_a_dry_push_names_what_goes_and_what_stays(export: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(export, tmp_path / "encoder"))
+    (folder / ".env").write_text("HF_TOKEN=secret", encoding="utf-8")
+    said = run("push", folder, "acme/x", "--dry-run").output.splitlines()
+    assert said[-1] == f"  {'left out':>18}  .env" and "Would be uploaded to acme/x:" in said
+    assert f"  {(folder / WEIGHTS).stat().st_size:>12,} bytes  {WEIGHTS}" in said
+    done = json.loads(run("push", folder, "acme/x", "--dry-run", "--json").output)
+    assert (done["repository"], done["version"], done["left_out"], done["commit"]) == ("acme/x", "v1", [".env"], None)
+    assert done["files"][WEIGHTS] == (folder / WEIGHTS).stat().st_size and done["card"].startswith("---")
+
+
+def test_a_pull_request_has_no_version_and_no_weights_to_use_yet(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = Push("acme/x", None, {"a": 1}, (), "", commit="0123456789", url="https://hub/acme/x/discussions/1")
+    monkeypatch.setattr("advcl_hub.cli.hub.push", lambda folder, repository, *, create_pr, **options: create_pr and done)
+    assert run("push", export, "acme/x", "--create-pr").output == (
+        "acme/x has (commit 01234567):\n             1 bytes  a\n"
+        "Verified: downloaded again, every sha256 and the golden output are right.\nhttps://hub/acme/x/discussions/1\n"
+    )
 
 
 @pytest.mark.slow

@@ -158,6 +158,15 @@ def test_report_puts_several_side_by_side(model: Path, uninterrupted: Path, tmp_
     assert len(json.loads(invoke("report", uninterrupted, "--json").output)) == 1
 
 
+def test_report_leaves_out_what_is_not_finished_and_says_so(uninterrupted: Path, tmp_path: Path) -> None:
+    (tmp_path / "begun" / "unfinished").mkdir(parents=True)
+    done = invoke("report", tmp_path / "begun", uninterrupted)
+    assert done.exit_code == 0 and done.stdout == invoke("report", uninterrupted).stdout
+    assert done.stderr == f"warning: {tmp_path / 'begun'} is left out: its evaluation is not finished.\n"
+    alone = invoke("report", tmp_path / "begun")
+    assert alone.exit_code == 1 and "is left out" in alone.stderr and "nothing to report" in alone.stderr
+
+
 def damaged(model: Path, tmp_path: Path) -> Path:
     copy = tmp_path / "copy"
     copy.mkdir()

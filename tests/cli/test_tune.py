@@ -18,19 +18,8 @@ from tests.support.commands import invoke, run, start
 from tests.support.held import HELD
 from tests.support.hub_server import serve_hub
 from tests.support.slow import slow
-from tests.support.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder
 
 QUICK = ("--data", "fake:80", "--batch-size", "16", "--steps", "1", "--epochs", "2", "--lr", "0.1")
-
-
-@pytest.fixture(scope="module")
-def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_encoder(tmp_path_factory.mktemp("encoders") / "resnet", **SMALL_RESNET)
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_encoder(tmp_path_factory.mktemp("encoders") / "vit", "vit_tiny_patch16_224", **SMALL_VIT)
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -140,3 +129,10 @@ def test_an_encoder_of_the_hub(vit: Path, tmp_path: Path) -> None:
     assert record["encoder"]["name"] == "hf-hub:org/vit" and record["encoder"]["provenance"]["kind"] == "encoder"
     found, encoder = weights(tmp_path / "run"), load_folder(vit).state_dict()
     assert found["pos_embed"].shape == (1, 17, 16) and torch.equal(found["pos_embed"], encoder["pos_embed"])
+
+
+def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
+    models = ("ours=resnet8_cifar", "ours=resnet10_cifar")
+    result = invoke("transfer", *models, "--to", "fake:80", "--output", tmp_path / "grid")
+    assert (result.exit_code, result.stderr) == (1, "Error: Two models have the same name.\n")
+    assert not (tmp_path / "grid").exists()

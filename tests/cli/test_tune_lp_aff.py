@@ -12,19 +12,8 @@ from advcl_hub.training.runlog import read_log
 from advcl_hub.training.state import FILE
 from tests.support.commands import invoke, run, start
 from tests.support.held import HELD
-from tests.support.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder
 
 QUICK = ("--data", "fake:80", "--batch-size", "16", "--steps", "20", "--epochs", "2", "--head-epochs", "4", "--clusters", "4")
-
-
-@pytest.fixture(scope="module")
-def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_encoder(tmp_path_factory.mktemp("encoders") / "resnet", **SMALL_RESNET)
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_encoder(tmp_path_factory.mktemp("encoders") / "vit", "vit_tiny_patch16_224", **SMALL_VIT)
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -70,7 +59,6 @@ def test_two_processes_equal_one(vit: Path, tmp_path: Path) -> None:
     assert all(not torch.equal(results[0][key], before[key]) for key in ("pos_embed", "blocks.0.attn.qkv.weight"))
 
 
-@pytest.mark.slow
 def test_the_encoder_goes_through_the_other_commands(resnet: Path, tmp_path: Path) -> None:
     output, encoder = tmp_path / "pp", tmp_path / "pp" / "export"
     quick = ("--data", "fake:80", "--batch-size", "20", "--epochs", "1", "--cpu")

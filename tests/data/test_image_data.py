@@ -1,6 +1,8 @@
 """Images in memory and lazy ones behave alike; damaged images are found before work starts."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +69,13 @@ def test_damaged_images_are_named_and_skipped(pets: Path, storage: str, damaged:
     assert torch.equal(all_images(data)[1], torch.from_numpy(kept).permute(2, 0, 1))
     with pytest.raises(ValueError, match=r"2 of 9 .*cat/2\.png"):
         load_data(f"folder:{pets}", size=8, strict=True)
+
+
+def test_a_git_lfs_pointer_in_place_of_an_image_says_what_to_run(pets: Path, storage: str) -> None:
+    write(pets / "train" / "cat" / "2.png", b"version https://git-lfs.github.com/spec/v1\noid sha256:5b3c\nsize 1234\n")
+    said = r"1 of 8 .*: train/cat/2\.png \(a Git LFS pointer and not the image: run git lfs pull\)\. Replace"
+    with pytest.raises(ValueError, match=said):
+        load_data(f"folder:{pets}", strict=True)
 
 
 def test_whole_jpeg_with_trailing_bytes_is_kept(pets: Path, storage: str) -> None:
@@ -212,3 +221,33 @@ def test_image_data_refuses_what_does_not_fit() -> None:
         ImageData(images, labels[:1], labels, ("a",), "x")
     with pytest.raises(ValueError, match=r"torch\.float32"):
         ImageData(images / 255, labels, labels, ("a",), "x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"images": np.zeros((2, 3, 4, 4), np.uint8)},
+            "images are ndarray, expected a torch.Tensor: torch.from_numpy(images)",
+        ),
+        ({"labels": [0, 0]}, "labels are list, expected a torch.Tensor"),
+        (
+            {"images": torch.zeros(2, 4, 4, 3, dtype=torch.uint8)},
+            "images are (2, 4, 4, 3), expected (N, C, H, W): images.permute(0, 3, 1, 2)",
+        ),
+        (
+            {"labels": torch.zeros(2)},
+            "labels are torch.float32 (2,), expected torch.int64 (N,): labels.long(), if they are class numbers",
+        ),
+        (
+            {"labels": torch.zeros(2, 5, dtype=torch.int64)},
+            "labels are torch.int64 (2, 5), expected torch.int64 (N,): of one-hot labels take labels.argmax(1)",
+        ),
+        ({"indices": torch.zeros(2, 1, dtype=torch.int64)}, "indices are torch.int64 (2, 1), expected torch.int64 (N,)"),
+    ],
+)
+def test_arrays_of_other_kinds_and_shapes_are_refused_with_what_to_write(changes: dict[str, Any], message: str) -> None:
+    data = ImageData(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2).long(), torch.arange(2), ("a",), "x")
+    with pytest.raises(ValueError) as error:
+        replace(data, **changes)
+    assert str(error.value) == message

@@ -2,7 +2,7 @@
 
 import json
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ IMAGE = encode(pixels())
 def write_parquet(
     path: Path,
     images: list[bytes | None],
-    labels: list[int],
+    labels: Sequence[int | None],
     names: list[str] | None = None,
     column: str = "img",
 ) -> None:
@@ -79,6 +79,9 @@ def test_parquet_errors(tmp_path: Path) -> None:
         load_data(f"parquet:{tmp_path}")
     write_parquet(path, [image, image], [0, 0], ["no", "yes"])
     with pytest.raises(ValueError, match=r"no readable image of the class yes"):
+        load_data(f"parquet:{tmp_path}")
+    write_parquet(path, [image] * 3, [0, None, None], ["no", "yes"])
+    with pytest.raises(ValueError, match=r"train-0\.parquet has 2 rows without a label$"):
         load_data(f"parquet:{tmp_path}")
     write_parquet(path, [image], [0], column="picture")
     with pytest.raises(ValueError, match=r"has picture: struct.*label: int64; expected img or image"):
@@ -249,6 +252,19 @@ def test_other_splits_without_labels_or_content_do_not_matter(tmp_path: Path) ->
     pq.write_table(pa.table({"text": ["no image"]}), tmp_path / "notes.parquet")
     write(tmp_path / "test-00000-of-00001.parquet", POINTER)
     assert len(loaded(shards(tmp_path, "train-00000-of-00001.parquet"))) == 2
+
+
+def test_another_split_that_is_damaged_before_its_end_does_not_matter(tmp_path: Path) -> None:
+    two_shards(tmp_path, {"names": None}, {"names": None, "labels": [0, 2]}, split="test")
+    with pytest.raises(ValueError, match="no readable image of the class 2"):
+        loaded(tmp_path)
+    path = tmp_path / "test-00000-of-00001.parquet"
+    whole = path.read_bytes()
+    end = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")  # where what says what is in it begins
+    path.write_bytes(whole[:4] + b"\xff" * (end - 4) + whole[end:])
+    assert loaded(tmp_path).classes == ("0", "1")
+    with pytest.raises(ValueError, match=r"test-00000-of-00001\.parquet cannot be read as Parquet"):
+        loaded(tmp_path, "test")
 
 
 def test_a_shard_may_be_empty(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Every source gives its images, labels and classes in a fixed order, and one clear error if it cannot."""
 
+import errno
 import gzip
 import hashlib
 import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import torchvision
 from torch import Tensor
 
 from advcl_hub.data import load_data, train_val_split
-from advcl_hub.data.decoding import LazyImages
+from advcl_hub.data.decoding import LazyImages, Square
 from advcl_hub.data.sources import DEBIAN_FASHION_MNIST
 from tests.support.image_files import RANDOM, all_images, encode, pixels, write
 
@@ -53,6 +56,31 @@ def test_folder_errors(pets: Path) -> None:
         load_data(f"folder:{pets}")
     write(pets / "train" / "bird" / "notes.txt", b"")
     with pytest.raises(ValueError, match=r"notes\.txt is no image \(suffixes: \.jpg"):
+        load_data(f"folder:{pets}")
+
+
+def test_a_folder_without_splits_or_without_classes_says_what_is_expected(tmp_path: Path) -> None:
+    write(tmp_path / "cat" / "1.png", b"")
+    with pytest.raises(ValueError) as error:
+        load_data(f"folder:{tmp_path}", "test")
+    expected = f"expected {tmp_path}/SPLIT/CLASS/IMAGE, with SPLIT one of train, val, test"
+    assert str(error.value) == f"folder {tmp_path} has no split 'test': {expected}"
+    write(tmp_path / "test" / "1.png", b"")
+    with pytest.raises(ValueError) as error:
+        load_data(f"folder:{tmp_path}", "test")
+    assert str(error.value) == f"{tmp_path / 'test'} has no class folders, expected {tmp_path / 'test'}/CLASS/IMAGE"
+
+
+def test_a_class_folder_that_cannot_be_read_is_no_empty_one(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = os.scandir
+
+    def scandir(folder: str | os.PathLike[str]) -> Any:
+        if Path(folder) == pets / "train" / "cat":
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # permissions do not bind root
+    with pytest.raises(PermissionError, match=r"Permission denied: .*train/cat"):
         load_data(f"folder:{pets}")
 
 
@@ -139,6 +167,28 @@ def test_torchvision_errors(tmp_path: Path) -> None:
         load_data("stl10", root=tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("source", "kind", "error", "reason"),
+    [
+        ("cifar10", "CIFAR10", URLError("no route to host"), "no route to host"),
+        ("fashion-mnist", "FashionMNIST", URLError("no route to host"), "<urlopen error no route to host>"),
+        ("fashion-mnist", "FashionMNIST", RuntimeError("File not found or corrupted."), "File not found or corrupted."),
+    ],
+)
+def test_a_download_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, kind: str, error: Exception, reason: str
+) -> None:
+    def fail(self: object) -> None:
+        raise error
+
+    monkeypatch.setattr(getattr(torchvision.datasets, kind), "download", fail)
+    monkeypatch.setattr("advcl_hub.data.sources.DEBIAN_FASHION_MNIST", tmp_path / "none")
+    root = tmp_path / "new"  # need not exist, as torchvision makes it
+    with pytest.raises(ConnectionError) as caught:
+        load_data(source, root=root, download=True)
+    assert str(caught.value) == f"{source} could not be downloaded to {root}: {reason}"
+
+
 # ---- IDX files -----------------------------------------------------------------------------------
 
 
@@ -158,6 +208,24 @@ def test_fashion_mnist(tmp_path: Path, suffix: str, folder: str) -> None:
     assert torch.equal(all_images(data), torch.from_numpy(images)[:, None])
     assert data.labels.tolist() == [*range(10)]
     assert data.classes[9] == "Ankle boot"
+
+
+def test_fashion_mnist_is_downloaded_only_if_it_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def download(self: torchvision.datasets.FashionMNIST) -> None:
+        asked.append(raw := Path(self.raw_folder))
+        for prefix in ("train", "t10k"):
+            write(raw / f"{prefix}-images-idx3-ubyte", idx(np.zeros((10, 28, 28), np.uint8)))
+            write(raw / f"{prefix}-labels-idx1-ubyte", idx(np.arange(10, dtype=np.uint8)))
+
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "download", download)
+    monkeypatch.setattr("advcl_hub.data.sources.DEBIAN_FASHION_MNIST", tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"no train-images-idx3-ubyte or .*, or root and download=True"):
+        load_data("fashion-mnist", root=tmp_path)
+    for split in ("train", "test"):
+        assert load_data("fashion-mnist", split, root=tmp_path, download=True).labels.tolist() == [*range(10)]
+    assert asked == [tmp_path / "FashionMNIST" / "raw"]
 
 
 @pytest.mark.parametrize(
@@ -247,3 +315,5 @@ def test_wrong_options() -> None:
         load_data("fake", channels=4)
     with pytest.raises(ValueError, match="size is 0"):
         load_data("fake", size=0)
+    with pytest.raises(ValueError, match="size and fit were given: both decide the size of the images, leave one out"):
+        load_data("fake", size=8, fit=Square(8))

@@ -227,6 +227,17 @@ def test_a_classifier_that_fails_comes_back_for_others_to_explain() -> None:
     assert accelerated(broken, images_of(8), replace(PROTOCOL, compile=True)) is broken
 
 
+def test_images_that_do_not_fit_the_memory_are_a_reason_against_compiling() -> None:
+    def full(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = TinyNet()
+    model.register_forward_pre_hook(full)
+    assert accelerated(model, images_of(8), PROTOCOL) is model  # smaller batches may fit
+    with pytest.raises(ValueError, match=r"^3 images do not fit the memory: leave out --compile \(compile=True\)\.$"):
+        accelerated(model, images_of(8), replace(PROTOCOL, compile=True))
+
+
 @pytest.fixture
 def norm_calls() -> Iterator[list[str]]:
     """A list that gets an entry whenever any batch norm computes."""

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from advcl_hub.data import ImageData, load_data
 from advcl_hub.data.corruptions import CORRUPTIONS
 from advcl_hub.evaluation import Protocol, evaluate
 from tests.support.image_files import encode, pixels, write
@@ -94,6 +95,32 @@ def test_models_and_data_that_do_not_fit_are_refused() -> None:
         evaluate(TinyNet(), replace(data, labels=data.labels - 10))
 
 
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageData:
+    """Two images of 20x30 pixels that are decoded when they are needed."""
+    for name in ("cat", "dog"):
+        write(tmp_path / "photos" / "test" / name / "0.png", encode(pixels(20, 30)))
+    monkeypatch.setattr("advcl_hub.data.decoding.IN_MEMORY_BYTES", 0)
+    return load_data(f"folder:{tmp_path / 'photos'}", "test")
+
+
+def test_streamed_images_that_are_too_large_have_to_come_by_name(large: ImageData) -> None:
+    model = Enlarged()
+    model.num_classes = 2
+    with pytest.raises(ValueError) as error:
+        evaluate(model, large)
+    assert str(error.value) == (
+        "The images of folder:photos are 20x30, and have to be scaled to the model's 16x16 before they are attacked: give the "
+        "data by name (folder:PATH), and that is done."
+    )
+
+
+def test_streamed_images_are_not_corrupted(large: ImageData) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1800, 2))
+    with pytest.raises(ValueError, match=r"^Corruptions need images in memory, folder:photos is too large for that\.$"):
+        evaluate(model, large, Protocol(steps=0), corruptions="generated")
+
+
 def test_a_batch_that_does_not_fit_the_memory_is_halved() -> None:
     model = TinyNet()
     data = labelled_by(model, 40)
@@ -162,6 +189,16 @@ def test_what_cannot_be_measured_is_refused_before_work_starts(tmp_path: Path) -
             r"gives 192 logits and does not name its classes, random has 10 \(class0",
         ),
         (nn.Conv2d(3, 10, 3), Protocol(), r"expected float logits \(10, classes\)"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(192, 5)),
+            Protocol(),
+            r"^The model gives 5 logits, random has labels up to \d\.$",
+        ),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(48, 10)),
+            Protocol(),
+            r"^The model fails on images \(10, 3, 8, 8\) of random: .*shape",
+        ),
     ):
         few = replace(data, labels=data.labels.clamp(max=1), classes=("a", "b")) if message and "DLR" in message else data
         if message is None:
@@ -177,6 +214,8 @@ def test_what_cannot_be_measured_is_refused_before_work_starts(tmp_path: Path) -
         evaluate(TinyNet(), data, first=True)
     with pytest.raises(ValueError, match="No images"):
         evaluate(TinyNet(), data.subset(torch.arange(0)))
+    with pytest.raises(ValueError, match=r"^data is a Tensor, expected a name such as folder:PATH, or ImageData\.$"):
+        evaluate(TinyNet(), data.images)  # type: ignore[arg-type]
     large = replace(data, images=torch.zeros(10, 3, 40, 40, dtype=torch.uint8))
     assert evaluate(Enlarged(), large, Protocol(steps=0)).record["model"]["attacked_at"] == [3, 16, 16]  # as from a folder
 

@@ -60,6 +60,15 @@ def test_other_images_csv_are_refused_by_name(folder: Path, content: bytes) -> N
     assert all(isinstance(value, int) for column in found.images.values() for value in column)
 
 
+def test_an_evaluation_without_its_images_is_refused(tmp_path: Path) -> None:
+    assert finished(tmp_path, {}) is None
+    Evaluation(RECORD, {"index": [0]}).save(tmp_path)
+    (tmp_path / "images.csv").unlink()
+    with pytest.raises(ValueError) as error:
+        finished(tmp_path, {})
+    assert str(error.value) == f"{tmp_path} lacks its images.csv: remove that folder to measure again."
+
+
 @given(st.integers(1, 10**6), st.floats(0, 1))
 @example(205, 0.0)  # the lower end would be 1.7e-18
 def test_a_proportion_is_in_its_interval(total: int, share: float) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from advcl_hub.attacks import seeded_start
 from advcl_hub.data import ImageData, load_data
 from advcl_hub.evaluation import Protocol, evaluate, robustness
+from advcl_hub.evaluation.borrowing import _exact_backends
 from advcl_hub.models.pixel_space import PixelSpace
 from advcl_hub.records import load_record
 from tests.support.tiny_classifiers import TinyNet, labelled_by
@@ -170,6 +171,16 @@ def test_more_restarts_only_break_more() -> None:
     assert five.robust is not None and one.robust is not None and five.robust < one.robust
 
 
+def test_an_image_that_is_broken_is_not_attacked_again() -> None:
+    batches: dict[int, list[int]] = {}
+    for restarts in (1, 3):
+        model, sizes = TwoClasses(), batches.setdefault(restarts, [])
+        model.register_forward_pre_hook(lambda module, inputs, sizes=sizes: sizes.append(len(inputs[0])))  # type: ignore[misc]
+        data, protocol = grey([127, 128, 126]), Protocol(eps=0.5, steps=2, restarts=restarts, check_images=0)
+        assert evaluate(model, data, protocol, progress=False).images["pgd"] == [False] * 3  # by the first start
+    assert batches[1] == batches[3] and set(batches[1]) == {3}
+
+
 def test_bfloat16_is_computed_in_bfloat16() -> None:
     model = TinyNet()
     data = labelled_by(model, 10)
@@ -258,6 +269,22 @@ def test_the_model_the_random_state_and_the_backends_come_back_as_they_were(fail
     assert [module.training for module in model.modules()] == modes
     assert [p.requires_grad for p in model.layers[3].parameters()] == [False, True]
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_gpu_computes_by_fixed_algorithms_and_what_was_set_comes_back(strict: bool) -> None:
+    def deterministic() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    torch.use_deterministic_algorithms(strict)
+    try:
+        with _exact_backends(cuda=True):
+            assert deterministic() == (True, not strict)  # who wants errors gets them
+        assert deterministic() == (strict, False)
+        with _exact_backends(cuda=False):
+            assert deterministic() == (strict, False)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_picture_that_fails_loses_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

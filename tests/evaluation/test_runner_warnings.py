@@ -1,10 +1,12 @@
 """What an evaluation measures and says of itself: curves, what was left out, and what speaks against the figures."""
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 
+from advcl_hub.data import matching
 from advcl_hub.evaluation import Protocol, checks, evaluate
 from advcl_hub.evaluation.acceleration import TRIAL
 from tests.support.clear_net import EPS, OF_THE_MODEL, ClearNet, detail, downhill, failed, measured, names, saturated
@@ -110,3 +112,18 @@ def test_a_caller_without_gradients_is_no_hindrance_but_a_model_without_is() -> 
         assert evaluate(net, data, Protocol(eps=EPS, check_images=0), progress=False).images == expected
     with pytest.raises(ValueError, match="carry no gradient"):
         evaluate(ClearNet(before=lambda images: images.detach()), data, progress=False)
+
+
+def test_what_is_said_while_the_data_are_matched_is_passed_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_fits(model: Any, data: Any) -> None:
+        for _ in range(2):
+            warnings.warn("the same twice", stacklevel=2)
+        warnings.warn("an old name", DeprecationWarning, stacklevel=1)
+
+    monkeypatch.setattr(matching, "check_fits", check_fits)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = evaluate(ClearNet(), labelled_by(ClearNet(), 5), Protocol(steps=0), progress=False)
+    said = [(entry.category, str(entry.message), entry.filename) for entry in caught]
+    assert said == [(UserWarning, "the same twice", __file__), (DeprecationWarning, "an old name", __file__)]
+    assert found.warnings.count("the same twice") == 1 and "an old name" not in found.warnings

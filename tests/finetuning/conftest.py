@@ -8,17 +8,6 @@ import pytest
 
 import advcl_hub
 from advcl_hub.finetuning import Finetuned
-from tests.support.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder
-
-
-@pytest.fixture(scope="module")
-def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_encoder(tmp_path_factory.mktemp("encoders") / "resnet", **SMALL_RESNET)
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_encoder(tmp_path_factory.mktemp("encoders") / "vit", "vit_tiny_patch16_224", **SMALL_VIT)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from advcl_hub.finetuning import Finetuned, Settings
 from advcl_hub.finetuning import trainer as module
 from advcl_hub.finetuning.encoder import open_encoder
 from advcl_hub.finetuning.features import extract_features
+from advcl_hub.finetuning.runner import default_output
 from advcl_hub.hub.export import export_folder, load_folder, verify_folder
 from advcl_hub.training import loop
 from advcl_hub.training.runlog import read_log
@@ -342,3 +343,23 @@ def test_options_without_effect_are_said_and_left_out(run: Callable[..., Finetun
 def test_losses_that_are_not_finite_stop_with_the_last_good_checkpoint(run: Callable[..., Finetuned]) -> None:
     with pytest.raises(FloatingPointError, match=r"not finite at step \d+: stopped.*checkpoint.safetensors; lower lr"):
         run("sff", lr=1e20, epochs=3)
+
+
+def test_the_folder_of_a_run_tells_every_setting() -> None:
+    overrides = {"branches": ("clean", "adv"), "milestones": (1.5, 2), "lr": 1 / 3}
+    found = default_output("runs/mine/export", "folder:pets", "aff", "acl", "val", 24, 5, True, "sorted", overrides)
+    said = "folder-pets-val-aff-acl-size24-5shot-keep-head-order-sorted-branchesclean-adv-milestones1.5-2-lr0.3333"
+    assert found == Path("runs", "finetuned", "mine-export", said)
+
+
+def test_a_run_that_goes_on_elsewhere_says_so_and_records_both_places(
+    run: Callable[..., Finetuned], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = "Note: other hardware or versions than before; not bit by bit as one run."
+    options: dict[str, Any] = {"epochs": 1, "batch_size": 40}
+    assert not run("slf", time_budget=0, **options).finished
+    assert note not in capsys.readouterr().err
+    monkeypatch.setattr("advcl_hub.finetuning.runner.versions", lambda: {"torch": "of another machine"})
+    places = run("slf", **options).record["places"]
+    assert note in capsys.readouterr().err and len(places) == 2
+    assert places[0]["versions"]["torch"] == torch.__version__ and places[1]["versions"] == {"torch": "of another machine"}

@@ -11,6 +11,7 @@ from torch import Tensor
 from advcl_hub.data import ImageData, load_data
 from advcl_hub.finetuning import Finetuned
 from tests.support.small_encoders import SMALL_VIT, export_encoder, relabelled
+from tests.support.tiny_classifiers import TinyNet
 
 
 def grey(data: ImageData) -> ImageData:
@@ -34,6 +35,8 @@ def grey(data: ImageData) -> ImageData:
         ("slf", {"data": "cifar11"}, "unknown data source 'cifar11'"),
         ("slf", {"shots": 9}, "9 images of every class were asked for, fake:80 has 8 of 0"),
         ("slf", {"epoch": 3}, "Unknown setting 'epoch'. Did you mean 'epochs'"),
+        ("slf", {"size": 0}, "size is 0, expected a positive number of pixels"),
+        ("slf", {"model": TinyNet()}, r"model is a TinyNet, expected a name or a folder: timm\.models\.save_for_hf\(model, "),
         ("slf", {"val_fraction": 0.2, "shots": 1}, "label 0 has a single image"),
     ],
 )

@@ -140,6 +140,19 @@ def test_a_grid_goes_on_where_it_stopped(encoder: Path, tmp_path: Path, monkeypa
     assert len(stamps) == 2 and all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
 
+def test_a_training_that_is_stopped_stops_the_grid(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finetune, tried = MODULE.finetune, []
+
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        tried.append(arguments[2])
+        return finetune(*arguments, **options | {"time_budget": 0})
+
+    monkeypatch.setattr(MODULE, "finetune", stopped)
+    done = advcl_hub.transfer([encoder], ["fake:80"], ["slf", "aff"], output=tmp_path, time_budget=600, **QUICK)
+    assert not done.finished and done.cells == [] and tried == ["slf"]
+    assert len(list(tmp_path.rglob(FILE))) == 1 and not list(tmp_path.rglob("results.*"))
+
+
 @pytest.mark.slow
 def test_another_way_to_measure_costs_no_training_and_other_cells_stay_in_the_report(encoder: Path, tmp_path: Path) -> None:
     options: Any = {"output": tmp_path, "evaluation": advcl_hub.Protocol(steps=1, check_images=0), **QUICK}
@@ -215,6 +228,13 @@ def test_the_command_prints_the_table(encoder: Path, tmp_path: Path) -> None:
             "9 images of every class were asked for, fake:80 has 8 of one class",
         ),
         (["ENCODER", "ENCODER"], ["fake:80"], ["slf"], {}, "The same model was given twice"),
+        (
+            ["one/export", "one export"],
+            ["fake:80"],
+            ["slf"],
+            {},
+            "cannot be told apart as folders: one/export, one export. Give them names: NAME=MODEL",
+        ),
         (["ENCODER"], ["fake:80", "cifar11"], ["slf"], {}, "unknown data source 'cifar11'"),
         (["ENCODER"], ["fake:80"], ["slf", "lsf"], {}, "protocol is 'lsf'"),
         (["ENCODER"], ["fake:80"], ["slf", "sff"], {"preset": "deacl"}, "The preset deacl has no sff"),

@@ -118,6 +118,13 @@ def test_what_people_type_stays_text(copies: dict[str, Path]) -> None:
     assert "\n# title --- name: x\n" in text and ModelCard(text).data.to_dict()["library_name"] == "timm"
 
 
+def test_a_converted_file_is_named_with_its_layout(copies: dict[str, Path]) -> None:
+    folder = copies["encoder"]
+    results = evaluation_record(folder) | {"origin": "ACL", "file": "</b>\n# model.pt", "layout": "acl"}
+    (folder / RESULTS).write_text(json.dumps(results), encoding="utf-8")
+    assert "\n- Origin: ACL\n- Converted from: &lt;/b> # model.pt, layout acl\n" in card(folder)
+
+
 def test_warnings_of_an_evaluation_stand_in_the_card(copies: dict[str, Path]) -> None:
     record = evaluation_record(copies["evaluation"]) | {"warnings": ["gradients are masked."]}
     (copies["evaluation"] / RESULTS).write_text(json.dumps(record), encoding="utf-8")

@@ -113,6 +113,18 @@ def test_what_is_not_the_same_training_is_refused(copies: list[Path]) -> None:
     assert "several seeds" not in card(encoder)
 
 
+def test_two_models_of_the_same_other_seed_are_refused(copies: list[Path]) -> None:
+    """Which of them would the table show?"""
+    first, _, third = copies
+    add_to_results(first / "encoder", [first / "evaluation"], other_seeds=[third / "evaluation"])
+    before = (first / "encoder" / RESULTS).read_bytes()
+    edit(third / "evaluation", lambda record: record["model"].update(file_sha256="1" * 64))
+    message = f"^{third / 'evaluation'}: there is an evaluation of another model of seed 2 already"
+    with pytest.raises(ValueError, match=message):
+        add_to_results(first / "encoder", other_seeds=[third / "evaluation"])
+    assert (first / "encoder" / RESULTS).read_bytes() == before
+
+
 def classifier(record: dict[str, Any]) -> dict[str, Any]:
     return record["model"]["provenance"]
 

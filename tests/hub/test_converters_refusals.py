@@ -342,6 +342,10 @@ def renamed(state: State, old: str, new: str) -> State:
             lambda: {"features.0.weight": torch.ones(4, 3, 3, 3)},
             r"none of the layouts advcl, acl, kuangliu, solo: its 1 keys are feat",
         ),
+        (  # two copies as in DynACL's files, but those hold nothing else: of MoCo neither is taken
+            lambda: {f"encoder_k.{k}": v for k, v in acl_finetuned().state_dict().items()} | {"queue": torch.ones(8, 12)},
+            r"none of the layouts .* keys are encoder_k\.normalize",
+        ),
     ],
 )
 def test_networks_of_other_codes_are_named(tmp_path: Path, make: Callable[[], State], expected: str) -> None:
@@ -359,6 +363,9 @@ def test_networks_of_other_codes_are_named(tmp_path: Path, make: Callable[[], St
         (kuangliu, {"mean": (0, 0), "std": 1}, "one number or three"),
         (kuangliu, {"mean": 0, "std": (1, 0, 1)}, "std above 0"),
         (kuangliu, {"mean": float("nan"), "std": 1}, "cannot take mean nan"),
+        (lambda: acl_finetuned(normalize=((0, 0, 0), (1, 0, 1))), {}, "normalize.std that are no normalisation of three"),
+        (lambda: acl_finetuned(normalize=((0,), (1,))), {}, "normalize.std that are no normalisation of three channels"),
+        (lambda: acl_finetuned(normalize=((0, 0, torch.inf), (1, 1, 1))), {}, "that are no normalisation of three channels"),
         (kuangliu, {"mean": 0, "std": 1, "size": 64}, "takes images of 32x32 only"),
         (acl, {"size": 4}, "8 pixels at least"),
         (acl, {"branch": "adv_ce"}, "it has clean (published as normal), adv (published as pgd)."),

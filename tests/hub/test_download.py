@@ -33,6 +33,7 @@ def http(kind: Any, status: int, message: str | None = None) -> Exception:
         (errors.LocalTokenNotFoundError("x"), "hf auth login"),
         (errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE is set"),
         (ConnectionResetError("x"), "check the network"),
+        (errors.LocalEntryNotFoundError("x"), "cannot be reached, and it is not in the cache"),
     ],
 )
 def test_what_went_wrong_and_what_to_do(error: Exception, said: str) -> None:

@@ -129,8 +129,19 @@ def test_a_failure_halfway_leaves_nothing_behind(tmp_path: Path) -> None:
     assert json.loads((folder / "results.json").read_text(encoding="utf-8"))["run"] == 1
 
 
-def test_a_failed_swap_puts_the_earlier_export_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever works in it would be left in one that is gone."""
     folder = export_folder(model(), tmp_path / "e", results={"run": 1})
+    monkeypatch.chdir(folder)
+    for name in (".", folder, "../e"):
+        with pytest.raises(ValueError, match=r"^The current folder cannot be replaced: name another\.$"):
+            export_folder(model(), name, results={"run": 2})
+    assert json.loads((folder / "results.json").read_text(encoding="utf-8"))["run"] == 1
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_failed_swap_puts_the_earlier_export_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool) -> None:
+    folder = export_folder(model(), tmp_path / "e", results={"run": 1}) if earlier else tmp_path / "e"
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
@@ -141,8 +152,8 @@ def test_a_failed_swap_puts_the_earlier_export_back(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="no space"):
         export_folder(model(), folder, results={"run": 2})
-    assert [p.name for p in tmp_path.iterdir()] == ["e"]
-    assert json.loads((folder / "results.json").read_text(encoding="utf-8"))["run"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == (["e"] if earlier else [])
+    assert not earlier or json.loads((folder / "results.json").read_text(encoding="utf-8"))["run"] == 1
 
 
 def test_a_model_that_still_has_branches_is_not_exported(tmp_path: Path) -> None:

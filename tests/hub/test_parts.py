@@ -70,6 +70,22 @@ def test_a_tensor_larger_than_a_file_is_refused(folders: dict[str, Path], tmp_pa
         split(folders, tmp_path / "parts", 280_000)
 
 
+def test_weights_that_another_program_wrote_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """What it added to them would be lost, and with it their sha256."""
+    weights = folders["slf"] / WEIGHTS
+    save_file(load_file(weights), weights, metadata={"format": "pt", "author": "somebody"})
+    with pytest.raises(ValueError, match=f"^{weights} was not written by advcl-hub: load the model and export it again"):
+        split(folders, tmp_path / "parts")
+
+
+def test_a_place_that_cannot_be_made_is_named_with_the_remedy(folders: dict[str, Path], tmp_path: Path) -> None:
+    parts = [tmp_path / "parts" / part for part in split(folders, tmp_path / "parts")["aff"]]
+    (tmp_path / "file").touch()
+    message = f"^{tmp_path / 'file' / 'cache'} cannot be made \\(.+\\): give another cache_dir, or HF_HOME"
+    with pytest.raises(OSError, match=message):
+        join(parts, tmp_path / "file" / "cache" / WEIGHTS, "0" * 64)
+
+
 def test_joining_refuses_what_is_not_whole_and_leaves_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
     parts = [tmp_path / "parts" / part for part in split(folders, tmp_path / "parts", 1_000_000)["aff"]]
     target, sha256 = tmp_path / "new" / WEIGHTS, file_sha256(folders["aff"] / WEIGHTS)

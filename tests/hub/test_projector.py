@@ -19,6 +19,7 @@ from advcl_hub.files import file_sha256
 from advcl_hub.hub.cards import card
 from advcl_hub.hub.export import RESULTS, check_replaceable, export_again, export_folder, verify_folder
 from advcl_hub.hub.projector import PROJECTOR, load_projector, projector_from_state
+from advcl_hub.hub.projector_file import read_projector
 from tests.support.projection_heads import trained_head
 
 LAYERS = "Linear,BatchNorm1d,ReLU,Linear"
@@ -249,6 +250,12 @@ def test_other_files_are_named(folder: Path, content: bytes, message: str) -> No
     record(folder, PROJECTOR)
     with pytest.raises(ValueError, match=rf"{PROJECTOR} {message}"):
         load_projector(folder)
+
+
+@pytest.mark.parametrize("name", ["none.safetensors", "."])
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"^There is no {tmp_path / name}\.$"):
+        read_projector(tmp_path / name)
 
 
 def test_loading_leaves_torch_as_it_was(folder: Path) -> None:

@@ -12,6 +12,7 @@ from advcl_hub.hub.export import GOLDEN, WEIGHTS, verify_folder
 from advcl_hub.records import RESULTS
 from tests.support.hub_client import TOKENS, Client, nobody, open_client
 from tests.support.hub_server import Fault, Hub, flipped
+from tests.support.hub_store import File
 from tests.support.small_encoders import export_encoder
 
 NAME = "acme/resnet8_cifar.test"
@@ -223,6 +224,20 @@ def test_a_version_that_somebody_else_takes_meanwhile_is_not_reported_as_ours(hu
     hub.requests = Meanwhile(theirs)
     with pytest.raises(OSError, match="cannot be tagged v1: it was changed by somebody else"):
         client(advcl_hub.push, folder, NAME)
+
+
+def test_a_hub_that_changes_what_it_was_given_is_found(hub: Hub, client: Client, folder: Path) -> None:
+    """Where results.json has no sha256: everything else about that card is as it should be."""
+
+    def changed(path: str) -> None:
+        if path.endswith("/README.md"):
+            hub.repos[NAME].resolve("main").files["README.md"] = File(b"---\nlicense: mit\n---\ntheirs")
+
+    hub.requests = Meanwhile(changed)
+    said = r"could not be verified: README\.md came back changed\. Nothing was tagged; the same command tries again"
+    with pytest.raises(OSError, match=said):
+        client(advcl_hub.push, folder, NAME)
+    assert set(hub.repos[NAME].refs) == {"refs/heads/main"}
 
 
 # ------------------------------------------------------------------------------------------------------ pull, verify

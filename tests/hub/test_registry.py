@@ -16,7 +16,9 @@ import advcl_hub
 from advcl_hub.files import file_sha256
 from advcl_hub.hub import registry, released
 from advcl_hub.hub.export import WEIGHTS, load_folder
+from advcl_hub.hub.push_pull import described
 from advcl_hub.opening import load_model
+from advcl_hub.records import RESULTS
 from tests.support.hub_client import Client, open_client
 from tests.support.hub_server import Fault, Hub, flipped
 from tests.support.kept_registry import kept_registry
@@ -167,6 +169,8 @@ def _as(folder: Path, export: Path, architecture: str) -> Path:
         ("resnet8_cifar.a/b", "encoder", ValueError, "of letters, digits"),
         ("resnet8_cifar.mine", "absent", FileNotFoundError, "for the Hub, write hf-hub:ORG/NAME"),
         ("resnet8_cifar.mine", "damaged", ValueError, "not the file that was exported"),
+        ("resnet8_cifar.mine", "hf-hub:acme", ValueError, "hf-hub:acme is no repository on the Hub: hf-hub:ORG/NAME"),
+        ("no_such_net.mine", "no_such_net", ValueError, "no_such_net.mine: timm has no architecture no_such_net"),
     ],
 )
 def test_what_cannot_be_registered(
@@ -174,8 +178,10 @@ def test_what_cannot_be_registered(
 ) -> None:
     folder = Path(shutil.copytree(encoder, tmp_path / "damaged"))
     (folder / WEIGHTS).write_bytes(flipped((folder / WEIGHTS).read_bytes()))
+    unknown = _as(tmp_path, encoder, "no_such_net")
+    known = {"encoder": encoder, "damaged": folder, "no_such_net": unknown, "hf-hub:acme": "hf-hub:acme"}
     with pytest.raises(error, match=said):
-        advcl_hub.register(name, {"encoder": encoder, "damaged": folder}.get(source, tmp_path / source))
+        advcl_hub.register(name, known.get(source, tmp_path / source))
     assert name not in advcl_hub.releases()
 
 
@@ -214,6 +220,12 @@ def test_the_functions_of_architectures_know_the_weights_and_can_be_pickled(enco
     for name in ("resnet8_cifar", VIT):
         entry_point = timm.model_entrypoint(name)
         assert pickle.loads(pickle.dumps(entry_point)) is entry_point
+
+
+def test_what_describes_a_registered_folder_lies_in_it(encoder: Path) -> None:
+    advcl_hub.register("resnet8_cifar.mine", encoder)
+    with described("resnet8_cifar.mine") as (folder, opens):
+        assert (folder, opens) == (encoder, "resnet8_cifar.mine")
 
 
 def test_evaluation_and_finetuning_open_a_name(encoder: Path) -> None:
@@ -323,6 +335,22 @@ def test_private_weights_and_offline(served: Hub, client: Client, encoder: Path,
         with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
             offline(load_registered, "hf-hub:alice/another", token=None)
     assert len(served.requests) == requests
+
+
+def test_without_a_record_weights_that_are_not_here_are_not_taken(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They could not be checked; those that are in the cache timm would open all the same."""
+
+    def fetch(repository: str, file: str, **options: Any) -> Path:
+        if file == RESULTS:
+            raise OSError("The Hub has trouble.")
+        return encoder / file
+
+    monkeypatch.setattr(registry, "fetch", fetch)
+    with pytest.raises(OSError, match=r"^The Hub has trouble\.$"):
+        advcl_hub.register("resnet8_cifar.bob", "hf-hub:bob/export", cache_dir=tmp_path)
+    assert "resnet8_cifar.bob" not in advcl_hub.releases()
 
 
 def test_a_repository_that_timm_pushed(served: Hub, client: Client, encoder: Path) -> None:

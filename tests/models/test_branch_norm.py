@@ -133,6 +133,8 @@ def test_refusals() -> None:
     add_branches(model, ("clean", "adv"))
     with pytest.raises(ValueError, match="Gradient checkpointing"):
         model.set_grad_checkpointing()
+    model.set_grad_checkpointing(False)  # off it is already: code that sets it either way goes on to work
+    assert not model.grad_checkpointing
     with pytest.raises(ValueError, match="already"):
         add_branches(model, ("clean", "adv"))
     wrapped = nn.Sequential(timm.create_model("resnet8_cifar"))

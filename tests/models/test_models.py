@@ -350,3 +350,8 @@ def test_bad_arguments_are_refused(name: str) -> None:
         create(name, not_an_argument=1)
     with pytest.raises(AssertionError, match="out of range"):
         create_small(name).forward_intermediates(torch.rand(1, 3, 32, 32), indices=[5])
+
+
+def test_a_convolutional_network_has_no_other_layout_of_features() -> None:
+    with pytest.raises(ValueError, match=r"^output_fmt='NLC': only 'NCHW' is available$"):
+        create_small("wrn28_10_cifar").forward_intermediates(torch.rand(1, 3, 32, 32), output_fmt="NLC")

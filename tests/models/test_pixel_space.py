@@ -106,6 +106,15 @@ def test_a_wrapper_that_passes_the_cfg_on_may_normalise_twice(model: nn.Module, 
         evaluate(Delegating(model), data, QUICK, progress=False)
 
 
+def test_a_wrapper_that_passes_on_that_nothing_is_normalised_is_taken_without_a_warning(model: nn.Module) -> None:
+    model.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3}  # type: ignore[assignment]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        space = PixelSpace(Delegating(model))
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(space(images), Normalising(model)(images))
+
+
 def test_a_wrapper_may_hide_class_names_and_size_too() -> None:
     model = TinyNet()
     data = labelled_by(model, 20)

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from advcl_hub.pretraining import Attack, DeACL
+from advcl_hub.pretraining import Attack, DeACL, ProFeAT
 from tests.support.reference_steps import check_same_step, cosines, make_encoder, plain_attack, weak_images
 
 ATTACK = Attack(steps=3)
@@ -94,3 +94,6 @@ def test_settings_and_encoders_that_are_refused() -> None:
         DeACL.Objective(robust_weight=-1)
     with pytest.raises(ValueError, match="a classifier of 1000 classes"):
         DeACL(timm.create_model("resnet10t"))
+    of_another: Any = ProFeAT.Objective()
+    with pytest.raises(ValueError, match=r"^DeACL takes a DeACLObjective, got ProFeATObjective\("):
+        DeACL(make_encoder(), of_another)

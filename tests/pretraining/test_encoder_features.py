@@ -56,6 +56,8 @@ def test_encoder_errors(tmp_path: Path, tiny_encoder: Path) -> None:
         open_encoder("resnet18_nonsense", data)
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         open_encoder(f"local-dir:{tmp_path / 'absent'}", data)
+    with pytest.raises(ValueError, match=r"Cannot open the encoder .* \(a folder needs local-dir: before it\)"):
+        open_encoder(str(tiny_encoder), data)
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "pytorch_model.bin").write_bytes(b"pickle")

@@ -21,7 +21,7 @@ from tests.support.hub_client import TOKENS, Client, open_client
 from tests.support.hub_server import Hub
 from tests.support.image_files import write_pets
 from tests.support.kept_registry import kept_registry
-from tests.support.small_encoders import save_encoder
+from tests.support.small_encoders import SMALL_RESNET, SMALL_VIT, export_encoder, save_encoder
 from tests.support.tiny_classifiers import shorten
 
 
@@ -150,6 +150,18 @@ def short_autoattack(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations run the attacks of AutoAttack with fewer steps."""
     monkeypatch.setattr(autoattack, "build", autoattack.build)  # put back afterwards
     shorten()
+
+
+@pytest.fixture(scope="session")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small encoder in an export folder, to read and not to change; its batch norms have seen digits."""
+    return export_encoder(tmp_path_factory.mktemp("encoders") / "resnet", **SMALL_RESNET)
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small encoder without batch norms."""
+    return export_encoder(tmp_path_factory.mktemp("encoders") / "vit", "vit_tiny_patch16_224", **SMALL_VIT)
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,10 @@
 The functions are called in the process of the command (see `program`), which imports the project anew, and so they do.
 """
 
-import signal
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 HELD = "Held by tests.support.held.\n"
@@ -22,6 +22,14 @@ def program(module: str, held: str = "", short: bool = False) -> tuple[str, str]
     first = f"from tests.support import held; held.{held}; " if held else ""
     first += "from tests.support.tiny_classifiers import shorten; shorten(); " if short else ""
     return ("-c", f"{first}from {module} import main; main()") if first else ("-m", module)
+
+
+def _wait(over: Callable[[], bool]) -> None:
+    """Says that it waits, and does so; not longer than the process that has started this one, if pytest is killed."""
+    sys.stderr.write(HELD)
+    parent = os.getppid()
+    while not over() and os.getppid() == parent:
+        time.sleep(0.01)
 
 
 def at_step(step: int, folder: str = "") -> None:
@@ -39,9 +47,7 @@ def at_step(step: int, folder: str = "") -> None:
         def batches() -> Iterator[Any]:
             for batch in remaining():
                 if loop.state.step == step and folder in ("", loop.output.name):
-                    sys.stderr.write(HELD)
-                    while not stop.requested:
-                        time.sleep(0.01)
+                    _wait(lambda: stop.requested)
                 yield batch
 
         vars(loop)["remaining_batches"] = batches
@@ -60,7 +66,6 @@ def after_units(count: int) -> None:
         write(journal, *result)
         assert journal.folder is not None
         if sum(path.read_text(encoding="utf-8").count('"unit"') for path in journal.folder.glob("*.jsonl")) >= count:
-            sys.stderr.write(HELD)
-            signal.pause()
+            _wait(lambda: False)
 
     setattr(Journal, "write", held)  # noqa: B010

@@ -4,15 +4,18 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
 import advcl_hub
+from advcl_hub import files
 from advcl_hub.records.environment import backends, hardware
+from advcl_hub.training import lock
 from advcl_hub.training.lock import FILE as LOCK
 from advcl_hub.training.lock import RunLock
 from advcl_hub.training.loop import open_accelerator
@@ -126,6 +129,38 @@ def test_another_engine_is_refused_before_any_work(
     assert open_accelerator(cpu=True).num_processes == 1
 
 
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM])
+def test_an_earlier_accelerator_of_another_engine_is_refused(kind: DistributedType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Accelerator(cpu=True).num_processes == 1
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
+    message = f"^An Accelerator of this process trains with {kind.value}, which is not supported here: start a new process"
+    with pytest.raises(ValueError, match=message):
+        open_accelerator(cpu=True)
+
+
+def test_more_processes_than_accelerate_sees_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them would train alone, and all of them in one folder."""
+    assert Accelerator(cpu=True).num_processes == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"^2 processes were launched, but accelerate sees 1\.$"):
+        open_accelerator(cpu=True)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_earlier_accelerator_that_computed_elsewhere(monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    """Its device does not bind a process that is alone, but those that were joined to compute there."""
+    assert Accelerator(cpu=True).num_processes == 1
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("meta"))
+    monkeypatch.setitem(PartialState._shared_state, "num_processes", processes)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    if processes == 1:
+        assert open_accelerator(cpu=True).device == torch.device("cpu")
+        assert PartialState().device == torch.device("meta"), "others keep theirs"
+        return
+    with pytest.raises(ValueError, match=r"^These processes were joined to compute on meta: start new ones\.$"):
+        open_accelerator(cpu=True)
+
+
 # ------------------------------------------------------------------------------------------------------------- the record
 
 
@@ -228,6 +263,36 @@ def test_a_lock_file_that_is_removed_before_it_is_locked_is_opened_again(
     lock = RunLock(tmp_path / "run")
     assert next(answers, None) is None and (tmp_path / "run" / LOCK).exists()
     lock.release()
+
+
+def test_a_lock_file_that_another_run_takes_away_when_it_ends_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening and locking: the lock of a file that is gone would keep nobody out."""
+    path, taken = tmp_path / "run" / LOCK, list[bool]()
+
+    def late(file: TextIO) -> bool:
+        if not taken:
+            path.unlink()
+        taken.append(files.lock(file))
+        return taken[-1]
+
+    monkeypatch.setattr(lock, "lock", late)
+    held = RunLock(tmp_path / "run")
+    assert taken == [True, True] and path.exists()
+    held.release()
+    assert not path.exists()
+
+
+def test_the_end_of_the_process_takes_away_the_locks_of_runs_that_were_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_held", {})
+    for name in ("one", "two"):
+        RunLock(tmp_path / name)
+    (tmp_path / "one" / LOCK).unlink()  # by whoever cleaned up
+    lock._remove_all()
+    assert not list(tmp_path.rglob(LOCK)) and all(file.closed for file in lock._held.values())
 
 
 def test_a_file_system_whose_files_have_no_numbers_does_without_the_lock(

@@ -72,3 +72,15 @@ def test_progress_in_a_log_file_is_lines(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "\r" not in text and "\n\n" not in text
     lines = text.splitlines()
     assert lines[0].startswith("work:  25%") and lines[-1].startswith("work: 100%") and "4/4" in lines[-1]
+
+
+def test_in_a_terminal_the_bar_is_one_line_that_overwrites_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    bar = progress_bar(total=4, desc="work")
+    bar.update(4)
+    bar.close()
+    first, *_, last = terminal.getvalue().split("\rwork:")
+    assert not first.strip() and last.startswith(" 100%") and "4/4" in last
+    assert terminal.getvalue().count("\n") == 1 and last.endswith("\n")

@@ -14,6 +14,7 @@ from torch import nn
 from advcl_hub.training import state as module
 from advcl_hub.training.ambient import undisturbed
 from advcl_hub.training.state import FILE, load_state, pack_state, save_state, unpack_state
+from advcl_hub.training.tensors import check_averageable
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train.network import build_optimizer, build_schedule
 from train.recipe import load_recipe
@@ -234,3 +235,33 @@ def test_which_weights_are_exported(tmp_path: Path) -> None:
     assert state.encoder_state() == {"bn.bias": torch.tensor([1.0])}
     with pytest.raises(ValueError, match="kept no averaged weights"):
         state.encoder_state(ema=True)
+
+
+@pytest.mark.parametrize("count", [3, 2.5])
+def test_numbers_that_an_optimizer_counts_come_back_as_numbers(tmp_path: Path, count: float) -> None:
+    """timm's older LAMB counts its steps so; what an optimizer has none of yet, such as a momentum, is left out."""
+    run = Run("sgd", True, 0).train(1)
+    run.optimizer.param_groups[0]["counted"] = count
+    first = run.optimizer.param_groups[0]["params"][0]
+    run.optimizer.state[first]["momentum_buffer"] = None
+    run.save(tmp_path)
+    other = Run("sgd", True, 1)
+    other.optimizer.param_groups[0]["counted"] = 0
+    other.resume(tmp_path)
+    found = other.optimizer.param_groups[0]["counted"]
+    assert found == count and type(found) is type(count)
+    assert other.optimizer.param_groups[0]["params"][0] not in other.optimizer.state
+    assert len(other.optimizer.state) == len(run.optimizer.state) - 1
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"^No checkpoint in {tmp_path} \(expected {FILE}\)\.$"):
+        load_state(tmp_path)
+
+
+def test_tied_weights_are_not_averaged() -> None:
+    check_averageable(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    with pytest.raises(
+        ValueError, match=r"^Sequential has tied weights \(2\.weight is one\), which cannot be averaged: set ema"
+    ):
+        check_averageable(tied(0)[0])
