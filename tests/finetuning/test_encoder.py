@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from timm.models import register_model
 
 from advcl_hub.finetuning.encoder import open_encoder, set_head
 from advcl_hub.finetuning.presets import choose_settings
@@ -19,3 +20,12 @@ def test_a_model_without_a_classifier_to_replace_is_refused() -> None:
     model = TinyNet()
     with pytest.raises(ValueError, match=r"^TinyNet has no classifier to replace \(no reset_classifier\): it is no timm image"):
         set_head(model, labelled_by(model, 10), choose_settings("aff", "advcl", overrides={}))
+
+
+def test_an_architecture_that_says_nothing_of_its_weights_starts_from_random_ones() -> None:
+    @register_model
+    def plain_net(pretrained: bool = False, pretrained_cfg: object = None, **arguments: object) -> TinyNet:
+        return TinyNet()
+
+    opened = open_encoder("random:plain_net", size=8)
+    assert isinstance(opened.model, TinyNet) and opened.facts["name"] == "random:plain_net"
