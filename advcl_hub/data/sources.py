@@ -25,7 +25,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from advcl_hub.data.decoding import Item
 from advcl_hub.data.parquet import has_parquet, read_parquet
-from advcl_hub.errors import need
+from advcl_hub.errors import need, reason_of
 
 FORMS = ("digits", "cifar10", "cifar100", "stl10", "fashion-mnist", "folder:PATH", "parquet:PATH", "fake:N")
 FOLDER_SPLITS = ("train", "val", "test")
@@ -189,9 +189,11 @@ def _read_torchvision(name: str, split: str, root: Path | None, download: bool) 
     which: dict[str, Any] = {"split": split} if name == "stl10" else {"train": split == "train"}
     try:
         dataset = dataset_class(root, download=download, **which)
-    except URLError as error:
-        raise ConnectionError(f"{name} could not be downloaded to {root}: {error.reason}") from error
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
+        if download:
+            raise _failed_download(name, root, error) from error
+        if isinstance(error, OSError):
+            raise
         raise FileNotFoundError(
             f"{name} is absent from {root} or its files fail their checksums: expected "
             f"{dataset_class.base_folder}/ as torchvision stores it or Parquet files {split}-*.parquet; "
@@ -244,8 +246,13 @@ def _read_fashion_mnist(split: str, root: Path | None, download: bool) -> Source
 def _download_fashion_mnist(root: Path) -> None:
     try:
         torchvision.datasets.FashionMNIST(str(root), download=True)
-    except (RuntimeError, URLError) as error:
-        raise ConnectionError(f"fashion-mnist could not be downloaded to {root}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        raise _failed_download("fashion-mnist", root, error) from error
+
+
+def _failed_download(name: str, root: Path, error: Exception) -> ConnectionError:
+    reason = error.reason if isinstance(error, URLError) else reason_of(error)
+    return ConnectionError(f"{name} could not be downloaded to {root}: {reason}")
 
 
 def _find_idx(folders: Sequence[Path], name: str) -> Path | None:

@@ -88,7 +88,7 @@ def try_classifier(classifier: nn.Module, data: ImageData, protocol: Protocol, d
                 if attacked and gradient is None:
                     raise ValueError("The model's outputs carry no gradient with respect to the images: it cannot be attacked.")
             with torch.no_grad():  # of a batch, one image alone may be left to attack
-                _try_one(classifier, x[:1])
+                _check_logits(_of_one(classifier, x[:1]), 1, data, protocol)
             return size
         except torch.OutOfMemoryError:
             if size == 1:
@@ -100,16 +100,16 @@ def try_classifier(classifier: nn.Module, data: ImageData, protocol: Protocol, d
             raise ValueError(f"The model fails on images {tuple(images.shape)} of {data.name}: {error}") from error
 
 
-def _try_one(classifier: nn.Module, image: Tensor) -> None:
-    """Raises ValueError for batch norms that compute statistics, if they cannot do so of one image (1, C, H, W)."""
-    norms = [name for name, m in classifier.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
+def _of_one(classifier: nn.Module, image: Tensor) -> Any:
+    """What the model gives for one image (1, C, H, W); ValueError if it normalises over a batch, and cannot over this one."""
     try:
-        if norms:
-            classifier(image)
+        return classifier(image)
     except ValueError as error:
+        norms = [name for name, m in classifier.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
+        which = f": {', '.join(norms[:3])} normalise over the batch" if norms else ""
         raise ValueError(
-            f"The model cannot take one image alone: {', '.join(norms[:3])} normalise over the batch. To be evaluated it needs "
-            f"batch norms with running statistics ({error})."
+            f"The model cannot take one image alone{which}. To be evaluated it needs batch norms with running statistics, in "
+            f"evaluation mode ({error})."
         ) from error
 
 

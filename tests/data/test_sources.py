@@ -171,7 +171,9 @@ def test_torchvision_errors(tmp_path: Path) -> None:
     ("source", "kind", "error", "reason"),
     [
         ("cifar10", "CIFAR10", URLError("no route to host"), "no route to host"),
-        ("fashion-mnist", "FashionMNIST", URLError("no route to host"), "<urlopen error no route to host>"),
+        ("cifar100", "CIFAR100", RuntimeError("File not found or corrupted."), "File not found or corrupted."),
+        ("cifar10", "CIFAR10", ConnectionResetError(104, "Connection reset by peer"), "[Errno 104] Connection reset by peer"),
+        ("fashion-mnist", "FashionMNIST", URLError("no route to host"), "no route to host"),
         ("fashion-mnist", "FashionMNIST", RuntimeError("File not found or corrupted."), "File not found or corrupted."),
     ],
 )

@@ -337,23 +337,6 @@ def test_batch_statistics_are_no_evaluation_mode(model: type[TinyNet], norm: nn.
     assert said.endswith(f"in training mode or without running statistics: {named}")
 
 
-class StuckVector(nn.BatchNorm1d):
-    """The same for vectors: of a single image it has no statistics, and refuses it."""
-
-    def train(self, mode: bool = True) -> "StuckVector":
-        return super().train(True)
-
-
-def test_a_norm_that_refuses_a_single_image_is_no_evaluation_mode() -> None:
-    network = TinyNet()
-    network.layers.append(StuckVector(10))
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        network.eval()(torch.rand(1, 3, 8, 8))
-    found = checks.model_checks(network, torch.rand(9, 3, 8, 8), torch.arange(9), Protocol())
-    assert {check.name: check.passed for check in found} == {"deterministic": True, "evaluation mode": False, "logits": True}
-    assert found[1].detail.endswith("in training mode or without running statistics: layers.4")
-
-
 def test_images_that_see_each_other_are_no_evaluation_mode() -> None:
     assert "evaluation mode" in failed(measured(ClearNet(lambda images: images - images.mean(0)), steps=1))
 

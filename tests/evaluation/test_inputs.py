@@ -220,9 +220,38 @@ def test_what_cannot_be_measured_is_refused_before_work_starts(tmp_path: Path) -
     assert evaluate(Enlarged(), large, Protocol(steps=0)).record["model"]["attacked_at"] == [3, 16, 16]  # as from a folder
 
 
-def test_a_model_that_needs_several_images_at_once_is_refused() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.BatchNorm1d(10, track_running_stats=False))
-    with pytest.raises(ValueError, match=r"cannot take one image alone: .*2 normalise over the batch.*running statistics"):
+class StuckNorm(nn.BatchNorm1d):
+    """Stays in training mode."""
+
+    def train(self, mode: bool = True) -> "StuckNorm":
+        return super().train(True)
+
+
+class Squeezed(TinyNet):
+    """Loses the dimension of the batch where it is 1, as `squeeze()` does."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).squeeze()
+
+
+def with_norm(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10), norm)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            with_norm(nn.BatchNorm1d(10, track_running_stats=False)),
+            r"cannot take one image alone: model\.2 normalise over the batch\. .*, in evaluation mode \(Expected more",
+        ),
+        (with_norm(StuckNorm(10)), r"cannot take one image alone\. .*running statistics, in evaluation mode \(Expected more"),
+        (Squeezed(), r"gives torch\.float32 \(10,\) for 1 images, expected float logits \(1, classes\)"),
+    ],
+)
+def test_a_model_that_needs_several_images_at_once_is_refused(model: nn.Module, message: str) -> None:
+    """Of a batch, one image alone may be left to attack."""
+    with pytest.raises(ValueError, match=message):
         evaluate(model, labelled_by(TinyNet(), 10), Protocol(steps=1, check_images=0))
 
 

@@ -178,7 +178,7 @@ def test_an_image_that_is_broken_is_not_attacked_again() -> None:
         model.register_forward_pre_hook(lambda module, inputs, sizes=sizes: sizes.append(len(inputs[0])))  # type: ignore[misc]
         data, protocol = grey([127, 128, 126]), Protocol(eps=0.5, steps=2, restarts=restarts, check_images=0)
         assert evaluate(model, data, protocol, progress=False).images["pgd"] == [False] * 3  # by the first start
-    assert batches[1] == batches[3] and set(batches[1]) == {3}
+    assert batches[1] == batches[3] and batches[1].count(1) == 1, "one image alone is tried before"
 
 
 def test_bfloat16_is_computed_in_bfloat16() -> None:
