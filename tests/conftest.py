@@ -10,7 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """With `-n`, not in the process that deals out the tests: it would import torch for nothing, while all others wait."""
+    """Loads them, but with `-n` in the workers only: the process that deals out the tests would import torch for nothing."""
     works = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
     if works or config.option.collectonly:
         config.pluginmanager.import_plugin("tests.support.fixtures")

@@ -15,6 +15,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -29,6 +30,7 @@ from advcl_hub.errors import need, reason_of
 
 FORMS = ("digits", "cifar10", "cifar100", "stl10", "fashion-mnist", "folder:PATH", "parquet:PATH", "fake:N")
 FOLDER_SPLITS = ("train", "val", "test")
+_NETWORK_ERRORS = (URLError, ConnectionError, TimeoutError, HTTPException)
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -178,7 +180,7 @@ def _read_torchvision(name: str, split: str, root: Path | None, download: bool) 
     _check_split(split, splits, name)
     if root is None:
         raise ValueError(f"{name} needs root, the folder that holds it (or will, with download=True)")
-    if not download:
+    if not download or root.exists():
         _check_folder(root)
     kind = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}[name]
     dataset_class = getattr(torchvision.datasets, kind)
@@ -189,11 +191,11 @@ def _read_torchvision(name: str, split: str, root: Path | None, download: bool) 
     which: dict[str, Any] = {"split": split} if name == "stl10" else {"train": split == "train"}
     try:
         dataset = dataset_class(root, download=download, **which)
-    except (OSError, RuntimeError) as error:
+    except _NETWORK_ERRORS as error:
+        raise _failed_download(name, root, error) from error
+    except RuntimeError as error:
         if download:
             raise _failed_download(name, root, error) from error
-        if isinstance(error, OSError):
-            raise
         raise FileNotFoundError(
             f"{name} is absent from {root} or its files fail their checksums: expected "
             f"{dataset_class.base_folder}/ as torchvision stores it or Parquet files {split}-*.parquet; "
@@ -221,7 +223,7 @@ def _read_known_parquet(name: str, folder: Path, split: str) -> Source:
 def _read_fashion_mnist(split: str, root: Path | None, download: bool) -> Source:
     _check_split(split, ("train", "test"), "fashion-mnist")
     prefix = "train" if split == "train" else "t10k"
-    if root is not None and not download:
+    if root is not None and (not download or root.exists()):
         _check_folder(root)
     folders = ([] if root is None else [root, root / "FashionMNIST" / "raw"]) + [DEBIAN_FASHION_MNIST]
     image_file = _find_idx(folders, f"{prefix}-images-idx3-ubyte")
@@ -246,7 +248,7 @@ def _read_fashion_mnist(split: str, root: Path | None, download: bool) -> Source
 def _download_fashion_mnist(root: Path) -> None:
     try:
         torchvision.datasets.FashionMNIST(str(root), download=True)
-    except (OSError, RuntimeError) as error:
+    except (*_NETWORK_ERRORS, RuntimeError) as error:  # RuntimeError: of a checksum
         raise _failed_download("fashion-mnist", root, error) from error
 
 

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from advcl_hub.data import ImageData, batches
 from advcl_hub.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corruption_names, read_corrupted
 from advcl_hub.data.matching import some_of
+from advcl_hub.errors import reason_of
 from advcl_hub.evaluation.protocol import Protocol
 
 GENERATED = "generated"  # the corruptions of advcl_hub.data.corruptions, in place of a folder's
@@ -82,13 +83,14 @@ def try_classifier(classifier: nn.Module, data: ImageData, protocol: Protocol, d
             with torch.enable_grad():
                 x = (images / 255).requires_grad_()
                 logits = classifier(x)
-                _check_logits(logits, size, data, protocol)
+                _check_logits(logits, size, f"{size} images of {data.name}", data, protocol)
                 attacked = protocol.attacks_with_pgd or protocol.autoattack is not None
                 gradient = torch.autograd.grad(logits.sum(), x, allow_unused=True)[0] if logits.requires_grad else None
                 if attacked and gradient is None:
                     raise ValueError("The model's outputs carry no gradient with respect to the images: it cannot be attacked.")
-            with torch.no_grad():  # of a batch, one image alone may be left to attack
-                _check_logits(_of_one(classifier, x[:1]), 1, data, protocol)
+            if attacked or protocol.check_images or len(data) % size == 1:  # of a batch, one image alone may be left
+                with torch.no_grad():
+                    _check_logits(_of_one(classifier, x[:1]), 1, "one image alone", data, protocol)
             return size
         except torch.OutOfMemoryError:
             if size == 1:
@@ -101,25 +103,29 @@ def try_classifier(classifier: nn.Module, data: ImageData, protocol: Protocol, d
 
 
 def _of_one(classifier: nn.Module, image: Tensor) -> Any:
-    """What the model gives for one image (1, C, H, W); ValueError if it normalises over a batch, and cannot over this one."""
+    """What the model gives for one image (1, C, H, W); ValueError if it fails."""
     try:
         return classifier(image)
-    except ValueError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # foreign code may raise anything
+        message = "The model cannot take one image alone"
         norms = [name for name, m in classifier.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
-        which = f": {', '.join(norms[:3])} normalise over the batch" if norms else ""
-        raise ValueError(
-            f"The model cannot take one image alone{which}. To be evaluated it needs batch norms with running statistics, in "
-            f"evaluation mode ({error})."
-        ) from error
+        if norms:
+            message += f": {', '.join(norms[:3])} normalise over the batch"
+        if norms or "Expected more than 1 value per channel" in str(error):
+            message += ". To be evaluated it needs batch norms with running statistics, in evaluation mode"
+        raise ValueError(f"{message} ({reason_of(error)}).") from error
 
 
-def _check_logits(logits: Any, size: int, data: ImageData, protocol: Protocol) -> None:
-    """Raises ValueError for outputs that cannot be measured, with words for what would fail in the middle of the work."""
+def _check_logits(logits: Any, size: int, images: str, data: ImageData, protocol: Protocol) -> None:
+    """Raises ValueError for outputs for so many images that cannot be measured, with words for what would fail in the middle of
+    the work."""
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != size or not logits.is_floating_point():
         given = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"The model gives {given} for {size} images, expected float logits ({size}, classes).")
+        raise ValueError(f"The model gives {given} for {images}, expected float logits ({size}, classes).")
     if not logits.isfinite().all():
-        raise ValueError(f"The model gives outputs that are not finite for images of {data.name}: there is nothing to measure.")
+        raise ValueError(f"The model gives outputs that are not finite for {images}: there is nothing to measure.")
     classes, largest = logits.shape[1], int(data.labels.max())
     if largest >= classes:
         raise ValueError(f"The model gives {classes} logits, {data.name} has labels up to {largest}.")

@@ -74,7 +74,7 @@ def open_encoder(name: str | Path, *, size: int | None = None, seed: int = 0) ->
         torch.manual_seed(seed)
         try:
             model = timm.create_model(
-                source if pretrained else cfg.get("architecture", source),
+                source if pretrained else cfg.get("architecture") or source,
                 pretrained=pretrained,
                 pretrained_cfg_overlay=kept | overlay,
                 **arguments,

@@ -84,8 +84,8 @@ def markdown(cells: Sequence[Cell]) -> str:
         return "Nothing is finished yet."
     data = list(dict.fromkeys(cell.data for cell in cells))
     found = {(cell.encoder, cell.training, cell.data): cell for cell in cells}
-    steps = {cell.evaluated["protocol"]["steps"] for cell in cells}
-    attack = f"PGD-{steps.pop()}" if len(steps) == 1 else "PGD"  # the notes say which
+    attacks = _attacks(cells)
+    attack = attacks[0].partition(",")[0] if len(attacks) == 1 else "PGD"  # the notes say whose is which
     header = ["encoder", "finetuning", *(f"{name} {column}" for name in data for column in ("SA", attack))]
     rows = []
     for training in dict.fromkeys(cell.training for cell in cells):
@@ -99,7 +99,10 @@ def markdown(cells: Sequence[Cell]) -> str:
                 rows.append(row)
     lines = [f"| {' | '.join(map(in_markdown, row))} |" for row in (header, *rows)]
     lines.insert(1, "|---|---" + "|---:" * (len(header) - 2) + "|")
-    notes = list(dict.fromkeys(_note(cell) for cell in cells))
+    notes: list[str] = []
+    for note in dict.fromkeys(_note(cell) for cell in cells):
+        whose = dict.fromkeys(cell.encoder for cell in cells if _note(cell) == note)
+        notes.append(f"{', '.join(whose)}: {note}" if len(attacks) > 1 else note)
     said = [f"(!) {c.encoder}, {c.training}, {c.data}: {warning}" for c in cells for warning in c.evaluated["warnings"]]
     return "\n".join([*lines, "", "Accuracy in percent.", *(f"- {in_markdown(note)}" for note in [*notes, *said])])
 
@@ -126,6 +129,11 @@ def _note(cell: Cell) -> str:
 def _attack(cell: Cell) -> str:
     p = cell.evaluated["protocol"]
     return f"PGD-{p['steps']}, {p['norm']} {pixels(p['eps'], p['norm'])}"
+
+
+def _attacks(cells: Sequence[Cell]) -> list[str]:
+    """Those that some figure is under."""
+    return list(dict.fromkeys(_attack(cell) for cell in cells if cell.robust is not None))
 
 
 def _line(cell: Cell) -> dict[str, Any]:
@@ -187,9 +195,9 @@ def picture(path: Path, cells: Sequence[Cell]) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylabel("accuracy (%)")
     handles = [Patch(color=colour) for colour in colours]
-    attacks = dict.fromkeys(_attack(cell) for cell in cells)
+    attacks = _attacks(cells)
     figure.legend(handles, encoders, loc="outside upper center", ncols=len(encoders), frameon=False)
-    figure.supxlabel(f"light: clean; dark: {' or '.join(attacks)}", fontsize=9)
+    figure.supxlabel(f"light: clean; dark: {attacks[0] if len(attacks) == 1 else 'PGD'}", fontsize=9)
     return save_figure(figure, path)
 
 

@@ -4,7 +4,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -214,7 +214,8 @@ class Loop(ABC):
             self.begin()
             self.train(stop)
         except FloatingPointError:
-            self.draw(now=True)  # the curves that one wants to see
+            with suppress(Warning):  # where it is an error that the picture fails, this one still comes first
+                self.draw(now=True)  # the curves that one wants to see
             raise
         finally:
             self.bar.close()

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import FixedFormatter, FuncFormatter
 from torch import Tensor
 
 from advcl_hub.files import replacing
@@ -42,8 +44,7 @@ def save_views(path: Path, rows: Mapping[str, Tensor], columns: int = 10) -> Pat
 def save_figure(figure: Figure, path: Path) -> Path:
     """Writes a PNG whole or not at all.
 
-    A `$` in its text is a dollar sign, as in names of others, and begins no formula. So a logarithmic axis needs a formatter
-    that writes none, as `axis.set_major_formatter("{x:g}")`.
+    A `$` in its text is a dollar sign, as in names of others, and begins no formula.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _without_formulas(figure)
@@ -56,3 +57,12 @@ def save_figure(figure: Figure, path: Path) -> Path:
 def _without_formulas(figure: Figure) -> None:
     for text in figure.findobj(Text):
         text.set_parse_math(False)
+    for axis in figure.findobj(Axis):  # numbers may be formulas, as those of a logarithmic axis are
+        axis.offsetText.set_parse_math(True)
+        for formatter, ticks in (
+            (axis.get_major_formatter(), axis.get_major_ticks()),
+            (axis.get_minor_formatter(), axis.get_minor_ticks()),
+        ):
+            if not isinstance(formatter, FixedFormatter | FuncFormatter):  # which show names
+                for text in (text for tick in ticks for text in (tick.label1, tick.label2)):
+                    text.set_parse_math(True)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 from collections.abc import Iterator
+from http.client import IncompleteRead
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -173,6 +174,7 @@ def test_torchvision_errors(tmp_path: Path) -> None:
         ("cifar10", "CIFAR10", URLError("no route to host"), "no route to host"),
         ("cifar100", "CIFAR100", RuntimeError("File not found or corrupted."), "File not found or corrupted."),
         ("cifar10", "CIFAR10", ConnectionResetError(104, "Connection reset by peer"), "[Errno 104] Connection reset by peer"),
+        ("cifar10", "CIFAR10", IncompleteRead(b"x"), "IncompleteRead(1 bytes read)"),
         ("fashion-mnist", "FashionMNIST", URLError("no route to host"), "no route to host"),
         ("fashion-mnist", "FashionMNIST", RuntimeError("File not found or corrupted."), "File not found or corrupted."),
     ],
@@ -189,6 +191,13 @@ def test_a_download_that_fails_is_told(
     with pytest.raises(ConnectionError) as caught:
         load_data(source, root=root, download=True)
     assert str(caught.value) == f"{source} could not be downloaded to {root}: {reason}"
+
+
+@pytest.mark.parametrize("source", ["cifar10", "stl10", "fashion-mnist"])
+def test_a_file_in_the_place_of_the_root_is_no_failed_download(tmp_path: Path, source: str) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(NotADirectoryError, match="file"):
+        load_data(source, root=tmp_path / "file", download=True)
 
 
 # ---- IDX files -----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Which images, at which size, with which labels and in which batches a model is evaluated; and what is refused."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,32 +228,51 @@ class StuckNorm(nn.BatchNorm1d):
         return super().train(True)
 
 
-class Squeezed(TinyNet):
-    """Loses the dimension of the batch where it is 1, as `squeeze()` does."""
+class Ends(TinyNet):
+    """Does something with its logits."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.end = end
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images).squeeze()
+        return self.end(super().forward(images))
 
 
 def with_norm(norm: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 10), norm)
 
 
+ALONE = "^The model cannot take one image alone"
+NEEDS = r"\. To be evaluated it needs batch norms with running statistics, in evaluation mode \(Expected more than 1 value"
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (with_norm(nn.BatchNorm1d(10, track_running_stats=False)), rf"{ALONE}: model\.2 normalise over the batch{NEEDS}"),
+        (with_norm(StuckNorm(10)), rf"{ALONE}{NEEDS}"),
         (
-            with_norm(nn.BatchNorm1d(10, track_running_stats=False)),
-            r"cannot take one image alone: model\.2 normalise over the batch\. .*, in evaluation mode \(Expected more",
+            Ends(lambda x: x.squeeze()),
+            r"\(10,\) for one image alone, expected float logits \(1, classes\)",
         ),
-        (with_norm(StuckNorm(10)), r"cannot take one image alone\. .*running statistics, in evaluation mode \(Expected more"),
-        (Squeezed(), r"gives torch\.float32 \(10,\) for 1 images, expected float logits \(1, classes\)"),
+        (Ends(lambda x: x.squeeze().log_softmax(1)), rf"{ALONE} \(Dimension out of range"),
+        (Ends(lambda x: x / x.std(0)), "gives outputs that are not finite for one image alone: there is nothing"),
     ],
+    ids=["no statistics", "training mode", "squeezed", "squeezed too early", "standardised"],
 )
+@pytest.mark.filterwarnings("ignore:std")
 def test_a_model_that_needs_several_images_at_once_is_refused(model: nn.Module, message: str) -> None:
     """Of a batch, one image alone may be left to attack."""
     with pytest.raises(ValueError, match=message):
         evaluate(model, labelled_by(TinyNet(), 10), Protocol(steps=1, check_images=0))
+
+
+def test_where_no_image_comes_alone_it_may_need_several() -> None:
+    model, data = Ends(lambda x: x.squeeze()), labelled_by(TinyNet(), 10)
+    assert evaluate(model, data, Protocol(steps=0, check_images=0, batch_size=5)).standard == 1
+    with pytest.raises(ValueError, match="for one image alone"):
+        evaluate(model, data, Protocol(steps=0, check_images=0, batch_size=9))
 
 
 def test_published_sets_are_averaged_over_their_fifteen_corruptions(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from advcl_hub.data import ImageData
 from advcl_hub.data.corruptions import CORRUPTIONS, corrupt
 from advcl_hub.evaluation import Evaluation, Protocol, evaluate
 from advcl_hub.records.tables import page
+from advcl_hub.training.pictures import save_figure
 from tests.support.slow import slow
 from tests.support.tiny_classifiers import TinyNet, labelled_by
 
@@ -137,3 +140,17 @@ def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path) -> None:
     measured(tmp_path, model, data)
     for name in ("per_class.png", "curves.png", "examples.png"):
         assert_drawn(tmp_path / name)
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_numbers_of_an_axis_may_be_formulas(tmp_path: Path, scale: str) -> None:
+    """As those of a logarithmic axis are, and all of them where matplotlib is set so."""
+    with matplotlib.rc_context({"axes.formatter.use_mathtext": True}):
+        figure = Figure()
+        axis = figure.subplots()
+        axis.plot([1, 2, 5])
+        axis.set(yscale=scale, title="$x")
+        axis.set_xticks([0, 1], ["$a", "b$"])
+        save_figure(figure, tmp_path / "a.png")
+    assert all(text.get_parse_math() for text in axis.get_yticklabels(which="both"))
+    assert not any(text.get_parse_math() for text in (axis.title, *axis.get_xticklabels()))

@@ -1,6 +1,7 @@
 """Fixtures of all tests; tests/conftest.py loads them."""
 
 import os
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,9 @@ from tests.support.tiny_classifiers import shorten
 
 
 def start_anew() -> None:
-    """What random numbers come, what accelerate is set to and what was warned of: as in a new process, after any other test."""
+    """Puts back what an earlier test may have changed: random generators, accelerate's state, the warnings already given."""
+    random.seed(0)
+    np.random.seed(0)  # what others use
     torch.manual_seed(0)
     image_files.RANDOM.seed(0)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -134,7 +137,7 @@ def blank_pictures() -> Iterator[None]:
     """Figures are made and written, but not rendered, which takes longer than tiny runs train; see `rendered`."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Figure, "savefig", _save_blank)
-        patched.setattr(pictures, "_without_formulas", lambda figure: None)  # which makes all ticks
+        patched.setattr(pictures, "_without_formulas", lambda figure: None)  # it would make every tick, which is slow
         yield
 
 

@@ -1,13 +1,17 @@
 """Commands that wait at one place until a test kills or stops them: at the same step on every machine, however busy it is.
 
+    from tests.support.commands import start
+
     with start("finetune", *arguments, held="at_step(4)") as process:
         process.wait_for(HELD)
         process.send_signal(signal.SIGTERM)
 
-The functions are called in the process of the command (see `program`), which imports the project anew, and so they do.
+Other commands: `warm.start(*program("train.pretrain", "at_step(4)"), *arguments)`. The functions are called in the process of
+the command. They import the project inside, because that process imports it anew.
 """
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +29,7 @@ def program(module: str, held: str = "", short: bool = False) -> tuple[str, str]
 
 
 def _wait(over: Callable[[], bool]) -> None:
-    """Says that it waits, and does so; not longer than the process that has started this one, if pytest is killed."""
+    """Prints HELD and waits until `over()`, or until the process that has started this one has ended (pytest was killed)."""
     sys.stderr.write(HELD)
     parent = os.getppid()
     while not over() and os.getppid() == parent:
@@ -57,7 +61,7 @@ def at_step(step: int, folder: str = "") -> None:
 
 
 def after_units(count: int) -> None:
-    """An evaluation waits when it has measured so many batches, counting those of earlier starts and of other processes."""
+    """An evaluation waits when it has measured so many batches, those of earlier starts and of other processes included."""
     from advcl_hub.evaluation.journal import Journal
 
     write = Journal.write
@@ -65,7 +69,8 @@ def after_units(count: int) -> None:
     def held(journal: Journal, *result: Any) -> None:
         write(journal, *result)
         assert journal.folder is not None
-        if sum(path.read_text(encoding="utf-8").count('"unit"') for path in journal.folder.glob("*.jsonl")) >= count:
+        lines = "".join(path.read_text(encoding="utf-8") for path in journal.folder.glob("*.jsonl"))
+        if len(re.findall(r'"unit": "[^"]+/', lines)) >= count:  # other units are no batches
             _wait(lambda: False)
 
     setattr(Journal, "write", held)  # noqa: B010
