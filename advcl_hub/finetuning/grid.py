@@ -99,10 +99,10 @@ def markdown(cells: Sequence[Cell]) -> str:
                 rows.append(row)
     lines = [f"| {' | '.join(map(in_markdown, row))} |" for row in (header, *rows)]
     lines.insert(1, "|---|---" + "|---:" * (len(header) - 2) + "|")
-    notes: list[str] = []
-    for note in dict.fromkeys(_note(cell) for cell in cells):
-        whose = dict.fromkeys(cell.encoder for cell in cells if _note(cell) == note)
-        notes.append(f"{', '.join(whose)}: {note}" if len(attacks) > 1 else note)
+    whose: dict[str, dict[str, None]] = {}  # the encoders of each note, in their order
+    for cell in cells:
+        whose.setdefault(_note(cell), {})[cell.encoder] = None
+    notes = [f"{', '.join(encoders)}: {note}" if len(attacks) > 1 else note for note, encoders in whose.items()]
     said = [f"(!) {c.encoder}, {c.training}, {c.data}: {warning}" for c in cells for warning in c.evaluated["warnings"]]
     return "\n".join([*lines, "", "Accuracy in percent.", *(f"- {in_markdown(note)}" for note in [*notes, *said])])
 

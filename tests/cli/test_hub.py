@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
 from advcl_hub import releases
-from advcl_hub.cli import main
 from advcl_hub.hub.export import WEIGHTS, load_folder, verify_folder
 from advcl_hub.hub.push_pull import Push
 from advcl_hub.records import RESULTS
 from tests.support import warm
+from tests.support.commands import invoke
 from tests.support.hub_client import TOKENS, WRITER
 from tests.support.hub_server import Hub, flipped
 from tests.support.small_encoders import export_encoder
@@ -25,13 +24,9 @@ from tests.support.small_encoders import export_encoder
 COMMANDS = ("list", "info", "pull", "verify", "card", "push", "convert")
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
 def refused(*arguments: object) -> str:
     """The one line that a refused command prints."""
-    result = run(*arguments)
+    result = invoke(*arguments)
     assert result.exit_code == 1 and len(result.output.strip().splitlines()) == 1, result.output
     return result.output.removeprefix("Error: ").strip()
 
@@ -49,12 +44,12 @@ def hub() -> Iterator[Hub]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command: str) -> None:
-    text = run(command, "--help").output
+    text = invoke(command, "--help").output
     assert f"advcl-hub {command}" in text and "Example" in text
 
 
 def test_the_list_of_commands_has_whole_sentences() -> None:
-    lines = run("--help").output.partition("Commands:")[2].strip().splitlines()
+    lines = invoke("--help").output.partition("Commands:")[2].strip().splitlines()
     assert {line.split()[0] for line in lines} >= {*COMMANDS, "evaluate", "finetune"}
     assert not [line for line in lines if line.endswith("...")]
 
@@ -73,8 +68,8 @@ def test_starting_takes_no_longer_than_importing_timm() -> None:
 
 
 def test_list_for_people_and_for_programs() -> None:
-    text = run("list").output
-    found = json.loads(run("list", "--json").output)
+    text = invoke("list").output
+    found = json.loads(invoke("list", "--json").output)
     assert found.keys() == releases().keys()
     for name, entry in found.items():
         assert name in text and entry["files"][WEIGHTS]["sha256"] and entry["head"] in text
@@ -83,7 +78,7 @@ def test_list_for_people_and_for_programs() -> None:
 
 def test_without_released_weights_the_list_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("advcl_hub.cli.hub.releases", dict)
-    assert run("list").output == "There are no released weights.\n" and run("list", "--json").output == "{}\n"
+    assert invoke("list").output == "There are no released weights.\n" and invoke("list", "--json").output == "{}\n"
     assert refused("list", "nothing") == "No released weights have 'nothing' in their name; there are none."
 
 
@@ -97,11 +92,11 @@ def test_completion_offers_the_names() -> None:
 
 def test_info_card_and_verify_of_a_folder(export: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(export, tmp_path / "encoder"))
-    text = run("info", folder).output
+    text = invoke("info", folder).output
     assert text.startswith(f"# {folder}") and "Nothing was measured yet." in text
-    assert json.loads(run("info", folder, "--json").output)["config"]["architecture"] == "resnet8_cifar"
-    assert "every sha256 is right" in run("verify", folder).output
-    assert "README.md" in run("card", folder, "--note", "A note.", "--name", "acme/x").output
+    assert json.loads(invoke("info", folder, "--json").output)["config"]["architecture"] == "resnet8_cifar"
+    assert "every sha256 is right" in invoke("verify", folder).output
+    assert "README.md" in invoke("card", folder, "--note", "A note.", "--name", "acme/x").output
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "# acme/x" in card and "- A note." in card
     (folder / WEIGHTS).write_bytes(flipped((folder / WEIGHTS).read_bytes()))
@@ -115,7 +110,7 @@ def test_an_export_in_another_dtype(export: Path, tmp_path: Path) -> None:
     results = json.loads((export / RESULTS).read_text(encoding="utf-8"))
     source = Path(shutil.copytree(export, tmp_path / "source"))
     (source / RESULTS).write_text(json.dumps(results | {"evaluations": [{}], "notes": ["kept"]}), encoding="utf-8")
-    assert "float16, verified" in run("convert", source, tmp_path / "half", "--dtype", "float16").output
+    assert "float16, verified" in invoke("convert", source, tmp_path / "half", "--dtype", "float16").output
     assert (tmp_path / "half" / WEIGHTS).stat().st_size < 0.6 * (export / WEIGHTS).stat().st_size
     verify_folder(tmp_path / "half")
     images = torch.rand(2, 3, 16, 16)
@@ -139,7 +134,7 @@ def test_convert_a_published_checkpoint(tmp_path: Path) -> None:
         state = {key.replace(ours, theirs): value for key, value in state.items()}
     torch.save({"net": state}, tmp_path / "ckpt.pth")
     assert "mean and std have to be given" in refused("convert", tmp_path / "ckpt.pth", tmp_path / "out")
-    made = run("convert", tmp_path / "ckpt.pth", tmp_path / "out", "--mean", "0", "--std", "1", "--label-names", "a,b,c")
+    made = invoke("convert", tmp_path / "ckpt.pth", tmp_path / "out", "--mean", "0", "--std", "1", "--label-names", "a,b,c")
     assert made.exit_code == 0 and "layout kuangliu" in made.output and "Use it:" in made.output, made.output
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["label_names"] == ["a", "b", "c"]
 
@@ -147,10 +142,10 @@ def test_convert_a_published_checkpoint(tmp_path: Path) -> None:
 def test_a_dry_push_names_what_goes_and_what_stays(export: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(export, tmp_path / "encoder"))
     (folder / ".env").write_text("HF_TOKEN=secret", encoding="utf-8")
-    said = run("push", folder, "acme/x", "--dry-run").output.splitlines()
+    said = invoke("push", folder, "acme/x", "--dry-run").output.splitlines()
     assert said[-1] == f"  {'left out':>18}  .env" and "Would be uploaded to acme/x:" in said
     assert f"  {(folder / WEIGHTS).stat().st_size:>12,} bytes  {WEIGHTS}" in said
-    done = json.loads(run("push", folder, "acme/x", "--dry-run", "--json").output)
+    done = json.loads(invoke("push", folder, "acme/x", "--dry-run", "--json").output)
     assert (done["repository"], done["version"], done["left_out"], done["commit"]) == ("acme/x", "v1", [".env"], None)
     assert done["files"][WEIGHTS] == (folder / WEIGHTS).stat().st_size and done["card"].startswith("---")
 
@@ -158,7 +153,7 @@ def test_a_dry_push_names_what_goes_and_what_stays(export: Path, tmp_path: Path)
 def test_a_pull_request_has_no_version_and_no_weights_to_use_yet(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = Push("acme/x", None, {"a": 1}, (), "", commit="0123456789", url="https://hub/acme/x/discussions/1")
     monkeypatch.setattr("advcl_hub.cli.hub.push", lambda folder, repository, *, create_pr, **options: create_pr and done)
-    assert run("push", export, "acme/x", "--create-pr").output == (
+    assert invoke("push", export, "acme/x", "--create-pr").output == (
         "acme/x has (commit 01234567):\n             1 bytes  a\n"
         "Verified: downloaded again, every sha256 and the golden output are right.\nhttps://hub/acme/x/discussions/1\n"
     )

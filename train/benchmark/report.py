@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from advcl_hub.files import replacing
 from advcl_hub.records import counted
@@ -102,8 +101,6 @@ def _draw(path: Path, sections: list[Section], facts: dict[str, Any]) -> None:
         medians = [row.timing.median for row in section.rows]
         if max(medians) > 100 * min(medians):
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{section.title}, {section.unit + '/s' if rates else 'seconds'}", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     threads = counted(facts["hardware"]["threads"], "thread")
